@@ -1,0 +1,446 @@
+"""Every knob of a PPO-max run and its default, each written once.
+
+One frozen dataclass a concern; `TrainConfig` holds them. The defaults are the `ppo-max` preset at the size of the
+embedded model; the other presets (`presets/*.yaml`) change the algorithm, not models, data or learning rates, so that
+two of them can be compared on one job. Layers, weakest first: defaults, preset, configuration file, overrides.
+
+    config = load_config("run.yaml", preset="modern", overrides={"run.steps": 100})
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ppomax.config_io import ConfigError, build, merge, nearest, read_yaml, require, save_config, to_dict, undot
+
+PRESET_DIR = Path(__file__).parent / "presets"
+CONFIG_DIR = Path(__file__).parent / "configs"
+IMPLS = ("auto", "ref", "cpu", "triton", "cuda")
+
+__all__ = ["ConfigError", "TrainConfig", "build", "config_names", "load_config", "preset_names", "save_config",
+           "to_dict"]
+
+
+def _finite(value: float) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The models of a run. Every path is an HF directory or hub name."""
+
+    policy: str | None = None
+    """Start weights of the policy (and of the reference unless that is named). None: the model that ships with
+    ppomax."""
+    reference: str | None = None
+    """Frozen model that the KL penalty is measured against. None: the policy's start weights."""
+    reward_model: str | None = None
+    """Frozen sequence scorer. None: the shipped one if the policy is the shipped one too."""
+    critic: str = "reward_model"
+    """Start of the critic: `reward_model` (head included), `policy` (new small head), or a path."""
+    tokenizer: str | None = None
+    """Tokenizer directory. None: the policy's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameter and activation type of the trained models; logprobs, values and losses are float32 in any case."""
+    trust_remote_code: bool = False
+    """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts, and the plain text of the ptx term."""
+
+    prompts: str | None = None
+    """JSONL, Parquet or HF dataset with a `prompt` column (string or chat). None: the prompts that ship with ppomax."""
+    eval_prompts: str | None = None
+    """Prompts for the sample texts and `ppomax evaluate`. None: the first of `prompts`."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt."""
+    max_prompt_tokens: int = 512
+    """A longer prompt is refused by `overlong`."""
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    """Prompts over the limit: stop with an error, keep their last tokens, or leave them out; each is counted and
+    logged."""
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", "at least 1", self.max_prompt_tokens)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    max_new_tokens: int = 48
+    """Response limit in tokens, EOS included; a response cut here is `truncated`."""
+    min_new_tokens: int = 1
+    """EOS is forbidden before this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature. Scoring and training divide logits by the same number, so ratio and KL are those of one
+    distribution."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: all. Needs `allow_biased_sampling` in training."""
+    top_p: float = 1.0
+    """Sample from the smallest set with this mass; 1: all. Needs `allow_biased_sampling` in training."""
+    allow_biased_sampling: bool = False
+    """Consent to top_k or top_p in training, where ratios and KL then are not those of the sampling distribution."""
+    samples_per_prompt: int = 1
+    """Responses drawn for each prompt."""
+    batch_size: int = 128
+    """Sequences decoded together (memory of the KV cache). The tokens do not depend on it."""
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
+        require(0 <= self.min_new_tokens <= self.max_new_tokens, "rollout.min_new_tokens",
+                 f"in [0, max_new_tokens={self.max_new_tokens}]", self.min_new_tokens)
+        require(_finite(self.temperature) and self.temperature > 0, "rollout.temperature", "above 0", self.temperature)
+        require(self.top_k >= 0, "rollout.top_k", "0 (off) or more", self.top_k)
+        require(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
+        require(self.samples_per_prompt >= 1, "rollout.samples_per_prompt", "at least 1", self.samples_per_prompt)
+        require(self.batch_size >= 1, "rollout.batch_size", "at least 1", self.batch_size)
+        if (self.top_k or self.top_p < 1) and not self.allow_biased_sampling:
+            raise ConfigError(
+                "config: rollout.top_k / rollout.top_p cut the sampling distribution, so the ratio and the KL would be "
+                "those of another one; leave them off or set rollout.allow_biased_sampling=true")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """From a response's raw score to the score that PPO sees: standardise, clip, subtract the missing-EOS penalty."""
+
+    function: str | None = None
+    """Python reward instead of the reward model: `file.py:name` or `package.module:name`, called as
+    f(prompts: list[str], responses: list[str]) -> one number each."""
+    standardize: Literal["norm", "scale", "none"] = "norm"
+    """`norm`: (score - running mean) / running std; `scale`: score / running std; `none`. Moments over the whole
+    history, this batch included."""
+    clip: float | None = 10.0
+    """Standardised scores are cut to +-clip; the KL penalty is added after. None: off. 0 would erase every reward and
+    is refused."""
+    missing_eos_penalty: float | None = 0.0
+    """Subtracted after clipping (so in standard deviations when standardised) from responses that did not end by EOS.
+    None or 0: off."""
+
+    def __post_init__(self) -> None:
+        require(self.clip is None or (_finite(self.clip) and self.clip > 0), "reward.clip",
+                 "above 0, or null for no clipping (0 would erase every reward)", self.clip)
+        penalty = self.missing_eos_penalty
+        require(penalty is None or (_finite(penalty) and penalty >= 0),
+                 "reward.missing_eos_penalty", "0 or more, or null", self.missing_eos_penalty)
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """The tie to the reference model."""
+
+    coef: float = 0.05
+    """Weight of the token-level KL penalty inside the reward, per nat. 0: off."""
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Per-token estimate inside the reward. k1 is unbiased there."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive`: coef *= 1 + clip(KL/target - 1, -0.2, 0.2) * sequences / horizon after each step (Ziegler et al.)."""
+    target: float = 0.05
+    """Adaptive controller's goal: mean KL per token, nats."""
+    horizon: int = 2000
+    """Adaptive controller's pace, in sequences."""
+    loss_coef: float = 0.0
+    """Weight of a differentiable KL term in the policy loss, in place of or beside the penalty in the reward. 0:
+    off."""
+    loss_estimator: Literal["k1", "k2", "k3", "abs"] = "k2"
+    """Estimate of the loss term. k2 has the right gradient there."""
+
+    def __post_init__(self) -> None:
+        require(_finite(self.coef) and self.coef >= 0, "kl.coef", "0 or more", self.coef)
+        require(_finite(self.loss_coef) and self.loss_coef >= 0, "kl.loss_coef", "0 or more", self.loss_coef)
+        require(_finite(self.target) and self.target > 0, "kl.target", "above 0", self.target)
+        require(self.horizon >= 1, "kl.horizon", "at least 1", self.horizon)
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """Generalised advantage estimation, actor and critic apart."""
+
+    gamma: float = 1.0
+    """Discount a token."""
+    lam: float = 0.95
+    """GAE lambda of the actor's advantages."""
+    critic_lam: float | None = None
+    """GAE lambda of the critic's targets; 1 gives Monte-Carlo returns. None: the actor's `lam`."""
+    length_alpha: float | None = None
+    """Length-adaptive actor lambda 1 - 1/(alpha * length) (VAPO uses 0.05), at least 0. None: `lam` for all lengths."""
+    whiten: bool = False
+    """Normalise advantages over the whole buffer to mean 0 and std 1."""
+    clip: float | None = None
+    """Cut advantages to +-clip, after whitening. None: off."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma <= 1, "advantage.gamma", "in [0, 1]", self.gamma)
+        require(0 <= self.lam <= 1, "advantage.lam", "in [0, 1]", self.lam)
+        require(self.critic_lam is None or 0 <= self.critic_lam <= 1, "advantage.critic_lam", "in [0, 1] or null",
+                self.critic_lam)
+        require(self.length_alpha is None or self.length_alpha > 0, "advantage.length_alpha", "above 0 or null",
+                self.length_alpha)
+        require(self.clip is None or self.clip > 0, "advantage.clip", "above 0 or null", self.clip)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Policy and value losses. All means are over the tokens of the global minibatch."""
+
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low stop counting when the advantage is negative."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high stop counting when the advantage is positive (0.28 is clip-higher)."""
+    dual_clip: float | None = None
+    """Bound ratio * advantage at dual_clip * advantage for negative advantages (3 in its paper). None: off."""
+    value_clip: float | None = 0.2
+    """Absolute range around the old value that a new value may move within. None: off."""
+    vf_coef: float = 1.0
+    """Weight of the value loss (which has a factor 1/2 inside)."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus, per nat. 0: off."""
+    sampler_is_cap: float | None = None
+    """Truncated importance weight min(pi_train / pi_sampler, cap) for samplers whose logprobs differ from the
+    trainer's. None: off."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.clip_low < 1, "loss.clip_low", "in (0, 1)", self.clip_low)
+        require(self.clip_high > 0, "loss.clip_high", "above 0", self.clip_high)
+        require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "above 1 or null", self.dual_clip)
+        require(self.value_clip is None or self.value_clip > 0, "loss.value_clip", "above 0 or null", self.value_clip)
+        require(_finite(self.vf_coef) and self.vf_coef > 0, "loss.vf_coef", "above 0", self.vf_coef)
+        require(_finite(self.ent_coef), "loss.ent_coef", "finite", self.ent_coef)
+        require(self.sampler_is_cap is None or self.sampler_is_cap >= 1, "loss.sampler_is_cap", "1 or more, or null",
+                self.sampler_is_cap)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Critic pre-training: the policy frozen, the critic regressed on Monte-Carlo returns before PPO starts."""
+
+    pretrain_steps: int = 6
+    """Most buffers to pre-train on. 0: off."""
+    pretrain_epochs: int = 2
+    """Passes over each of those buffers."""
+    pretrain_lr: float | None = None
+    """Constant learning rate of this stage. None: the critic's own peak."""
+    pretrain_explained_variance: float = 0.5
+    """Stop once a fresh buffer's returns are explained this well, 1 - Var(G - V)/Var(G), before training on it."""
+
+    def __post_init__(self) -> None:
+        require(self.pretrain_steps >= 0, "critic.pretrain_steps", "0 (off) or more", self.pretrain_steps)
+        require(self.pretrain_epochs >= 1, "critic.pretrain_epochs", "at least 1", self.pretrain_epochs)
+        require(self.pretrain_lr is None or self.pretrain_lr > 0, "critic.pretrain_lr", "above 0 or null",
+                self.pretrain_lr)
+        require(self.pretrain_explained_variance <= 1, "critic.pretrain_explained_variance", "1 or less",
+                self.pretrain_explained_variance)
+
+
+@dataclass(frozen=True)
+class PtxConfig:
+    """Language-model loss mixed into the policy's, in the same backward and the same optimiser step."""
+
+    coef: float = 0.1
+    """Weight of the mean token NLL. 0: off."""
+    texts: str | None = None
+    """JSONL, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: the texts that ship with
+    ppomax."""
+    batch_size: int = 8
+    """Texts beside each minibatch."""
+    max_tokens: int = 128
+    """Longer texts are cut here."""
+
+    def __post_init__(self) -> None:
+        require(_finite(self.coef) and self.coef >= 0, "ptx.coef", "0 (off) or more", self.coef)
+        require(self.batch_size >= 1, "ptx.batch_size", "at least 1", self.batch_size)
+        require(self.max_tokens >= 2, "ptx.max_tokens", "at least 2", self.max_tokens)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule, for one of the two trained models."""
+
+    lr: float = 1e-4
+    """Peak learning rate. The paper's 5e-7 (policy) and 1.65e-6 (critic) are for 7B models."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
+    eps: float = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    grad_clip: float | None = 1.0
+    """Largest global norm of this model's gradient. None: off."""
+    warmup: float = 0.1
+    """Linear warm-up, as a fraction of all optimiser steps."""
+    schedule: Literal["inverse_sqrt", "constant", "linear", "cosine"] = "inverse_sqrt"
+    """After warm-up: sqrt(W/s), flat, down to `min_ratio` by a line, or by a cosine."""
+    min_ratio: float = 0.1
+    """Least multiple of `lr`: where warm-up starts and where `linear` and `cosine` end."""
+
+    def __post_init__(self) -> None:
+        require(_finite(self.lr) and self.lr >= 0, "optim lr", "0 or more", self.lr)
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim betas", "two numbers in [0, 1)",
+                self.betas)
+        require(self.eps > 0, "optim eps", "above 0", self.eps)
+        require(self.weight_decay >= 0, "optim weight_decay", "0 or more", self.weight_decay)
+        require(self.grad_clip is None or self.grad_clip > 0, "optim grad_clip", "above 0, or null for off",
+                self.grad_clip)
+        require(0 <= self.warmup <= 1, "optim warmup", "a fraction in [0, 1]", self.warmup)
+        require(0 <= self.min_ratio <= 1, "optim min_ratio", "in [0, 1]", self.min_ratio)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Sizes of the buffer and of what is cut from it. Counts are global, over all ranks."""
+
+    rollout_size: int = 128
+    """Sequences in the buffer: generated, then used up, each step."""
+    minibatch_size: int = 32
+    """Sequences behind one optimiser step."""
+    epochs: int = 1
+    """Passes over the buffer."""
+    micro_tokens: int = 4096
+    """Most tokens, prompts included, in one forward and backward. The result does not depend on it; memory does."""
+
+    def __post_init__(self) -> None:
+        require(self.rollout_size >= 1, "batch.rollout_size", "at least 1", self.rollout_size)
+        require(1 <= self.minibatch_size <= self.rollout_size, "batch.minibatch_size",
+                 f"in [1, rollout_size={self.rollout_size}]", self.minibatch_size)
+        require(self.epochs >= 1, "batch.epochs", "at least 1", self.epochs)
+        require(self.micro_tokens >= 1, "batch.micro_tokens", "at least 1", self.micro_tokens)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where, and what is kept."""
+
+    steps: int = 60
+    """Rollout-update iterations, critic pre-training not counted."""
+    seed: int = 0
+    """Seeds prompt order, sampling streams, minibatch order and new weights."""
+    out: str | None = None
+    """Folder of the run. None: a dated one under runs/."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in `out`."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    max_bad_steps: int = 5
+    """Optimiser steps in a row that may be skipped for a NaN or infinite loss or gradient before the run stops."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`."""
+    threads: int = 0
+    """CPU threads of torch. 0: leave as it is."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "run.steps", "at least 1", self.steps)
+        require(self.seed >= 0, "run.seed", "0 or more", self.seed)
+        require(self.checkpoint_every >= 0, "run.checkpoint_every", "0 or more", self.checkpoint_every)
+        require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "at least 1", self.keep_checkpoints)
+        require(self.max_bad_steps >= 1, "run.max_bad_steps", "at least 1", self.max_bad_steps)
+        require(self.threads >= 0, "run.threads", "0 or more", self.threads)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is watched."""
+
+    samples_every: int = 10
+    """Steps between sample texts of the fixed prompts. 0: none."""
+    sample_prompts: int = 8
+    """How many fixed prompts."""
+    tensorboard: bool = True
+    """Write TensorBoard events too."""
+    alarm: Literal["off", "warn", "stop", "rollback"] = "warn"
+    """What a collapse alarm does."""
+    alarm_baseline_steps: int = 10
+    """First steps, whose means are the healthy state."""
+    alarm_window: int = 5
+    """Steps of the moving mean that is held against it."""
+    alarm_kl: float = 0.25
+    """KL per token (k3, nats) that counts as one sign of collapse; so does its doubling within 50 steps above half of
+    this."""
+    alarm_truncated: float = 0.3
+    """Rise of the truncated share that counts as one sign; so does a mean length of twice the start's."""
+    alarm_entropy: float = 0.6
+    """Entropy or NLL below this multiple of the start's counts as one sign. Two of the three signs raise the alarm."""
+
+    def __post_init__(self) -> None:
+        require(self.samples_every >= 0, "monitor.samples_every", "0 or more", self.samples_every)
+        require(self.sample_prompts >= 1, "monitor.sample_prompts", "at least 1", self.sample_prompts)
+        require(self.alarm_baseline_steps >= 1, "monitor.alarm_baseline_steps", "at least 1", self.alarm_baseline_steps)
+        require(self.alarm_window >= 1, "monitor.alarm_window", "at least 1", self.alarm_window)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One PPO-max run."""
+
+    preset: str = "ppo-max"
+    """Name of the preset that this configuration started from."""
+    impl: str = "auto"
+    """Back-end of every kernel: auto, ref (plain torch), cpu, triton or cuda."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    policy_optim: OptimConfig = field(default_factory=OptimConfig)
+    critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
+    run: RunConfig = field(default_factory=RunConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        require(self.impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}", self.impl)
+        require(self.batch.rollout_size % self.rollout.samples_per_prompt == 0, "batch.rollout_size",
+                 f"a multiple of rollout.samples_per_prompt={self.rollout.samples_per_prompt}", self.batch.rollout_size)
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` takes."""
+    return sorted(p.stem for p in PRESET_DIR.glob("*.yaml"))
+
+
+def config_names() -> list[str]:
+    """Names that `--config` takes besides files."""
+    return sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))
+
+
+def load_config(source: str | Path | dict[str, Any] | None = None, *, preset: str | None = None,
+                overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """Defaults <- preset <- `source` (YAML file, shipped name or mapping) <- `overrides` (dotted keys or nested
+    mappings).
+
+    Raises ConfigError for unknown names and keys (with the nearest known one), wrong types and values out of range.
+    """
+    layer = source if isinstance(source, dict) else _read_source(source)
+    name = preset or layer.get("preset") or TrainConfig.preset
+    merged = merge(_read_preset(name), layer, undot(overrides or {}), {"preset": name})
+    return build(TrainConfig, merged)
+
+
+def _read_source(source: str | Path | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    named = CONFIG_DIR / f"{source}.yaml"
+    if str(source) in config_names() and not Path(source).is_file():
+        return read_yaml(named)
+    if not Path(source).exists():
+        known = ", ".join(config_names()) or "none"
+        raise ConfigError(f"config: no file {source} and no shipped configuration of that name (known: {known})")
+    return read_yaml(source)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        known = preset_names()
+        raise ConfigError(f"config: unknown preset {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return read_yaml(PRESET_DIR / f"{name}.yaml")
