@@ -1,0 +1,53 @@
+"""Which back-end runs a call. A leaf: each op hands in its own table, nothing is decided at import, no environment variable changes a result."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Table = Mapping[str, Callable[..., Any]]
+
+AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+RUNS_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def pick(op: str, impl: str, device: torch.device, table: Table) -> str:
+    """The name in `table` that runs on `device`: `impl` itself, or the best one if `impl` is "auto". Never "ref" unasked."""
+    kind = device.type
+    if impl == "auto":
+        for name in AUTO.get(kind, ()):
+            if name in table:
+                return name
+        raise ValueError(f"{op}: no back-end for device {device}; move the tensors to a CPU or CUDA device, or pass impl='ref'")
+    if impl not in table:
+        raise ValueError(f"{op}: impl must be 'auto' or one of {sorted(table)}, got {impl!r}")
+    if impl == "ref" or RUNS_ON[impl] == kind or (impl == "triton" and kind == "cpu" and triton_interprets()):
+        return impl
+    raise ValueError(
+        f"{op}: impl={impl!r} runs on {RUNS_ON[impl].upper()} tensors, got tensors on {device}; move them, or pass impl='auto'"
+        + (" (under TRITON_INTERPRET=1 Triton kernels run on a CPU, slowly)" if impl == "triton" else "")
+    )
+
+
+def triton_interprets() -> bool:
+    """True if Triton is installed and was told to run kernels in its interpreter."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return bool(knobs.runtime.interpret)
+
+
+def late(module: str, function: str) -> Callable[..., Any]:
+    """A back-end whose module is imported at its first call: importing Triton takes longer than importing torch ops."""
+    found: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not found:
+            from importlib import import_module
+
+            found.append(getattr(import_module(f"{__package__}.{module}"), function))
+        return found[0](*args)
+
+    call.__name__ = function
+    return call

@@ -1,0 +1,231 @@
+"""Every op in plain torch (`impl="ref"`): readable, slow, the same signatures as the fused back-ends. Forward formulas only: the gradient of a
+reference is what torch's autograd makes of it, with two rules spelt out. A probability of zero contributes zero to the entropy and its gradient,
+also where the logit is -inf. A log-ratio outside +-20 is clamped, and the clamp passes no gradient.
+
+All arithmetic is fp32 (fp64 inputs stay fp64, for gradcheck)."""
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+LOG_RATIO_LIMIT = 20.0
+
+
+def _f(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def scaled_logits(logits: Tensor, temperature: float, softcap: float) -> Tensor:
+    """z: the softcap (0 is none), then the temperature."""
+    z = _f(logits)
+    if softcap > 0.0:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def token_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if labels.device.type == "cpu":
+        checks.labels_values("token_logprobs", labels, logits.shape[-1], ignore_index)
+    keep = labels != ignore_index
+    # Rows without a token and rows of -inf are replaced by zeros, so that no NaN is made whose gradient would survive the masks below.
+    dead = (logits == -torch.inf).all(-1)
+    z = scaled_logits(logits.masked_fill((dead | ~keep).unsqueeze(-1), 0.0), temperature, softcap)
+    lse = torch.logsumexp(z, -1)
+    picked = z.gather(-1, labels.where(keep, 0).unsqueeze(-1)).squeeze(-1)
+    logprobs = (picked - lse).masked_fill(~keep, 0.0)
+    if softcap == 0.0:
+        logprobs = logprobs.masked_fill(dead & keep, -torch.inf)
+        lse = lse.masked_fill(dead, -torch.inf)
+    if not entropy:
+        return logprobs, logprobs.new_empty(0), lse
+    p = torch.exp(z - lse.masked_fill(dead, 0.0).unsqueeze(-1))
+    mean_z = (p * z.masked_fill(p == 0.0, 0.0)).sum(-1)
+    return logprobs, (lse - mean_z).masked_fill(~keep | dead, 0.0), lse
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    u = _f(logprobs) - _f(ref_logprobs)
+    if estimator == "k1":
+        return u
+    if estimator == "k2":
+        return 0.5 * u * u
+    if estimator == "abs":
+        return u.abs()
+    u = u.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.expm1(-u) + u
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str) -> Tensor:
+    if cu_seqlens.device.type == "cpu":
+        checks.cu_seqlens_values("token_rewards", cu_seqlens, logprobs.shape[0])
+    rewards = -kl_coef * kl_penalty(logprobs, ref_logprobs, estimator)
+    last = cu_seqlens[1:].long() - 1
+    return rewards.index_add(0, last, _f(scores))
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    gamma: float,
+    lam: float,
+    lams: Tensor | None,
+    bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    r, v = _f(rewards), _f(values)
+    keep = torch.ones_like(r, dtype=torch.bool) if mask is None else mask.bool()
+    advantages, returns = torch.zeros_like(r), torch.zeros_like(r)
+    if cu_seqlens is None:
+        rows = [(b, 0, r.shape[1]) for b in range(r.shape[0])]
+    else:
+        if cu_seqlens.device.type == "cpu":
+            checks.cu_seqlens_values("gae", cu_seqlens, r.shape[0])
+        ends = cu_seqlens.tolist()
+        rows = [(0, a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        r, v, keep = r[None], v[None], keep[None]
+    a_out, g_out = (advantages, returns) if cu_seqlens is None else (advantages[None], returns[None])
+    for s, (row, start, end) in enumerate(rows):
+        step = gamma * (float(lams[s]) if lams is not None else lam)
+        next_value = _f(bootstrap[s]) if bootstrap is not None else r.new_zeros(())
+        next_advantage = r.new_zeros(())
+        for t in range(end - 1, start - 1, -1):
+            if keep[row, t]:
+                next_advantage = r[row, t] + gamma * next_value - v[row, t] + step * next_advantage
+                next_value = v[row, t]
+                a_out[row, t] = next_advantage
+                g_out[row, t] = next_advantage + next_value
+    return advantages, returns
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,) fp64: count, mean, sum of squared deviations from the mean."""
+    kept = x.double().flatten() if mask is None else x.double()[mask.bool()]
+    count = torch.tensor(float(kept.numel()), dtype=torch.float64, device=x.device)
+    mean = kept.sum() / count.clamp(min=1.0)
+    return torch.stack([count, mean, ((kept - mean) ** 2).sum()])
+
+
+def whiten(x: Tensor, mask: Tensor | None, stats: Tensor, shift_mean: bool, eps: float) -> Tensor:
+    mean = stats[1]
+    scale = torch.rsqrt(stats[2] / stats[0].clamp(min=1.0) + eps)
+    y = (x.double() - mean) * scale + (0.0 if shift_mean else mean)
+    return (y if mask is None else torch.where(mask.bool(), y, 0.0)).float()
+
+
+def ppo_terms(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    is_weights: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per token: surrogate loss, ratio, clamped log-ratio, whether the clip decided, whether the dual clip decided."""
+    a = _f(advantages)
+    log_ratio = (_f(logprobs) - _f(old_logprobs)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = torch.exp(log_ratio)
+    plain, clipped = -a * ratio, -a * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    was_clipped = clipped > plain
+    loss = torch.where(was_clipped, clipped, plain)
+    was_dual = torch.zeros_like(was_clipped)
+    if dual_clip > 0.0:
+        was_dual = (a < 0) & (loss > -a * dual_clip)
+        loss = torch.where(was_dual, -a * dual_clip, loss)
+    if is_weights is not None:
+        loss = loss * _f(is_weights)
+    return loss, ratio, log_ratio, was_clipped, was_dual
+
+
+def _denominator(mask: Tensor | None, count: int, normalizer: Tensor | None, norm_value: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in the mask, and one over what sums are divided by (0 where there is nothing to divide by)."""
+    tokens = like.new_tensor(float(count)) if mask is None else mask.bool().sum().to(like.dtype)
+    total = tokens if normalizer is None and norm_value == 0.0 else (normalizer.to(like.dtype) if normalizer is not None else like.new_tensor(norm_value))
+    return tokens, torch.where(total > 0, 1.0 / total.clamp(min=torch.finfo(like.dtype).tiny), 0.0)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask.bool(), x, 0.0)
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    is_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    norm_value: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    estimator: str,
+    ent_coef: float,
+) -> tuple[Tensor, Tensor]:
+    """Scalar loss and metrics, in the order of ppo_loss.METRICS."""
+    if mask is not None:  # where() alone would keep NaN in the gradient of a masked token: make its inputs harmless first
+        logprobs = torch.where(mask.bool(), logprobs, 0.0)
+        old_logprobs = torch.where(mask.bool(), old_logprobs, 0.0)
+        advantages = torch.where(mask.bool(), advantages, 0.0)
+        ref_logprobs = None if ref_logprobs is None else torch.where(mask.bool(), ref_logprobs, 0.0)
+        entropy = None if entropy is None else torch.where(mask.bool(), entropy, 0.0)
+        is_weights = None if is_weights is None else torch.where(mask.bool(), is_weights, 0.0)
+    pg, ratio, log_ratio, clipped, dual = ppo_terms(logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip)
+    tokens, inv = _denominator(mask, pg.numel(), normalizer, norm_value, pg)
+
+    def mean(x: Tensor) -> Tensor:
+        return _masked(x, mask).sum() * inv
+
+    kl = mean(kl_penalty(logprobs, ref_logprobs, estimator)) if ref_logprobs is not None else pg.new_zeros(())
+    ent = mean(_f(entropy)) if entropy is not None else pg.new_zeros(())
+    pg_loss = mean(pg)
+    loss = pg_loss + kl_coef * kl - ent_coef * ent
+    with torch.no_grad():
+        ratio_max = _masked(ratio, mask).max() if ratio.numel() else ratio.new_zeros(())
+        metrics = torch.stack(
+            [
+                pg_loss,
+                mean(torch.expm1(log_ratio) - log_ratio),
+                mean(clipped.to(pg.dtype)),
+                mean(dual.to(pg.dtype)),
+                mean(ratio),
+                ratio_max,
+                kl,
+                ent,
+                tokens,
+            ]
+        ).detach()
+    return loss, metrics
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    norm_value: float,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """Scalar loss and metrics, in the order of value_loss.METRICS. `clip` below 0 is none."""
+    if mask is not None:
+        values, old_values, returns = (torch.where(mask.bool(), x, 0.0) for x in (values, old_values, returns))
+    v, old, target = _f(values), _f(old_values), _f(returns)
+    plain = (v - target) ** 2
+    clipped = ((old + (v - old).clamp(-clip, clip)) - target) ** 2 if clip >= 0.0 else plain
+    was_clipped = clipped > plain
+    tokens, inv = _denominator(mask, plain.numel(), normalizer, norm_value, plain)
+
+    def mean(x: Tensor) -> Tensor:
+        return _masked(x, mask).sum() * inv
+
+    loss = 0.5 * mean(torch.where(was_clipped, clipped, plain))
+    metrics = torch.stack([loss, mean(was_clipped.to(v.dtype)), mean(v), mean(target), mean(plain), tokens]).detach()
+    return loss, metrics

@@ -1,0 +1,162 @@
+"""Log-probability of each label, and the entropy of each row, straight from logits.
+
+z = logits/temperature (after softcap*tanh(logits/softcap)), L = logsumexp(z), p = softmax(z):
+logprob = z[y] - L ;  H = L - sum p*z ;  dz = g*(1[y] - p) - h*p*(z - (L - H)), with p*z = 0 where p = 0.
+The forward reads N*V once and writes O(N); the backward reads N*V once and writes it once, from the saved L and H. Nothing of size N*V is saved
+but the logits themselves. In-place gradients over the logits are left out on purpose: they break every second consumer of the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import checks, native, reference
+from .dispatch import late, pick
+from .library import differentiable, primitive
+
+FORWARD = {
+    "cpu": native.token_logprobs_cpu,
+    "triton": late("token_logprobs_triton", "token_logprobs_triton"),
+    "cuda": late("native_cuda", "token_logprobs_cuda"),
+    "ref": reference.token_logprobs,
+}
+BACKWARD = {
+    "cpu": native.token_logprobs_backward_cpu,
+    "triton": late("token_logprobs_triton", "token_logprobs_backward_triton"),
+    "cuda": late("native_cuda", "token_logprobs_backward_cuda"),
+}
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return FORWARD[impl](logits, labels, temperature, softcap, entropy, ignore_index)  # type: ignore[no-any-return]
+
+
+def _forward_shapes(
+    logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = labels.shape
+    return (
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows if entropy else (0,), dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _backward(
+    dlogprobs: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    impl: str,
+) -> Tensor:
+    return BACKWARD[impl](dlogprobs, dentropy, logits, labels, lse, entropy, temperature, softcap, ignore_index)  # type: ignore[no-any-return]
+
+
+def _backward_shapes(dlogprobs: Tensor | None, dentropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+token_logprobs_fwd = primitive(
+    "token_logprobs_fwd(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int ignore_index, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_shapes,
+)
+token_logprobs_bwd = primitive(
+    "token_logprobs_bwd(Tensor? dlogprobs, Tensor? dentropy, Tensor logits, Tensor labels, Tensor lse, Tensor entropy, float temperature,"
+    " float softcap, int ignore_index, str impl) -> Tensor",
+    _backward,
+    _backward_shapes,
+)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int, impl: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, ent, lse = token_logprobs_fwd(logits, labels, temperature, softcap, entropy, ignore_index, impl)
+        ctx.save_for_backward(logits, labels, lse, ent)
+        ctx.scalars = temperature, softcap, ignore_index, impl
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return logprobs, ent, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
+        logits, labels, lse, entropy = ctx.saved_tensors
+        if entropy.numel() != lse.numel():
+            dentropy = None
+        dlogits = token_logprobs_bwd(dlogprobs, dentropy, logits, labels, lse, entropy, *ctx.scalars)
+        return dlogits, None, None, None, None, None, None
+
+
+def _compose(
+    logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _TokenLogprobs.apply(logits, labels, temperature, softcap, entropy, ignore_index, impl)  # type: ignore[no-any-return, no-untyped-call]
+    return token_logprobs_fwd(logits, labels, temperature, softcap, entropy, ignore_index, impl)  # type: ignore[no-any-return]
+
+
+token_logprobs_op = differentiable(
+    "token_logprobs(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int ignore_index, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    _compose,
+)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`log_softmax(z, -1).gather(-1, labels)` with `z = logits / temperature`, and the entropy `-(p * log p).sum(-1)` of each row.
+
+    logits: (..., V) float32, bfloat16 or float16; the last dimension contiguous, rows may be strided (a slice such as `logits[:, :-1]` needs no
+        copy). labels: (...) int64, 0 <= label < V; `ignore_index` marks rows to skip.
+    softcap: replaces logits by `softcap * tanh(logits / softcap)` before the temperature.
+    Returns logprobs (...) float32 in nats, or (logprobs, entropy) with `return_entropy`; both differentiable with respect to logits.
+    Skipped rows give 0, and gradient 0. A label whose logit is -inf gives -inf. A row of nothing but -inf gives logprob -inf, entropy 0 and
+    gradient 0. NaN and +inf logits give NaN.
+    Raises TypeError for dtypes, ValueError for devices, shapes, layout, temperature, softcap, and on a CPU for labels outside [0, V); on a GPU,
+    where reading labels back would stall the queue, such a label gives NaN.
+    Arithmetic is float32 throughout, and a row's result does not depend on the other rows, to the bit.
+    """
+    cap = _check(logits, labels, temperature, softcap, impl)
+    name = pick("token_logprobs", impl, logits.device, FORWARD)
+    if name == "ref":
+        logprobs, entropy, _ = reference.token_logprobs(logits, labels, temperature, cap, return_entropy, ignore_index)
+    else:
+        logprobs, entropy, _ = _compose(logits, labels, temperature, cap, return_entropy, ignore_index, name)
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _check(logits: Tensor, labels: Tensor, temperature: float, softcap: float | None, impl: str) -> float:
+    op = "token_logprobs"
+    checks.tensor(op, logits=logits, labels=labels)
+    checks.same_device(op, "logits", logits, labels=labels)
+    checks.floating(op, impl, logits=logits)
+    checks.dtype(op, "labels", labels, torch.int64)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{op}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    checks.same_shape(op, "logits without V", logits.shape[:-1], labels=labels)
+    checks.unit_stride(op, "logits", logits)
+    checks.number(op, "temperature", temperature, 0.0, float("inf"), open_low=True)
+    if softcap is not None:
+        checks.number(op, "softcap", softcap, 0.0, float("inf"), open_low=True)
+    return 0.0 if softcap is None else float(softcap)
