@@ -20,8 +20,11 @@ PRESET_DIR = Path(__file__).parent / "presets"
 CONFIG_DIR = Path(__file__).parent / "configs"
 IMPLS = ("auto", "ref", "cpu", "triton", "cuda")
 
-__all__ = ["ConfigError", "TrainConfig", "build", "config_names", "load_config", "preset_names", "save_config",
-           "to_dict"]
+__all__ = [
+    "AdvantageConfig", "BatchConfig", "ConfigError", "CriticConfig", "DataConfig", "IMPLS", "KLConfig",
+    "LossConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "PtxConfig", "RewardConfig", "RolloutConfig",
+    "RunConfig", "TrainConfig", "build", "config_names", "load_config", "preset_names", "save_config", "to_dict",
+]
 
 
 def _finite(value: float) -> bool:
@@ -75,8 +78,8 @@ class RolloutConfig:
 
     max_new_tokens: int = 48
     """Response limit in tokens, EOS included; a response cut here is `truncated`."""
-    min_new_tokens: int = 1
-    """EOS is forbidden before this many tokens."""
+    min_new_tokens: int = 0
+    """EOS is forbidden before this many tokens are out; 0 allows an empty response (EOS alone)."""
     temperature: float = 1.0
     """Sampling temperature. Scoring and training divide logits by the same number, so ratio and KL are those of one
     distribution."""

@@ -1,0 +1,174 @@
+"""The three shapes that a sequence takes on its way: Rollout -> Experience -> Minibatch.
+
+Sequences travel packed: one row of tokens and `cu_seqlens` (int32, S+1), no padding, so no slot exists that could hold
+a NaN or be counted by mistake. P counts all tokens (prompt + response), N response tokens, S sequences. The response token
+y_t at tokens[i] is produced by the state at i-1: `states[n] = i-1` is where its logprob and V(s_t) are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+Plan = list[list[Tensor]]
+"""Minibatches of micro-batches of sequence indices (int64)."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with sampled responses, scored by policy, reference and critic."""
+
+    tokens: Tensor
+    """(P,) int64, prompt then response of each sequence."""
+    cu_seqlens: Tensor
+    """(S+1,) int32, where each sequence starts in `tokens`."""
+    response_cu: Tensor
+    """(S+1,) int32, where each response starts in the (N,) fields."""
+    states: Tensor
+    """(N,) int64, index into `tokens` of the state that produced each response token."""
+    finished: Tensor
+    """(S,) bool, the response ended by EOS; False: it was cut at the length limit."""
+    sampler_logprobs: Tensor
+    """(N,) float32, under the distribution sampled from."""
+    logprobs: Tensor
+    """(N,) float32, of the policy, in the packing and dtype of the training forward."""
+    entropy: Tensor
+    """(N,) float32, of the policy at each state, nats."""
+    ref_logprobs: Tensor
+    """(N,) float32, of the reference."""
+    values: Tensor
+    """(N,) float32, V(s_t) of the critic."""
+    plan: Plan
+    """The micro-batches that were scored together; the first epoch trains on the same ones."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, the response tokens."""
+        return self.tokens[self.states + 1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64, response lengths, EOS included."""
+        return self.response_cu.diff().long()
+
+    def sequences(self) -> list[tuple[list[int], list[int]]]:
+        """(prompt, response) token ids of each sequence, on the host."""
+        tokens, ends, lengths = self.tokens.tolist(), self.cu_seqlens.tolist(), self.lengths.tolist()
+        cut = [end - n for end, n in zip(ends[1:], lengths, strict=True)]
+        return [(tokens[a:b], tokens[b:c]) for a, b, c in zip(ends[:-1], cut, ends[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with what PPO learns from."""
+
+    rollout: Rollout
+    scores: Tensor
+    """(S,) float32, raw reward."""
+    shaped_scores: Tensor
+    """(S,) float32, after standardising, clipping and the missing-EOS penalty."""
+    rewards: Tensor
+    """(N,) float32, per token: -kl_coef * KL, plus the shaped score at each last token."""
+    advantages: Tensor
+    """(N,) float32, the actor's."""
+    returns: Tensor
+    """(N,) float32, the critic's targets."""
+    kl_coef: float
+    """Coefficient that `rewards` was made with."""
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some sequences of an experience, packed anew: what one forward and backward sees."""
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    states: Tensor
+    labels: Tensor
+    sampler_logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def pack(sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token lists -> tokens (P,) int64, cu_seqlens (S+1,) int32."""
+    rows = [torch.as_tensor(s, dtype=torch.int64) for s in sequences]
+    lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
+    return torch.cat(rows).to(device), cumulative(lengths).to(device)
+
+
+def cumulative(lengths: Tensor) -> Tensor:
+    """(S,) lengths -> (S+1,) int32 starts, `cat([0, cumsum])`."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def spans(cu: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of all elements of the packed sequences `which`, in that order, and their own cu: `cat([arange(cu[i], cu[i+1])])`."""
+    starts, lengths = cu[:-1].long()[which], cu.diff().long()[which]
+    new_cu = cumulative(lengths)
+    shift = torch.repeat_interleave(starts - new_cu[:-1].long(), lengths)
+    return torch.arange(len(shift), device=cu.device) + shift, new_cu
+
+
+def per_token(values: Tensor, cu: Tensor) -> Tensor:
+    """(S,) -> (N,): each sequence's value at each of its tokens."""
+    return torch.repeat_interleave(values, cu.diff().long())
+
+
+def last_tokens(cu: Tensor) -> Tensor:
+    """(S,) int64, index of each sequence's last element."""
+    return cu[1:].long() - 1
+
+
+def select(rollout: Rollout, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences `which` packed anew: their tokens, cu_seqlens, states (into those tokens), and their slots in the (N,) fields."""
+    which = which.to(rollout.tokens.device)
+    at, cu = spans(rollout.cu_seqlens, which)
+    slots, response_cu = spans(rollout.response_cu, which)
+    moved = cu[:-1].long() - rollout.cu_seqlens[:-1].long()[which]
+    return rollout.tokens[at], cu, rollout.states[slots] + per_token(moved, response_cu), slots
+
+
+def minibatch(experience: Experience, which: Tensor) -> Minibatch:
+    """The sequences `which` of `experience`, packed for one forward."""
+    roll = experience.rollout
+    tokens, cu, states, slots = select(roll, which)
+    return Minibatch(tokens=tokens, cu_seqlens=cu, states=states, labels=tokens[states + 1],
+                     sampler_logprobs=roll.sampler_logprobs[slots], old_logprobs=roll.logprobs[slots],
+                     ref_logprobs=roll.ref_logprobs[slots], old_values=roll.values[slots],
+                     advantages=experience.advantages[slots], returns=experience.returns[slots])
+
+
+def plan_minibatches(lengths: Tensor, minibatch_size: int, micro_tokens: int, generator: torch.Generator | None) -> Plan:
+    """Cut sequences into minibatches of `minibatch_size`, each into micro-batches of at most `micro_tokens` tokens.
+
+    lengths: (S,) whole lengths. Every sequence is in exactly one micro-batch; the last minibatch may be smaller. A sequence
+    longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the order. Inside a minibatch
+    sequences go by length, so that a micro-batch holds like lengths and wastes little where the forward has to pad.
+    """
+    host = lengths.tolist()
+    order = torch.randperm(len(host), generator=generator).tolist() if generator else list(range(len(host)))
+    plan: Plan = []
+    for start in range(0, len(order), minibatch_size):
+        micros: list[list[int]] = [[]]
+        used = 0
+        for i in sorted(order[start:start + minibatch_size], key=host.__getitem__):
+            if micros[-1] and used + host[i] > micro_tokens:
+                micros.append([])
+                used = 0
+            micros[-1].append(i)
+            used += host[i]
+        plan.append([torch.tensor(m, dtype=torch.int64) for m in micros])
+    return plan
+
+
+def to_device(batch: Rollout, device: torch.device | str) -> Rollout:
+    """`batch` with every tensor field on `device`; the plan stays on the host."""
+    moved = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return Rollout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
