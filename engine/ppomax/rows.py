@@ -1,0 +1,112 @@
+"""Rows (mappings) from JSONL, JSON, Parquet, HF datasets or memory, each with the words that name it in an error.
+
+    for where, row in read_rows("prompts.jsonl.gz"): ...        where == "prompts.jsonl.gz:17"
+Every way in gives the same thing: an iterator of (where, row). Nothing is skipped here; a row that cannot be read stops.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Source = str | Path | Iterable[Any]
+Row = Mapping[str, Any]
+
+
+class DataError(ValueError):
+    """A file, row or tokenizer that cannot be used; the message says which and what to do."""
+
+
+def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[str, Row]]:
+    """Yield (where, row) of a file, a folder, a hub data set's name, or an iterable of mappings.
+
+    `.jsonl`, `.jsonl.gz`, `.json` (a list, or one object a line) and `.parquet` are read here; a folder or a hub name goes
+    through the `datasets` library with `split`. Raises DataError naming the file and line for anything unreadable.
+    """
+    if not isinstance(source, (str, Path)):
+        return _numbered(source, type(source).__name__)
+    path = Path(source)
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir() or _looks_like_hub_name(str(source)):
+        return _read_dataset(str(source), split)
+    raise DataError(f"{source}: no such file or folder; give a .jsonl, .jsonl.gz, .json or .parquet file or a data set name")
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    known_file = name.endswith((".jsonl", ".gz", ".json", ".parquet"))
+    return not known_file and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
+    suffixes = path.suffixes[-2:]
+    if suffixes[-1:] == [".parquet"]:
+        return _read_parquet(path)
+    if suffixes[-1:] == [".gz"] or suffixes[-1:] in ([".jsonl"], [".json"]):
+        return _read_json(path)
+    raise DataError(f"{path}: cannot tell the format by the name; use .jsonl, .jsonl.gz, .json or .parquet")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if number == 1 and line.lstrip().startswith("["):
+                    yield from _numbered(json.loads(line + lines.read()), str(path))
+                    return
+                if line.strip():
+                    yield _checked(f"{path}:{number}", json.loads(line))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{number}: not JSON ({error}); one object a line is wanted") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: the archive is cut short or damaged after line {number} ({error}); fetch it again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 after line {number} ({error}); convert it") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from error
+
+
+def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        if (Path(name) / "dataset_dict.json").is_file():
+            data: Any = datasets.load_from_disk(name)[split]
+        elif (Path(name) / "state.json").is_file():
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises many kinds; all mean that there are no rows
+        raise DataError(f"{name}: `datasets` cannot load split {split!r} ({type(error).__name__}: {error})") from error
+    return _numbered(data, name)
+
+
+def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(rows, 1):
+        yield _checked(f"{name}:{number}", row)
+
+
+def _checked(where: str, row: Any) -> tuple[str, Row]:
+    if isinstance(row, str):
+        row = {"prompt": row, "text": row}
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: a row must be an object with named columns, got {type(row).__name__}")
+    return where, row
