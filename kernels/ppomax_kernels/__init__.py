@@ -4,9 +4,10 @@ from .gae import gae
 from .kl_penalty import kl_penalty
 from .metrics import Metrics
 from .ppo_loss import ppo_loss
+from .sample import sample
 from .token_logprobs import token_logprobs
 from .token_rewards import token_rewards
 from .value_loss import value_loss
 from .whiten import whiten
 
-__all__ = ["Metrics", "gae", "kl_penalty", "ppo_loss", "token_logprobs", "token_rewards", "value_loss", "whiten"]
+__all__ = ["Metrics", "gae", "kl_penalty", "ppo_loss", "sample", "token_logprobs", "token_rewards", "value_loss", "whiten"]

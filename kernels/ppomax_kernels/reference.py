@@ -229,3 +229,58 @@ def value_loss(
     loss = 0.5 * mean(torch.where(was_clipped, clipped, plain))
     metrics = torch.stack([loss, mean(was_clipped.to(v.dtype)), mean(v), mean(target), mean(plain), tokens]).detach()
     return loss, metrics
+
+
+def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Uniforms in (0, 1), fp64 of 24 bits: the first word of Philox4x32-10 with key = seed and counter = (position, 0)."""
+    low32 = 0xFFFFFFFF
+    c0, c1 = positions & low32, (positions >> 32) & low32
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seeds & low32, (seeds >> 32) & low32
+
+    def product(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
+        """High and low words of m * c, in 16-bit halves: int64 would overflow."""
+        a, b = m * (c & 0xFFFF), m * (c >> 16)
+        middle = (a >> 16) + b
+        return (middle >> 16) & low32, ((middle & 0xFFFF) << 16) | (a & 0xFFFF)
+
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, c0)
+        high1, low1 = product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
+    return ((c0 >> 8).double() + 0.5) * 2.0**-24
+
+
+def sample(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = _f(logits)
+    bad = torch.isnan(x).any(-1) | (x == torch.inf).any(-1) | (x == -torch.inf).all(-1)
+    if x.device.type == "cpu" and bool(bad.any()):
+        raise ValueError(f"sample: row {int(bad.nonzero()[0])} of logits has NaN, +inf, or nothing above -inf; there is nothing to draw from")
+    plain = torch.log_softmax(x.masked_fill(bad.unsqueeze(-1), 0.0), -1)
+    p = plain.exp()
+    entropy = -(p * plain.masked_fill(p == 0.0, 0.0)).sum(-1)
+    if temperature == 0.0:
+        token = x.argmax(-1)
+        logprob = torch.zeros_like(entropy)
+    else:
+        z = x / temperature
+        keep = z > -torch.inf
+        if 0 < top_k < z.shape[-1]:
+            keep &= z >= z.topk(top_k, -1).values[:, -1:]
+        weight = torch.where(keep, torch.exp(z - z.amax(-1, keepdim=True)), 0.0).double()
+        if top_p < 1.0:
+            ordered, order = weight.sort(-1, descending=True, stable=True)
+            mass = ordered.cumsum(-1)
+            enough = (mass < top_p * weight.sum(-1, keepdim=True)).sum(-1, keepdim=True).clamp(max=z.shape[-1] - 1)
+            threshold = z.gather(-1, order.gather(-1, enough))
+            weight = torch.where(z >= threshold, weight, 0.0)
+        total = weight.sum(-1)
+        target = philox_uniform(seeds, positions) * total
+        token = (weight.cumsum(-1) <= target.unsqueeze(-1)).sum(-1).clamp(max=z.shape[-1] - 1)
+        logprob = (weight.gather(-1, token.unsqueeze(-1)).squeeze(-1) / total).log().to(x.dtype)
+    picked = plain.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    nan = torch.nan
+    return token.masked_fill(bad, -1), logprob.masked_fill(bad, nan), picked.masked_fill(bad, nan), entropy.masked_fill(bad, nan)
