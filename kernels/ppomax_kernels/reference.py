@@ -272,7 +272,7 @@ def sample(
             keep &= z >= z.topk(top_k, -1).values[:, -1:]
         weight = torch.where(keep, torch.exp(z - z.amax(-1, keepdim=True)), 0.0).double()
         if top_p < 1.0:
-            ordered, order = weight.sort(-1, descending=True, stable=True)
+            ordered, order = torch.sort(weight, dim=-1, descending=True, stable=True)
             mass = ordered.cumsum(-1)
             enough = (mass < top_p * weight.sum(-1, keepdim=True)).sum(-1, keepdim=True).clamp(max=z.shape[-1] - 1)
             threshold = z.gather(-1, order.gather(-1, enough))
