@@ -1,0 +1,173 @@
+"""Where scores come from, and how a raw score becomes per-token rewards.
+
+    rho = clip(standardise(R), -c, +c) - penalty * [no EOS] ;  r_t = -kl_coef * kl_t + [t = T] * rho
+The KL penalty is added after the clip, so that no clip can hide it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ppomax_kernels as K
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ppomax.batch import Rollout, per_token, spans
+from ppomax.config import KLConfig, RewardConfig
+from ppomax.models import RewardModel
+
+LEAST_STD = 1e-6
+"""Below this the scores are taken as equal, and nothing is divided."""
+
+
+class RewardError(RuntimeError):
+    """A reward source failed: it raised, or gave the wrong number of scores, or NaN or infinity."""
+
+
+class RewardSource(Protocol):
+    """Anything that scores the sequences of a rollout."""
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """(S,) float32 raw scores, higher is better."""
+
+
+class ModelReward:
+    """The frozen reward model, read at each sequence's last token."""
+
+    def __init__(self, model: RewardModel):
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> Tensor:
+        scores = torch.empty(len(rollout.finished), device=rollout.tokens.device)
+        for micro in (m for minibatch in rollout.plan for m in minibatch):
+            which = micro.to(scores.device)
+            at, cu = spans(rollout.cu_seqlens, which)
+            scores[which] = self.model.scores(rollout.tokens[at], cu)
+        return checked_scores(scores, len(scores), "the reward model")
+
+
+class FunctionReward:
+    """A Python function of texts: f(prompts: list[str], responses: list[str]) -> one number each."""
+
+    def __init__(self, function: Callable[[list[str], list[str]], Sequence[float]], tokenizer: PreTrainedTokenizerBase):
+        self.function, self.tokenizer = function, tokenizer
+        self.name = f"the reward function {getattr(function, '__name__', repr(function))}"
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        pairs = rollout.sequences()
+        prompts, responses = ([self.tokenizer.decode(p[i], skip_special_tokens=True) for p in pairs] for i in (0, 1))
+        try:
+            given = self.function(prompts, responses)
+        except Exception as error:
+            raise RewardError(f"{self.name} raised {type(error).__name__}: {error}") from error
+        try:
+            scores = torch.as_tensor(given, dtype=torch.float32, device=rollout.tokens.device).flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(f"{self.name} must return one number for each response, got {given!r:.80}") from error
+        return checked_scores(scores, len(pairs), self.name)
+
+
+def checked_scores(scores: Tensor, count: int, name: str) -> Tensor:
+    """`scores` if there are `count` finite ones; RewardError names the source and the first bad entry otherwise."""
+    if len(scores) != count:
+        raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; return exactly one number each")
+    bad = (~torch.isfinite(scores)).nonzero()
+    if len(bad):
+        i = int(bad[0, 0])
+        raise RewardError(f"{name} gave {float(scores[i])} for response {i} ({len(bad)} of {count} are not finite)")
+    return scores
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """`path/file.py:name` or `package.module:name` -> the function. Runs that file; RewardError if it is not there."""
+    where, _, name = spec.rpartition(":")
+    if not where:
+        raise RewardError(f"reward.function must be file.py:name or package.module:name, got {spec!r}")
+    try:
+        if where.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(where).stem, where)
+            if found is None or found.loader is None:
+                raise ImportError(f"{where} is not a Python file")
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        return getattr(module, name)  # type: ignore[no-any-return]
+    except (ImportError, OSError, AttributeError) as error:
+        raise RewardError(f"reward.function={spec!r} cannot be loaded: {error}") from error
+
+
+class RunningMoments:
+    """Mean and standard deviation of all scores so far, batch by batch (Chan, Golub, LeVeque 1979), in float64.
+
+    Any split of the same scores gives the same moments to rounding. Starts empty, never forgets."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, scores: Tensor) -> None:
+        """Take in one batch: (n,) scores of all ranks."""
+        x = scores.double()
+        if not len(x):
+            return
+        mean = float(x.mean())
+        squares = float(((x - mean) ** 2).sum())
+        count = self.count + len(x)
+        shift = mean - self.mean
+        self.squares += squares + shift**2 * self.count * len(x) / count
+        self.mean += shift * len(x) / count
+        self.count = count
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; 1 while there are fewer than two scores or they are all equal."""
+        std = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+        return std if std > LEAST_STD else 1.0
+
+    def state(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.squares = int(state["count"]), state["mean"], state["squares"]
+
+
+class KLController:
+    """The KL coefficient of the reward: fixed, or steered to a target (Ziegler et al., arXiv 1909.08593)."""
+
+    def __init__(self, config: KLConfig):
+        self.config, self.coef = config, config.coef
+
+    def update(self, kl: float, sequences: int) -> None:
+        """kl: mean per token, nats, of the buffer that was just used; sequences: how many it held."""
+        if self.config.controller == "adaptive":
+            error = min(max(kl / self.config.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * sequences / self.config.horizon
+
+
+def shape_scores(scores: Tensor, finished: Tensor, moments: RunningMoments, config: RewardConfig) -> Tensor:
+    """(S,) raw scores -> standardised, clipped, less the missing-EOS penalty. `moments` already hold these scores."""
+    if config.standardize == "norm":
+        scores = (scores - moments.mean) / moments.std
+    elif config.standardize == "scale":
+        scores = scores / moments.std
+    if config.clip is not None:
+        scores = scores.clamp(-config.clip, config.clip)
+    return scores - (config.missing_eos_penalty or 0.0) * (~finished).float()
+
+
+def token_rewards(shaped: Tensor, rollout: Rollout, kl_coef: float, estimator: str, impl: str) -> Tensor:
+    """(N,): -kl_coef * KL at each response token, the shaped score added at each last one."""
+    return K.token_rewards(shaped, rollout.logprobs, rollout.ref_logprobs, rollout.response_cu, kl_coef=kl_coef,
+                           estimator=estimator, impl=impl)
+
+
+def sequence_sums(x: Tensor, cu: Tensor) -> Tensor:
+    """(N,) -> (S,): sum over each packed sequence."""
+    owner = per_token(torch.arange(len(cu) - 1, device=x.device), cu)
+    return torch.zeros(len(cu) - 1, dtype=x.dtype, device=x.device).index_add(0, owner, x)
