@@ -8,7 +8,7 @@ y_t at tokens[i] is produced by the state at i-1: `states[n] = i-1` is where its
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -166,9 +166,3 @@ def plan_minibatches(lengths: Tensor, minibatch_size: int, micro_tokens: int, ge
             used += host[i]
         plan.append([torch.tensor(m, dtype=torch.int64) for m in micros])
     return plan
-
-
-def to_device(batch: Rollout, device: torch.device | str) -> Rollout:
-    """`batch` with every tensor field on `device`; the plan stays on the host."""
-    moved = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return Rollout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})

@@ -21,9 +21,28 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 IMPLS = ("auto", "ref", "cpu", "triton", "cuda")
 
 __all__ = [
-    "AdvantageConfig", "BatchConfig", "ConfigError", "CriticConfig", "DataConfig", "IMPLS", "KLConfig",
-    "LossConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "PtxConfig", "RewardConfig", "RolloutConfig",
-    "RunConfig", "TrainConfig", "build", "config_names", "load_config", "preset_names", "save_config", "to_dict",
+    "IMPLS",
+    "AdvantageConfig",
+    "BatchConfig",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "KLConfig",
+    "LossConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimConfig",
+    "PtxConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainConfig",
+    "build",
+    "config_names",
+    "load_config",
+    "preset_names",
+    "save_config",
+    "to_dict",
 ]
 
 
@@ -248,8 +267,10 @@ class PtxConfig:
     coef: float = 0.1
     """Weight of the mean token NLL. 0: off."""
     texts: str | None = None
-    """JSONL, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: the texts that ship with
-    ppomax."""
+    """JSONL, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: responses of the start policy to
+    the run's own prompts, sampled once."""
+    pool: int = 256
+    """How many responses are sampled when `texts` is not given."""
     batch_size: int = 8
     """Texts beside each minibatch."""
     max_tokens: int = 128

@@ -58,9 +58,12 @@ class Engine:
         self.device = pick_device(self.config.run.device)
         self.sources = {"reference": _path(reference) or _path(policy), "reward": _path(reward), "tokenizer": _path(policy)}
         dtype, trust = DTYPES[self.config.model.dtype], self.config.model.trust_remote_code
-        lm = load_policy(policy, dtype, trust_remote_code=trust).to(self.device).eval().requires_grad_(True)
+        lm = load_policy(policy, dtype, trust_remote_code=trust).eval().requires_grad_(True)
+        lm.to(self.device)  # type: ignore[arg-type]
         frozen = copy.deepcopy(lm) if reference is None else load_policy(reference, dtype, trust_remote_code=trust)
-        self.reference = freeze(frozen.to(self.device))
+        frozen.to(self.device)  # type: ignore[arg-type]
+        freeze(frozen)
+        self.reference = frozen
         self.tokenizer = tokenizer
         if tokenizer is None and self.sources["tokenizer"]:
             self.tokenizer = load_tokenizer(self.sources["tokenizer"], trust_remote_code=trust)
@@ -74,8 +77,8 @@ class Engine:
         check_vocabularies(lm, self.reference, value_model, self.reward_model)
 
         steps = optimizer_steps(self.config)
-        self.policy = Trained(lm, self.config.policy_optim, steps)
-        self.critic = Trained(value_model, self.config.critic_optim, steps)
+        self.policy: Trained[PreTrainedModel] = Trained(lm, self.config.policy_optim, steps)
+        self.critic: Trained[Critic] = Trained(value_model, self.config.critic_optim, steps)
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
         self.buffers, self.episodes = 0, 0
 
@@ -85,9 +88,7 @@ class Engine:
         uids = range(self.episodes, self.episodes + len(ids))
         self.episodes += len(ids)
         self.buffers += 1
-        return rollout(self.policy.module, self.reference, self.critic.module, ids, config=self.config.rollout,
-                       batch=self.config.batch, eos_ids=self.eos_ids, uids=uids, seed=self.config.run.seed,
-                       generator=self._generator(0), impl=self.config.impl)
+        return self._generate(ids, uids, self._generator(0))
 
     def experience(self, roll: Rollout) -> Experience:
         """Raw scores -> running moments -> shaped scores -> token rewards -> advantages and returns."""
@@ -124,6 +125,12 @@ class Engine:
                         "perf/tokens_per_second": float(len(roll.states)) / (times[1] - times[0])})
         return metrics
 
+    def preview(self, prompts: Sequence[Sequence[int] | str]) -> tuple[Rollout, Tensor]:
+        """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing counted."""
+        ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
+        roll = self._generate(ids, range(-1, -1 - len(ids), -1), None)
+        return roll, self.reward(roll)
+
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the whole state to the folder `path`, atomically; `extra` (plain data) is given back by `restore`."""
         from ppomax.checkpoint import save_engine
@@ -141,6 +148,11 @@ class Engine:
         from ppomax.checkpoint import load_engine
         return load_engine(cls, Path(path), parts)
 
+    def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
+        return rollout(self.policy.module, self.reference, self.critic.module, ids, config=self.config.rollout,
+                       batch=self.config.batch, eos_ids=self.eos_ids, uids=uids, seed=self.config.run.seed,
+                       generator=generator, impl=self.config.impl)
+
     def _generator(self, purpose: int) -> torch.Generator:
         """Shuffles of this buffer: a function of seed and buffer number, so nothing of it needs saving."""
         return torch.Generator().manual_seed((self.config.run.seed * 1_000_003 + self.buffers) * 2 + purpose)
@@ -154,8 +166,10 @@ class Engine:
 
     def _reward_source(self, reward: Any, dtype: torch.dtype) -> RewardSource:
         if isinstance(reward, (str, Path, PreTrainedModel, RewardModel)):
-            self.reward_model = load_reward_model(reward, dtype, trust_remote_code=self.config.model.trust_remote_code)
-            freeze(self.reward_model.to(self.device))
+            trust = self.config.model.trust_remote_code
+            model = reward if isinstance(reward, RewardModel) else load_reward_model(reward, dtype, trust_remote_code=trust)
+            freeze(model.to(self.device, dtype))
+            self.reward_model = model
             return ModelReward(self.reward_model)
         if not callable(reward):
             raise TypeError(f"Engine: reward must be a reward model, a path to one, or a function of texts, got {type(reward).__name__}")
@@ -203,20 +217,26 @@ def eos_ids_of(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         eos = getattr(owner, "eos_token_id", None)
         if eos is not None:
             return list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
-    raise ValueError("Engine: neither model nor tokenizer has an EOS token, so no response could end; set eos_token_id in the policy's config")
+    raise ValueError("Engine: neither model nor tokenizer has an EOS token, so no response could end; "
+                     "set eos_token_id in the policy's config")
 
 
 def check_vocabularies(policy: PreTrainedModel, *others: torch.nn.Module | None) -> None:
     """ValueError if a model's embedding has another number of rows than the policy's: token ids would mean other words."""
-    rows = policy.get_input_embeddings().num_embeddings
+    rows = vocabulary_rows(policy)
     for other in others:
         if other is None:
             continue
         model = other.model if isinstance(other, Critic) else other
-        found = model.get_input_embeddings().num_embeddings
+        found = vocabulary_rows(model)
         if found != rows:
             raise ValueError(f"Engine: the policy has {rows} tokens, the {type(other).__name__} ({type(model).__name__}) has {found}; "
                              "use models that share one tokenizer")
+
+
+def vocabulary_rows(model: Any) -> int:
+    """Rows of the input embedding: the token ids that the model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def check_prompts(prompts: list[list[int]], policy: PreTrainedModel, max_new_tokens: int) -> list[list[int]]:
@@ -224,7 +244,7 @@ def check_prompts(prompts: list[list[int]], policy: PreTrainedModel, max_new_tok
     if not prompts:
         raise ValueError("Engine: no prompts were given; pass at least one")
     window = getattr(policy.config, "max_position_embeddings", None) or float("inf")
-    rows = policy.get_input_embeddings().num_embeddings
+    rows = vocabulary_rows(policy)
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"Engine: prompt {i} is empty; a response needs at least one token before it (BOS will do)")

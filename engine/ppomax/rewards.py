@@ -61,7 +61,7 @@ class FunctionReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         pairs = rollout.sequences()
-        prompts, responses = ([self.tokenizer.decode(p[i], skip_special_tokens=True) for p in pairs] for i in (0, 1))
+        prompts, responses = ([str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1))
         try:
             given = self.function(prompts, responses)
         except Exception as error:

@@ -5,8 +5,8 @@ Only the states that produced a response token go through the head, so a prompt 
 
 from __future__ import annotations
 
-import torch
 import ppomax_kernels as K
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -6,11 +6,14 @@ Plain torch, one process. A sharded engine joins by offering the same face: `mod
 from __future__ import annotations
 
 import math
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ppomax.config import OptimConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def total(x: Tensor) -> Tensor:
@@ -39,13 +42,13 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr
 
 
-class Trained:
+class Trained(Generic[M]):
     """A module under AdamW.
 
     Gradients add up over `backward` calls until `step` or `skip`. Parameters in 16 bit are stepped through float32 copies,
     since updates of 1e-6 would vanish in their rounding. The learning rate is a function of the step count alone."""
 
-    def __init__(self, module: nn.Module, config: OptimConfig, total_steps: int):
+    def __init__(self, module: M, config: OptimConfig, total_steps: int):
         self.module, self.config, self.total_steps = module, config, total_steps
         self.steps = 0
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -73,8 +76,8 @@ class Trained:
         return torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).norm()
 
     @torch.no_grad()
-    def step(self, norm: Tensor) -> None:
-        """Clip by `norm` (of `grad_norm`), step, clear the gradient."""
+    def step(self, norm: Tensor, lr: float | None = None) -> None:
+        """Clip by `norm` (of `grad_norm`), step, clear the gradient. With `lr` the schedule is left where it is."""
         for p, copy in zip(self.params, self.copies, strict=True):
             if copy is not p:
                 copy.grad = None if p.grad is None else p.grad.float()
@@ -82,18 +85,18 @@ class Trained:
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([c.grad for c in self.copies if c.grad is not None], factor)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr if lr is None else lr
         self.optimizer.step()
         for p, copy in zip(self.params, self.copies, strict=True):
             if copy is not p:
                 p.copy_(copy)
-        self.skip()
+        self.skip(advance=lr is None)
 
-    def skip(self) -> None:
-        """Clear the gradient and go on to the next step's learning rate without touching the weights."""
+    def skip(self, *, advance: bool = True) -> None:
+        """Clear the gradient without touching the weights; `advance` goes on to the next step's learning rate."""
         for p, copy in zip(self.params, self.copies, strict=True):
             p.grad = copy.grad = None
-        self.steps += 1
+        self.steps += advance
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights by name (tied ones once), and optimiser state as `<kind>/<name>`."""

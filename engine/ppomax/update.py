@@ -9,21 +9,23 @@ Every mean is divided by a global count before the backward, so micro-batches an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import ppomax_kernels as K
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ppomax.batch import Experience, Minibatch, Plan, minibatch, pack, plan_minibatches
 from ppomax.config import TrainConfig
-from ppomax.models import head_of
+from ppomax.data import Text
+from ppomax.models import Critic, head_of
 from ppomax.scoring import head_logprobs, policy_logprobs, state_hidden, state_values
 from ppomax.sharding import Trained, total
 
-TextSource = Callable[[int], list[list[int]]]
-"""n -> the next n texts (token ids) of the ptx term."""
+TextSource = Callable[[int], list[Text]]
+"""n -> the next n texts of the ptx term."""
 
 
 class Diverged(RuntimeError):
@@ -64,7 +66,7 @@ class Tally:
         return out
 
 
-def update(policy: Trained, critic: Trained, experience: Experience, config: TrainConfig, health: Health, *,
+def update(policy: Trained[PreTrainedModel], critic: Trained[Critic], experience: Experience, config: TrainConfig, health: Health, *,
            generator: torch.Generator | None = None, texts: TextSource | None = None) -> dict[str, float]:
     """PPO epochs over one buffer; trains both models in place and returns metrics under TRL's names.
 
@@ -82,7 +84,7 @@ def update(policy: Trained, critic: Trained, experience: Experience, config: Tra
     return tally.means()
 
 
-def train_minibatch(policy: Trained, critic: Trained, micros: list[Minibatch], config: TrainConfig, health: Health,
+def train_minibatch(policy: Trained[PreTrainedModel], critic: Trained[Critic], micros: list[Minibatch], config: TrainConfig, health: Health,
                     texts: TextSource | None) -> dict[str, float]:
     """One optimiser step of each model on the sequences of `micros`."""
     device = micros[0].tokens.device
@@ -110,7 +112,7 @@ def train_minibatch(policy: Trained, critic: Trained, micros: list[Minibatch], c
     return _row(parts, pg.names, v.names, ptx, policy_norm, critic_norm, rates, good)
 
 
-def policy_loss(policy: Trained, micro: Minibatch, tokens: Tensor, config: TrainConfig) -> tuple[Tensor, K.Metrics]:
+def policy_loss(policy: Trained[PreTrainedModel], micro: Minibatch, tokens: Tensor, config: TrainConfig) -> tuple[Tensor, K.Metrics]:
     """This micro-batch's share of the clipped surrogate, with entropy bonus and KL term; divided by the global `tokens`."""
     loss, kl = config.loss, config.kl
     hidden = state_hidden(policy.module, micro.tokens, micro.cu_seqlens, micro.states)
@@ -125,7 +127,7 @@ def policy_loss(policy: Trained, micro: Minibatch, tokens: Tensor, config: Train
                       kl_coef=kl.loss_coef, estimator=kl.loss_estimator, impl=config.impl)
 
 
-def critic_loss(critic: Trained, micro: Minibatch, tokens: Tensor, config: TrainConfig) -> tuple[Tensor, K.Metrics, Tensor]:
+def critic_loss(critic: Trained[Critic], micro: Minibatch, tokens: Tensor, config: TrainConfig) -> tuple[Tensor, K.Metrics, Tensor]:
     """This micro-batch's share of the clipped value loss times vf_coef, and max |V - V_old| (0 before the first step)."""
     values = state_values(critic.module, micro.tokens, micro.cu_seqlens, micro.states)
     v_loss, metrics = K.value_loss(values, micro.old_values, micro.returns, clip=config.loss.value_clip, normalizer=tokens,
@@ -133,24 +135,24 @@ def critic_loss(critic: Trained, micro: Minibatch, tokens: Tensor, config: Train
     return config.loss.vf_coef * v_loss, metrics, (values.detach() - micro.old_values).abs().max()
 
 
-def ptx_backward(policy: Trained, config: TrainConfig, texts: TextSource, device: torch.device) -> Tensor:
+def ptx_backward(policy: Trained[PreTrainedModel], config: TrainConfig, texts: TextSource, device: torch.device) -> Tensor:
     """Add the gradient of coef * mean NLL of the next texts, micro-batch by micro-batch; returns that loss."""
-    rows = [t[:config.ptx.max_tokens] for t in texts(config.ptx.batch_size)]
-    targets = total(torch.tensor(float(sum(len(t) - 1 for t in rows)), device=device))
+    rows = [Text(t.tokens[:config.ptx.max_tokens], t.loss_from) for t in texts(config.ptx.batch_size)]
+    targets = total(torch.tensor(float(sum(max(0, len(t.tokens) - t.loss_from) for t in rows)), device=device))
     loss = torch.zeros((), device=device)
-    plan = plan_minibatches(torch.tensor([len(t) for t in rows]), len(rows), config.batch.micro_tokens, None)
+    plan = plan_minibatches(torch.tensor([len(t.tokens) for t in rows]), len(rows), config.batch.micro_tokens, None)
     for micro in plan[0]:
-        tokens, cu = pack([rows[i] for i in micro.tolist()], device)
-        states = torch.ones(len(tokens), dtype=torch.bool, device=device)
-        states[cu[1:].long() - 1] = False  # a text's last token predicts nothing
-        logprobs, _ = policy_logprobs(policy.module, tokens, cu, states.nonzero()[:, 0], impl=config.impl)
-        part = -config.ptx.coef * logprobs.sum() / targets
-        policy.backward(part)
-        loss += part.detach()
+        part = [rows[i] for i in micro.tolist()]
+        tokens, cu = pack([t.tokens for t in part], device)
+        states = [s + i - 1 for t, s in zip(part, cu.tolist(), strict=False) for i in range(t.loss_from, len(t.tokens))]
+        logprobs, _ = policy_logprobs(policy.module, tokens, cu, torch.tensor(states, device=device), impl=config.impl)
+        share = -config.ptx.coef * logprobs.sum() / targets.clamp(min=1.0)
+        policy.backward(share)
+        loss += share.detach()
     return loss
 
 
-def _row(parts: list[tuple[Tensor, ...]], pg_names: tuple[str, ...], v_names: tuple[str, ...], ptx: Tensor,
+def _row(parts: Sequence[tuple[Tensor, ...]], pg_names: tuple[str, ...], v_names: tuple[str, ...], ptx: Tensor,
          policy_norm: Tensor, critic_norm: Tensor, rates: tuple[float, float], good: bool) -> dict[str, float]:
     """Metrics of one minibatch, read back from the device once: sums of shares are means, except the largest ratio."""
     pg = dict(zip(pg_names, torch.stack([p[2] for p in parts]).sum(0).tolist(), strict=True))

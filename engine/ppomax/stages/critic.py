@@ -1,0 +1,62 @@
+"""Critic pre-training: the policy frozen, the critic regressed on Monte-Carlo returns.
+
+    G_t = sum of rewards from t on (gamma discounted);  1/2 * mean (V - G)^2;  stop once a fresh buffer has
+    1 - Var(G - V)/Var(G) >= critic.pretrain_explained_variance
+A critic that starts as a reward model scores early tokens as if the text ended there; PPO's first advantages would carry
+that error (arXiv 2503.01491). The optimiser's moments carry over into PPO, its schedule does not move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ppomax_kernels as K
+import torch
+
+from ppomax.batch import Plan, Rollout, plan_minibatches, select
+from ppomax.engine import Engine
+from ppomax.measures import explained_variance
+from ppomax.scoring import state_values
+
+
+def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, float], bool]:
+    """One fresh buffer: measure, and train on it unless the critic is good enough. Returns metrics, and whether it was."""
+    config = engine.config
+    experience = engine.experience(engine.rollout(prompts))
+    roll = experience.rollout
+    _, returns = K.gae(experience.rewards, roll.values, roll.response_cu, gamma=config.advantage.gamma, lam=1.0, impl=config.impl)
+    explained = explained_variance(roll.values, returns)
+    metrics = {"pretrain/explained_var": explained, "objective/scores": float(experience.scores.mean()),
+               "objective/scores_std": float(experience.scores.std(unbiased=False))}
+    if explained >= config.critic.pretrain_explained_variance:
+        return metrics, True
+    losses: list[float] = []
+    lengths = roll.cu_seqlens.diff().cpu()
+    shuffle = torch.Generator().manual_seed(config.run.seed * 1_000_003 + engine.buffers)
+    for epoch in range(config.critic.pretrain_epochs):
+        plan: Plan = roll.plan
+        if epoch:
+            plan = plan_minibatches(lengths, config.batch.minibatch_size, config.batch.micro_tokens, shuffle)
+        losses += [_train(engine, experience.rollout, returns, micros) for micros in plan]
+    metrics["pretrain/value_loss"] = sum(losses) / len(losses)
+    return metrics, False
+
+
+def _train(engine: Engine, roll: Rollout, returns: torch.Tensor, micros: list[torch.Tensor]) -> float:
+    """One optimiser step of the critic on the sequences of `micros`; returns the loss."""
+    config, critic = engine.config, engine.critic
+    parts = [select(roll, m) for m in micros]
+    count = float(sum(len(slots) for *_, slots in parts))
+    loss = torch.zeros((), device=returns.device)
+    for tokens, cu, states, slots in parts:
+        values = state_values(critic.module, tokens, cu, states)
+        share, _ = K.value_loss(values, values.detach(), returns[slots], clip=None, normalizer=count, impl=config.impl)
+        critic.backward(share)
+        loss += share.detach()
+    norm = critic.grad_norm()
+    good = bool(torch.isfinite(loss + norm))
+    if good:
+        critic.step(norm, lr=config.critic.pretrain_lr or config.critic_optim.lr)
+    else:
+        critic.skip(advance=False)
+    engine.health.note(good, config.run.max_bad_steps)
+    return float(loss)
