@@ -1,7 +1,9 @@
-"""Argument checks shared by the ops, in one order: device, dtype, rank, shape, layout, range. Each message names op and argument, what was
-wanted, what came, and the mend. TypeError for a wrong dtype, ValueError for the rest. Values of tensors are not read here (on a GPU that would
+"""Argument checks shared by the ops, in one order: device, dtype, rank, shape, layout, range. Each message names op
+and argument, what was wanted, what came, and the mend. TypeError for a wrong dtype, ValueError for the rest. Values
+of tensors are not read here (on a GPU that would
 stall the queue): kernels check labels and cu_seqlens where reading them is free."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,20 +16,27 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def tensor(op: str, **named: Tensor | None) -> None:
     for name, x in named.items():
         if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
+            raise TypeError(
+                f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor"
+            )
 
 
 def same_device(op: str, first: str, x: Tensor, **others: Tensor | None) -> None:
     for name, y in others.items():
         if y is not None and y.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} like {first}, got {y.device}; move it with {name}.to({first}.device)")
+            raise ValueError(
+                f"{op}: {name} must be on {x.device} like {first}, got {y.device}; move it with "
+                f"{name}.to({first}.device)"
+            )
 
 
 def floating(op: str, impl: str, /, **named: Tensor | None) -> None:
     """float32, bfloat16 or float16; the reference takes float64 too, for gradcheck."""
     for name, x in named.items():
         if x is not None and x.dtype not in FLOATS and not (impl == "ref" and x.dtype == torch.float64):
-            raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {_dt(x)}; cast it with {name}.float()")
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16 or float16, got {_dt(x)}; cast it with {name}.float()"
+            )
 
 
 def dtype(op: str, name: str, x: Tensor, wanted: torch.dtype) -> None:
@@ -43,14 +52,18 @@ def mask_dtype(op: str, mask: Tensor | None) -> None:
 def same_shape(op: str, first: str, shape: Sequence[int], **others: Tensor | None) -> None:
     for name, y in others.items():
         if y is not None and tuple(y.shape) != tuple(shape):
-            raise ValueError(f"{op}: {name} must have shape {tuple(shape)} like {first}, got {tuple(y.shape)}; slice or expand it to match")
+            raise ValueError(
+                f"{op}: {name} must have shape {tuple(shape)} like {first}, got {tuple(y.shape)}; slice or expand it "
+                "to match"
+            )
 
 
 def contiguous(op: str, **named: Tensor | None) -> None:
     for name, x in named.items():
         if x is not None and not x.is_contiguous():
             raise ValueError(
-                f"{op}: {name} must be contiguous, got shape {tuple(x.shape)} with strides {tuple(x.stride())}; pass {name}.contiguous()"
+                f"{op}: {name} must be contiguous, got shape {tuple(x.shape)} with strides {tuple(x.stride())}; pass "
+                f"{name}.contiguous()"
             )
 
 
@@ -66,7 +79,8 @@ def rows(op: str, name: str, shape: Sequence[int], strides: Sequence[int]) -> tu
     for i in range(n - 2):
         if shape[i] > 1 and strides[i] != shape[i + 1] * strides[i + 1]:
             raise ValueError(
-                f"{op}: {name} of shape {tuple(shape)} (rows) with strides {tuple(strides)} cannot be walked as two dimensions; "
+                f"{op}: {name} of shape {tuple(shape)} (rows) with strides {tuple(strides)} cannot be walked as two "
+                "dimensions; "
                 f"flatten its leading dimensions or pass {name}.contiguous()"
             )
     return math.prod(shape[:-1]), shape[-1], strides[-2], strides[-1]
@@ -74,7 +88,10 @@ def rows(op: str, name: str, shape: Sequence[int], strides: Sequence[int]) -> tu
 
 def unit_stride(op: str, name: str, x: Tensor) -> None:
     if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{op}: the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}; pass {name}.contiguous()")
+        raise ValueError(
+            f"{op}: the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}; pass "
+            f"{name}.contiguous()"
+        )
 
 
 def no_gradient(op: str, **named: Tensor | None) -> None:
@@ -88,7 +105,11 @@ def no_gradient(op: str, **named: Tensor | None) -> None:
 def number(op: str, name: str, x: float, low: float, high: float, *, open_low: bool = False) -> None:
     """`low <= x <= high` (`low < x` if open_low), and finite; NaN never passes."""
     if not (x > low if open_low else x >= low) or not x <= high or x == math.inf:
-        wanted = f"finite and {'>' if open_low else '>='} {low:g}" if math.isinf(high) else f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+        wanted = (
+            f"finite and {'>' if open_low else '>='} {low:g}"
+            if math.isinf(high)
+            else f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+        )
         raise ValueError(f"{op}: {name} must be {wanted}, got {x}")
 
 
@@ -98,33 +119,43 @@ def one_of(op: str, name: str, x: str, allowed: Sequence[str]) -> None:
 
 
 def cu_seqlens(op: str, x: Tensor) -> int:
-    """Type, rank and size of cu_seqlens; returns the number of sequences. Its values are checked by the kernel (on a CPU)."""
+    """Type, rank and size of cu_seqlens; returns the number of sequences. Its values are checked by the kernel (on a
+    CPU)."""
     dtype(op, "cu_seqlens", x, torch.int32)
     if x.ndim != 1 or x.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens must have shape (S+1,), got {tuple(x.shape)}; it is [0, end of sequence 1, ..., N]")
+        raise ValueError(
+            f"{op}: cu_seqlens must have shape (S+1,), got {tuple(x.shape)}; it is [0, end of sequence 1, ..., N]"
+        )
     contiguous(op, cu_seqlens=x)
     return x.shape[0] - 1
 
 
 def cu_seqlens_values(op: str, x: Tensor, tokens: int) -> None:
-    """What a CPU kernel found wrong with cu_seqlens, in words: called only after it refused, or by the reference on a CPU."""
+    """What a CPU kernel found wrong with cu_seqlens, in words: called only after it refused, or by the reference on a
+    CPU."""
     ends = x.tolist()
     if ends[0] != 0 or ends[-1] != tokens:
-        raise ValueError(f"{op}: cu_seqlens must run from 0 to N = {tokens}, got {ends[0]} to {ends[-1]}; it is the cumulative sum of the lengths")
-    for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        raise ValueError(
+            f"{op}: cu_seqlens must run from 0 to N = {tokens}, got {ends[0]} to {ends[-1]}; it is the cumulative sum "
+            "of the lengths"
+        )
+    for i, (a, b) in enumerate(itertools.pairwise(ends)):
         if b <= a:
             raise ValueError(
-                f"{op}: cu_seqlens must increase strictly, got {a} then {b} at sequence {i}; drop sequences without tokens (their score would be lost)"
+                f"{op}: cu_seqlens must increase strictly, got {a} then {b} at sequence {i}; drop sequences without "
+                "tokens (their score would be lost)"
             )
 
 
 def labels_values(op: str, labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """What a CPU kernel found wrong with labels, in words: called only after it refused, or by the reference on a CPU."""
+    """What a CPU kernel found wrong with labels, in words: called only after it refused, or by the reference on a
+    CPU."""
     bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"{op}: labels must lie in [0, V) = [0, {vocab}) or be ignore_index = {ignore_index}, got {int(labels[tuple(at)])} at {at}; "
+            f"{op}: labels must lie in [0, V) = [0, {vocab}) or be ignore_index = {ignore_index}, got "
+            f"{int(labels[tuple(at)])} at {at}; "
             "mark tokens to skip with ignore_index"
         )
 

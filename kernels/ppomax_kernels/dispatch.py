@@ -1,4 +1,5 @@
-"""Which back-end runs a call. A leaf: each op hands in its own table, nothing is decided at import, no environment variable changes a result."""
+"""Which back-end runs a call. A leaf: each op hands in its own table, nothing is decided at import, no environment
+variable changes a result."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,20 +13,23 @@ RUNS_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 def pick(op: str, impl: str, device: torch.device, table: Table) -> str:
-    """The name in `table` that runs on `device`: `impl` itself, or the best one if `impl` is "auto". Never "ref" unasked."""
+    """The name in `table` that runs on `device`: `impl` itself, or the best one if `impl` is "auto". Never "ref"
+    unasked."""
     kind = device.type
     if impl == "auto":
         for name in AUTO.get(kind, ()):
             if name in table:
                 return name
-        raise ValueError(f"{op}: no back-end for device {device}; move the tensors to a CPU or CUDA device, or pass impl='ref'")
+        raise ValueError(
+            f"{op}: no back-end for device {device}; move the tensors to a CPU or CUDA device, or pass impl='ref'"
+        )
     if impl not in table:
         raise ValueError(f"{op}: impl must be 'auto' or one of {sorted(table)}, got {impl!r}")
     if impl == "ref" or RUNS_ON[impl] == kind or (impl == "triton" and kind == "cpu" and triton_interprets()):
         return impl
     raise ValueError(
-        f"{op}: impl={impl!r} runs on {RUNS_ON[impl].upper()} tensors, got tensors on {device}; move them, or pass impl='auto'"
-        + (" (under TRITON_INTERPRET=1 Triton kernels run on a CPU, slowly)" if impl == "triton" else "")
+        f"{op}: impl={impl!r} runs on {RUNS_ON[impl].upper()} tensors, got tensors on {device}; move them, or pass "
+        "impl='auto'" + (" (under TRITON_INTERPRET=1 Triton kernels run on a CPU, slowly)" if impl == "triton" else "")
     )
 
 

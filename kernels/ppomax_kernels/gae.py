@@ -1,15 +1,17 @@
 """Generalised advantage estimation over packed or padded responses, walked from each sequence's end.
-delta_t = r_t + gamma*V_{t+1} - V_t ;  A_t = delta_t + gamma*lam*A_{t+1} ;  R_t = A_t + V_t ;  after the end V is bootstrap (or 0) and A is 0.
-A masked step is stepped over: it carries A_{t+1} and V_{t+1} to the step before it, and its own outputs are 0 (its inputs are never read into
-a result, so NaN there is harmless). Reads r and V once, writes A and R once: 16 B a token in fp32, so memory-bound. No whitening here."""
+delta_t = r_t + gamma*V_{t+1} - V_t ;  A_t = delta_t + gamma*lam*A_{t+1} ;  R_t = A_t + V_t ;  after the end V is
+bootstrap (or 0) and A is 0.
+A masked step is stepped over: it carries A_{t+1} and V_{t+1} to the step before it, and its own outputs are 0 (its
+inputs are never read into a result, so NaN there is harmless). Reads r and V once, writes A and R once: 16 B a token
+in fp32, so memory-bound. No whitening here."""
 
 from torch import Tensor, float32
 
 from . import checks, native, reference
-from .dispatch import late, pick
+from .dispatch import Table, late, pick
 from .library import primitive
 
-FORWARD = {
+FORWARD: Table = {
     "cpu": native.gae_cpu,
     "triton": late("gae_triton", "gae_triton"),
     "cuda": late("native_cuda", "gae_cuda"),
@@ -46,7 +48,8 @@ def _shapes(
 
 
 gae_op = primitive(
-    "gae(Tensor rewards, Tensor values, Tensor? cu_seqlens, Tensor? mask, float gamma, float lam, Tensor? lams, Tensor? bootstrap, str impl)"
+    "gae(Tensor rewards, Tensor values, Tensor? cu_seqlens, Tensor? mask, float gamma, float lam, Tensor? lams, "
+    "Tensor? bootstrap, str impl)"
     " -> (Tensor, Tensor)",
     _forward,
     _shapes,
@@ -66,21 +69,26 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """`A_t = sum_l (gamma*lam)**l * (r_{t+l} + gamma*V_{t+l+1} - V_{t+l})`, `returns = A + values`.
 
-    Packed: rewards, values (N,) with cu_seqlens (S+1,) int32, from 0 to N, strictly increasing. Padded: rewards, values (B, T), where S = B;
-    rows may be strided (a slice such as `values[:, :-1]` needs no copy). All float32, bfloat16 or float16.
-    mask: bool or uint8 of the same shape, True on tokens that count. Masked steps carry the running advantage and value over; their outputs are 0.
-    gamma, lam: in [0, 1]; lam may be a tensor (S,), one per sequence. For different lambdas for actor and critic, call twice.
+    Packed: rewards, values (N,) with cu_seqlens (S+1,) int32, from 0 to N, strictly increasing. Padded: rewards,
+    values (B, T), where S = B; rows may be strided (a slice such as `values[:, :-1]` needs no copy). All float32,
+    bfloat16 or float16.
+    mask: bool or uint8 of the same shape, True on tokens that count. Masked steps carry the running advantage and
+    value over; their outputs are 0.
+    gamma, lam: in [0, 1]; lam may be a tensor (S,), one per sequence. For different lambdas for actor and critic,
+    call twice.
     bootstrap: (S,), the value after the last step of a truncated sequence; 0 where it ended by itself.
-    Returns advantages and returns, float32, of the shape of rewards. Not differentiable: an input that requires a gradient is refused while
-    gradients are on.
-    Raises TypeError for dtypes, ValueError for the rest; on a GPU the values of cu_seqlens and lam (S,) are not read back, and wrong ones never
-    read or write outside the tensors.
+    Returns advantages and returns, float32, of the shape of rewards. Not differentiable: an input that requires a
+    gradient is refused while gradients are on.
+    Raises TypeError for dtypes, ValueError for the rest; on a GPU the values of cu_seqlens and lam (S,) are not read
+    back, and wrong ones never read or write outside the tensors.
     Source: arXiv 1506.02438, equations 11-16; carry-over as in verl.
     """
     op = "gae"
     lams = lam if isinstance(lam, Tensor) else None
     checks.tensor(op, rewards=rewards, values=values, cu_seqlens=cu_seqlens, mask=mask, bootstrap=bootstrap)
-    checks.same_device(op, "rewards", rewards, values=values, cu_seqlens=cu_seqlens, mask=mask, lam=lams, bootstrap=bootstrap)
+    checks.same_device(
+        op, "rewards", rewards, values=values, cu_seqlens=cu_seqlens, mask=mask, lam=lams, bootstrap=bootstrap
+    )
     checks.floating(op, impl, rewards=rewards, values=values, lam=lams, bootstrap=bootstrap)
     checks.mask_dtype(op, mask)
     sequences = _sequences(rewards, cu_seqlens)
@@ -92,7 +100,9 @@ def gae(
     checks.same_shape(op, "rewards", rewards.shape, mask=mask)
     for name, x in (("lam", lams), ("bootstrap", bootstrap)):
         if x is not None and tuple(x.shape) != (sequences,):
-            raise ValueError(f"{op}: {name} must have shape (S,) = ({sequences},), one per sequence, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{op}: {name} must have shape (S,) = ({sequences},), one per sequence, got {tuple(x.shape)}"
+            )
     for name, x in (("rewards", rewards), ("values", values), ("mask", mask)):
         if x is not None and x.ndim:
             checks.unit_stride(op, name, x)
@@ -111,8 +121,14 @@ def gae(
 def _sequences(rewards: Tensor, cu_seqlens: Tensor | None) -> int:
     if cu_seqlens is None:
         if rewards.ndim != 2:
-            raise ValueError(f"gae: without cu_seqlens rewards must have shape (B, T), got {tuple(rewards.shape)}; pass cu_seqlens for packed tokens")
+            raise ValueError(
+                f"gae: without cu_seqlens rewards must have shape (B, T), got {tuple(rewards.shape)}; pass cu_seqlens "
+                "for packed tokens"
+            )
         return rewards.shape[0]
     if rewards.ndim != 1:
-        raise ValueError(f"gae: with cu_seqlens rewards must be packed, of shape (N,), got {tuple(rewards.shape)}; drop cu_seqlens for padded ones")
+        raise ValueError(
+            f"gae: with cu_seqlens rewards must be packed, of shape (N,), got {tuple(rewards.shape)}; drop cu_seqlens "
+            "for padded ones"
+        )
     return checks.cu_seqlens("gae", cu_seqlens)

@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference
-from .dispatch import late, pick
+from .dispatch import Table, late, pick
 from .library import differentiable, primitive
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
-FORWARD = {
+FORWARD: Table = {
     "cpu": native.kl_penalty_cpu,
     "triton": late("kl_penalty_triton", "kl_penalty_triton"),
     "ref": reference.kl_penalty,
 }
-BACKWARD = {
+BACKWARD: Table = {
     "cpu": native.kl_penalty_backward_cpu,
     "triton": late("kl_penalty_triton", "kl_penalty_backward_triton"),
 }
@@ -42,9 +42,13 @@ def _backward_shapes(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estima
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
-kl_penalty_fwd = primitive("kl_penalty_fwd(Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor", _forward, _forward_shapes)
+kl_penalty_fwd = primitive(
+    "kl_penalty_fwd(Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor", _forward, _forward_shapes
+)
 kl_penalty_bwd = primitive(
-    "kl_penalty_bwd(Tensor dkl, Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor", _backward, _backward_shapes
+    "kl_penalty_bwd(Tensor dkl, Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor",
+    _backward,
+    _backward_shapes,
 )
 
 
@@ -70,14 +74,17 @@ def _compose(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, impl: str) 
     return kl_penalty_fwd(logprobs, ref_logprobs, estimator, impl)  # type: ignore[no-any-return]
 
 
-kl_penalty_op = differentiable("kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor", _compose)
+kl_penalty_op = differentiable(
+    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor", _compose
+)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1", impl: str = "auto") -> Tensor:
     """With `u = logprobs - ref_logprobs`: k1 `u`, k2 `u**2 / 2`, k3 `exp(-u) - 1 + u`, abs `u.abs()`.
 
-    logprobs, ref_logprobs: same shape, float32, bfloat16 or float16, contiguous, in nats. Returns float32 of that shape, differentiable with
-    respect to both. k3 clamps u to [-20, 20], with gradient 0 outside. Use k1 inside the reward, k2 or k3 as a loss term, k3 in reports.
+    logprobs, ref_logprobs: same shape, float32, bfloat16 or float16, contiguous, in nats. Returns float32 of that
+    shape, differentiable with respect to both. k3 clamps u to [-20, 20], with gradient 0 outside. Use k1 inside the
+    reward, k2 or k3 as a loss term, k3 in reports.
     Raises TypeError for dtypes, ValueError for devices, shapes, layout, estimator.
     Source: J. Schulman, "Approximating KL divergence" (2020).
     """

@@ -1,9 +1,10 @@
 """The torch library `ppomax`: how an op becomes known to torch.
 
-Three kinds of entry. A *primitive* computes and has no gradient of its own (`token_logprobs_fwd`, `gae` ...): one Python function for every
-device, and one which gives only shapes, for tracing. A *differentiable op* (`token_logprobs` ...) is written in terms of primitives with an
-autograd.Function, so it needs no shapes of its own. Public functions call the primitive or the autograd.Function directly: a dispatcher hop
-costs about 6 us on a CPU, one is enough.
+Three kinds of entry. A *primitive* computes and has no gradient of its own (`token_logprobs_fwd`, `gae` ...): one
+Python function for every device, and one which gives only shapes, for tracing. A *differentiable op*
+(`token_logprobs` ...) is written in terms of primitives with an autograd.Function, so it needs no shapes of its own.
+Public functions call the primitive or the autograd.Function directly: a dispatcher hop costs about 6 us on a CPU, one
+is enough.
 """
 
 from collections.abc import Callable

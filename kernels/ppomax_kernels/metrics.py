@@ -1,4 +1,5 @@
-"""Figures that a loss op returns beside the loss: one small fp32 tensor, read by name, without a host sync until `to_dict`."""
+"""Figures that a loss op returns beside the loss: one small fp32 tensor, read by name, without a host sync until
+`to_dict`."""
 
 from collections.abc import Iterator
 

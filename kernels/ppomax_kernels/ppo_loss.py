@@ -1,8 +1,9 @@
 """Clipped PPO policy loss from log-probabilities, with everything that a run watches, in one pass.
-u = clamp(logprob - old, +-20), w = exp(u): max(-A*w, -A*clip(w, 1-clip_low, 1+clip_high)) ; dual clip, for A < 0: min(that, -A*dual_clip) ;
-times the importance weight; sum over the mask / normalizer; + kl_coef * KL(ref_logprobs) - ent_coef * entropy, summed alike.
-The forward writes each token's gradient too (4 B), so the backward is one scaling. The clamp of u passes no gradient; at the edges of the clip
-interval the unclipped branch decides. A masked token is never read into a result: NaN there is harmless.
+u = clamp(logprob - old, +-20), w = exp(u): max(-A*w, -A*clip(w, 1-clip_low, 1+clip_high)) ; dual clip, for A < 0:
+min(that, -A*dual_clip) ; times the importance weight; sum over the mask / normalizer; + kl_coef * KL(ref_logprobs) -
+ent_coef * entropy, summed alike. The forward writes each token's gradient too (4 B), so the backward is one scaling.
+The clamp of u passes no gradient; at the edges of the clip interval the unclipped branch decides. A masked token is
+never read into a result: NaN there is harmless.
 Left out on purpose: ratios per sequence, and any host sync."""
 
 from typing import Any
@@ -12,14 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference
-from .dispatch import late, pick
+from .dispatch import Table, late, pick
 from .kl_penalty import ESTIMATORS
 from .library import primitive
 from .metrics import Metrics
 
 METRICS = ("pg_loss", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max", "kl", "entropy", "tokens")
 
-FORWARD = {
+FORWARD: Table = {
     "cpu": native.ppo_loss_cpu,
     "triton": late("ppo_loss_triton", "ppo_loss_triton"),
     "ref": reference.ppo_loss,
@@ -63,8 +64,10 @@ def _shapes(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 ppo_loss_fwd = primitive(
-    "ppo_loss_fwd(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights, Tensor? ref_logprobs,"
-    " Tensor? entropy, Tensor? normalizer, float norm_value, float clip_low, float clip_high, float dual_clip, float kl_coef, str estimator,"
+    "ppo_loss_fwd(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights, Tensor? "
+    "ref_logprobs,"
+    " Tensor? entropy, Tensor? normalizer, float norm_value, float clip_low, float clip_high, float dual_clip, float "
+    "kl_coef, str estimator,"
     " float ent_coef, bool need_grad, str impl) -> (Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor scale)",
     _forward,
     _shapes,
@@ -73,7 +76,9 @@ ppo_loss_fwd = primitive(
 
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, mask: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         old_logprobs, advantages, is_weights, ref_logprobs, *scalars, impl = rest
         loss, metrics, dlogprobs, scale = ppo_loss_fwd(
             logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy, *scalars, True, impl
@@ -119,26 +124,39 @@ def ppo_loss(
     ent_coef: float = 0.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Metrics]:
-    """`(mask * max(-A*w, -A*w.clamp(1-clip_low, 1+clip_high))).sum() / normalizer` with `w = exp(logprobs - old_logprobs)`.
+    """`(mask * max(-A*w, -A*w.clamp(1-clip_low, 1+clip_high))).sum() / normalizer` with `w = exp(logprobs -
+    old_logprobs)`.
 
     All tensors have one shape, (N,) or any other, contiguous, float32, bfloat16 or float16 each; mask is bool or uint8.
     clip_low in [0, 1), clip_high >= 0. dual_clip > 1: for A < 0 the loss of a token is at most -A*dual_clip.
-    normalizer: what sums are divided by: the mask's sum by default, or a number > 0, or a 0-d float32 tensor (the token count of all micro-batches and
+    normalizer: what sums are divided by: the mask's sum by default, or a number > 0, or a 0-d float32 tensor (the
+    token count of all micro-batches and
         ranks, so that results do not depend on the split). Nothing to divide by (no token) gives loss 0 and gradient 0.
     is_weights: truncated importance weights, factors on each token's loss, without gradient.
-    ref_logprobs, kl_coef, estimator: adds kl_coef * kl_penalty(logprobs, ref_logprobs), differentiable through logprobs.
+    ref_logprobs, kl_coef, estimator: adds kl_coef * kl_penalty(logprobs, ref_logprobs), differentiable through
+    logprobs.
     entropy, ent_coef: subtracts ent_coef * entropy, differentiable through entropy.
-    Returns the 0-d float32 loss and Metrics, each a masked sum / normalizer (so micro-batches add up): pg_loss, approx_kl = (w-1) - log w,
-    clipfrac, dual_clipfrac, ratio_mean, kl, entropy; but ratio_max a maximum and tokens the mask's sum. No host sync.
-    log w is clamped to +-20, with gradient 0 outside. Raises TypeError for dtypes, ValueError for the rest.
+    Returns the 0-d float32 loss and Metrics, each a masked sum / normalizer (so micro-batches add up): pg_loss,
+    approx_kl = (w-1) - log w, clipfrac, dual_clipfrac, ratio_mean, kl, entropy; but ratio_max a maximum and tokens
+    the mask's sum. No host sync. log w is clamped to +-20, with gradient 0 outside. Raises TypeError for dtypes,
+    ValueError for the rest.
     Source: arXiv 1707.06347; clip-higher arXiv 2503.14476; dual clip arXiv 1912.09729.
     """
     op = "ppo_loss"
     others = dict(
-        old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights, ref_logprobs=ref_logprobs, entropy=entropy
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        is_weights=is_weights,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
     )
     _check(op, impl, logprobs, mask, others)
-    _check_scalars(op, clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef, ref_logprobs, entropy)
+    check_scalars(op, clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef, ref_logprobs)
+    if ent_coef and entropy is None:
+        raise ValueError(
+            f"{op}: ent_coef = {ent_coef} needs entropy, got None; take it from token_logprobs(..., "
+            "return_entropy=True)"
+        )
     norm_tensor, norm_value = normalizer_of(op, normalizer, logprobs)
     name = pick(op, impl, logprobs.device, FORWARD)
     scalars = (
@@ -146,7 +164,9 @@ def ppo_loss(
         float(kl_coef), estimator, float(ent_coef),
     )  # fmt: skip
     if name == "ref":
-        loss, figures = reference.ppo_loss(logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy, *scalars)
+        loss, figures = reference.ppo_loss(
+            logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy, *scalars
+        )
     elif torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
         loss, figures = _PPOLoss.apply(  # type: ignore[no-untyped-call]
             logprobs, entropy, mask, old_logprobs, advantages, is_weights, ref_logprobs, *scalars, name
@@ -168,7 +188,7 @@ def _check(op: str, impl: str, first: Tensor, mask: Tensor | None, others: dict[
     checks.no_gradient(op, **{name: x for name, x in others.items() if name != "entropy"})
 
 
-def _check_scalars(
+def check_scalars(
     op: str,
     clip_low: float,
     clip_high: float,
@@ -177,10 +197,11 @@ def _check_scalars(
     estimator: str,
     ent_coef: float,
     ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
 ) -> None:
     if not 0.0 <= clip_low < 1.0:
-        raise ValueError(f"{op}: clip_low must be in [0, 1), got {clip_low}; the ratio is clipped to [1 - clip_low, 1 + clip_high]")
+        raise ValueError(
+            f"{op}: clip_low must be in [0, 1), got {clip_low}; the ratio is clipped to [1 - clip_low, 1 + clip_high]"
+        )
     checks.number(op, "clip_high", clip_high, 0.0, float("inf"))
     if dual_clip is not None:
         checks.number(op, "dual_clip", dual_clip, 1.0, float("inf"), open_low=True)
@@ -190,8 +211,6 @@ def _check_scalars(
         raise ValueError(f"{op}: ent_coef must be finite, got {ent_coef}")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"{op}: kl_coef = {kl_coef} needs ref_logprobs, got None; pass them, or kl_coef=0")
-    if ent_coef and entropy is None:
-        raise ValueError(f"{op}: ent_coef = {ent_coef} needs entropy, got None; take it from token_logprobs(..., return_entropy=True)")
 
 
 def normalizer_of(op: str, normalizer: float | Tensor | None, like: Tensor) -> tuple[Tensor | None, float]:
@@ -201,7 +220,8 @@ def normalizer_of(op: str, normalizer: float | Tensor | None, like: Tensor) -> t
     if isinstance(normalizer, Tensor):
         if normalizer.ndim != 0 or normalizer.dtype != torch.float32 or normalizer.device != like.device:
             raise ValueError(
-                f"{op}: normalizer must be a number or a 0-d float32 tensor on {like.device}, got shape {tuple(normalizer.shape)}, "
+                f"{op}: normalizer must be a number or a 0-d float32 tensor on {like.device}, got shape "
+                f"{tuple(normalizer.shape)}, "
                 f"{normalizer.dtype} on {normalizer.device}; pass normalizer.float().sum()"
             )
         checks.no_gradient(op, normalizer=normalizer)

@@ -1,8 +1,11 @@
-"""Every op in plain torch (`impl="ref"`): readable, slow, the same signatures as the fused back-ends. Forward formulas only: the gradient of a
-reference is what torch's autograd makes of it, with two rules spelt out. A probability of zero contributes zero to the entropy and its gradient,
-also where the logit is -inf. A log-ratio outside +-20 is clamped, and the clamp passes no gradient.
+"""Every op in plain torch (`impl="ref"`): readable, slow, the same signatures as the fused back-ends. Forward
+formulas only: the gradient of a reference is what torch's autograd makes of it, with two rules spelt out. A
+probability of zero contributes zero to the entropy and its gradient, also where the logit is -inf. A log-ratio
+outside +-20 is clamped, and the clamp passes no gradient.
 
 All arithmetic is fp32 (fp64 inputs stay fp64, for gradcheck)."""
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -30,20 +33,40 @@ def token_logprobs(
     if labels.device.type == "cpu":
         checks.labels_values("token_logprobs", labels, logits.shape[-1], ignore_index)
     keep = labels != ignore_index
-    # Rows without a token and rows of -inf are replaced by zeros, so that no NaN is made whose gradient would survive the masks below.
-    dead = (logits == -torch.inf).all(-1)
+    # Rows without a token and rows of -inf are replaced by zeros, so that no NaN is made whose gradient would survive
+    # the masks below. (Under a softcap -inf is finite, and such a row is uniform.)
+    dead = (logits == -torch.inf).all(-1) if softcap == 0.0 else torch.zeros_like(keep)
     z = scaled_logits(logits.masked_fill((dead | ~keep).unsqueeze(-1), 0.0), temperature, softcap)
-    lse = torch.logsumexp(z, -1)
+    # The maximum comes off first: z[y] - lse would carry the rounding of an offset that all logits share.
+    top = z.detach().amax(-1)
+    z = z - top.unsqueeze(-1)
+    log_sum = torch.logsumexp(z, -1)
     picked = z.gather(-1, labels.where(keep, 0).unsqueeze(-1)).squeeze(-1)
-    logprobs = (picked - lse).masked_fill(~keep, 0.0)
-    if softcap == 0.0:
-        logprobs = logprobs.masked_fill(dead & keep, -torch.inf)
-        lse = lse.masked_fill(dead, -torch.inf)
+    logprobs = (picked - log_sum).masked_fill(~keep, 0.0)
+    logprobs = logprobs.masked_fill(dead & keep, -torch.inf)
+    lse = (top + log_sum).masked_fill(dead, -torch.inf)
     if not entropy:
         return logprobs, logprobs.new_empty(0), lse
-    p = torch.exp(z - lse.masked_fill(dead, 0.0).unsqueeze(-1))
+    p = torch.exp(z - log_sum.unsqueeze(-1))
     mean_z = (p * z.masked_fill(p == 0.0, 0.0)).sum(-1)
-    return logprobs, (lse - mean_z).masked_fill(~keep | dead, 0.0), lse
+    return logprobs, (log_sum - mean_z).masked_fill(~keep | dead, 0.0), lse
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    entropy: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keep = labels != ignore_index  # an ignored row is not read: NaN there is harmless
+    logits = torch.where(keep.unsqueeze(-1), _f(hidden), 0.0) @ _f(weight).T
+    if bias is not None:
+        logits = logits + _f(bias)
+    return token_logprobs(logits, labels, temperature, softcap, entropy, ignore_index)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -58,7 +81,9 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     return torch.expm1(-u) + u
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str) -> Tensor:
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str
+) -> Tensor:
     if cu_seqlens.device.type == "cpu":
         checks.cu_seqlens_values("token_rewards", cu_seqlens, logprobs.shape[0])
     rewards = -kl_coef * kl_penalty(logprobs, ref_logprobs, estimator)
@@ -85,7 +110,7 @@ def gae(
         if cu_seqlens.device.type == "cpu":
             checks.cu_seqlens_values("gae", cu_seqlens, r.shape[0])
         ends = cu_seqlens.tolist()
-        rows = [(0, a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        rows = [(0, a, b) for a, b in itertools.pairwise(ends)]
         r, v, keep = r[None], v[None], keep[None]
     a_out, g_out = (advantages, returns) if cu_seqlens is None else (advantages[None], returns[None])
     for s, (row, start, end) in enumerate(rows):
@@ -141,10 +166,16 @@ def ppo_terms(
     return loss, ratio, log_ratio, was_clipped, was_dual
 
 
-def _denominator(mask: Tensor | None, count: int, normalizer: Tensor | None, norm_value: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def _denominator(
+    mask: Tensor | None, count: int, normalizer: Tensor | None, norm_value: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Tokens in the mask, and one over what sums are divided by (0 where there is nothing to divide by)."""
     tokens = like.new_tensor(float(count)) if mask is None else mask.bool().sum().to(like.dtype)
-    total = tokens if normalizer is None and norm_value == 0.0 else (normalizer.to(like.dtype) if normalizer is not None else like.new_tensor(norm_value))
+    total = (
+        tokens
+        if normalizer is None and norm_value == 0.0
+        else (normalizer.to(like.dtype) if normalizer is not None else like.new_tensor(norm_value))
+    )
     return tokens, torch.where(total > 0, 1.0 / total.clamp(min=torch.finfo(like.dtype).tiny), 0.0)
 
 
@@ -170,14 +201,18 @@ def ppo_loss(
     ent_coef: float,
 ) -> tuple[Tensor, Tensor]:
     """Scalar loss and metrics, in the order of ppo_loss.METRICS."""
-    if mask is not None:  # where() alone would keep NaN in the gradient of a masked token: make its inputs harmless first
+    if (
+        mask is not None
+    ):  # where() alone would keep NaN in the gradient of a masked token: make its inputs harmless first
         logprobs = torch.where(mask.bool(), logprobs, 0.0)
         old_logprobs = torch.where(mask.bool(), old_logprobs, 0.0)
         advantages = torch.where(mask.bool(), advantages, 0.0)
         ref_logprobs = None if ref_logprobs is None else torch.where(mask.bool(), ref_logprobs, 0.0)
         entropy = None if entropy is None else torch.where(mask.bool(), entropy, 0.0)
         is_weights = None if is_weights is None else torch.where(mask.bool(), is_weights, 0.0)
-    pg, ratio, log_ratio, clipped, dual = ppo_terms(logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip)
+    pg, ratio, log_ratio, clipped, dual = ppo_terms(
+        logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip
+    )
     tokens, inv = _denominator(mask, pg.numel(), normalizer, norm_value, pg)
 
     def mean(x: Tensor) -> Tensor:
@@ -232,7 +267,8 @@ def value_loss(
 
 
 def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Uniforms in (0, 1), fp64 of 24 bits: the first word of Philox4x32-10 with key = seed and counter = (position, 0)."""
+    """Uniforms in (0, 1), fp64 of 24 bits: the first word of Philox4x32-10 with key = seed and counter = (position,
+    0)."""
     low32 = 0xFFFFFFFF
     c0, c1 = positions & low32, (positions >> 32) & low32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
@@ -258,7 +294,10 @@ def sample(
     x = _f(logits)
     bad = torch.isnan(x).any(-1) | (x == torch.inf).any(-1) | (x == -torch.inf).all(-1)
     if x.device.type == "cpu" and bool(bad.any()):
-        raise ValueError(f"sample: row {int(bad.nonzero()[0])} of logits has NaN, +inf, or nothing above -inf; there is nothing to draw from")
+        raise ValueError(
+            f"sample: row {int(bad.nonzero()[0])} of logits has NaN, +inf, or nothing above -inf; there is nothing to "
+            "draw from"
+        )
     plain = torch.log_softmax(x.masked_fill(bad.unsqueeze(-1), 0.0), -1)
     p = plain.exp()
     entropy = -(p * plain.masked_fill(p == 0.0, 0.0)).sum(-1)
@@ -283,4 +322,9 @@ def sample(
         logprob = (weight.gather(-1, token.unsqueeze(-1)).squeeze(-1) / total).log().to(x.dtype)
     picked = plain.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     nan = torch.nan
-    return token.masked_fill(bad, -1), logprob.masked_fill(bad, nan), picked.masked_fill(bad, nan), entropy.masked_fill(bad, nan)
+    return (
+        token.masked_fill(bad, -1),
+        logprob.masked_fill(bad, nan),
+        picked.masked_fill(bad, nan),
+        entropy.masked_fill(bad, nan),
+    )

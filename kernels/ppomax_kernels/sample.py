@@ -1,17 +1,18 @@
-"""One token a row from softmax(logits / temperature), cut to the k most likely tokens and then to the smallest set of mass top_p.
-The draw is an inverse CDF in index order with one uniform a row from Philox4x32-10(key = seed, counter = position): a row's token depends on its
-logits, seed and position alone, never on the batch. The cuts are threshold searches on the values, not sorts. Returned with the token: its
-log-probability under the distribution drawn from (what a PPO ratio must be built on), and log-probability and entropy under softmax(logits).
-Reads the logits once to a few times (they stay in cache), writes 20 B a row."""
+"""One token a row from softmax(logits / temperature), cut to the k most likely tokens and then to the smallest set of
+mass top_p. The draw is an inverse CDF in index order with one uniform a row from Philox4x32-10(key = seed, counter =
+position): a row's token depends on its logits, seed and position alone, never on the batch. The cuts are threshold
+searches on the values, not sorts. Returned with the token: its log-probability under the distribution drawn from
+(what a PPO ratio must be built on), and log-probability and entropy under softmax(logits). Reads the logits once to a
+few times (they stay in cache), writes 20 B a row."""
 
 import torch
 from torch import Tensor
 
 from . import checks, reference
-from .dispatch import late, pick
+from .dispatch import Table, late, pick
 from .library import primitive
 
-FORWARD = {
+FORWARD: Table = {
     "cpu": late("native", "sample_cpu"),
     "triton": late("sample_triton", "sample_triton"),
     "ref": reference.sample,
@@ -50,17 +51,23 @@ def sample(
     top_p: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`torch.multinomial(softmax(cut(logits / temperature)), 1)` for each row, with a random stream of its own for each row.
+    """`torch.multinomial(softmax(cut(logits / temperature)), 1)` for each row, with a random stream of its own for
+    each row.
 
-    logits: (B, V) float32, bfloat16 or float16; the last dimension contiguous, rows may be strided. -inf is never drawn.
-    seeds: (B,) int64, one for each sequence. positions: (B,) int64, how many tokens it has drawn already. The pair decides the draw.
-    temperature: >= 0; 0 takes the most likely token (the first of equals; logprob 0). top_k: 0 keeps all; ties with the k-th are kept.
-    top_p: in (0, 1], applied to what top_k left; the most likely tokens up to the one that reaches the mass, and its ties, are kept.
-    Returns token (B,) int64; logprob (B,) of the distribution drawn from; plain_logprob (B,) and entropy (B,) of softmax(logits), which is
-    the distribution at temperature 1 without cuts; float32, nats. Not differentiable: a logits tensor that requires a gradient is refused
-    while gradients are on.
-    Raises TypeError for dtypes, ValueError for the rest, and on a CPU for a row with NaN or nothing above -inf; on a GPU such a row gives
-    token -1 and NaN. Source of the generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    logits: (B, V) float32, bfloat16 or float16; the last dimension contiguous, rows may be strided. -inf is never
+    drawn.
+    seeds: (B,) int64, one for each sequence. positions: (B,) int64, how many tokens it has drawn already. The pair
+    decides the draw.
+    temperature: >= 0; 0 takes the most likely token (the first of equals; logprob 0). top_k: 0 keeps all; ties with
+    the k-th are kept.
+    top_p: in (0, 1], applied to what top_k left; the most likely tokens up to the one that reaches the mass, and its
+    ties, are kept.
+    Returns token (B,) int64; logprob (B,) of the distribution drawn from; plain_logprob (B,) and entropy (B,) of
+    softmax(logits), which is the distribution at temperature 1 without cuts; float32, nats. Not differentiable: a
+    logits tensor that requires a gradient is refused while gradients are on.
+    Raises TypeError for dtypes, ValueError for the rest, and on a CPU for a row with NaN or nothing above -inf; on a
+    GPU such a row gives token -1 and NaN. Source of the generator: Salmon et al., "Parallel random numbers: as easy
+    as 1, 2, 3" (2011).
     """
     op = "sample"
     checks.tensor(op, logits=logits, seeds=seeds, positions=positions)
@@ -69,7 +76,10 @@ def sample(
     checks.dtype(op, "seeds", seeds, torch.int64)
     checks.dtype(op, "positions", positions, torch.int64)
     if logits.ndim != 2 or logits.shape[1] < 1:
-        raise ValueError(f"{op}: logits must have shape (B, V) with V >= 1, got {tuple(logits.shape)}; take the last position of each sequence")
+        raise ValueError(
+            f"{op}: logits must have shape (B, V) with V >= 1, got {tuple(logits.shape)}; take the last position of "
+            "each sequence"
+        )
     checks.same_shape(op, "the rows of logits", logits.shape[:1], seeds=seeds, positions=positions)
     checks.unit_stride(op, "logits", logits)
     checks.contiguous(op, seeds=seeds, positions=positions)

@@ -2,8 +2,9 @@
 
 z = logits/temperature (after softcap*tanh(logits/softcap)), L = logsumexp(z), p = softmax(z):
 logprob = z[y] - L ;  H = L - sum p*z ;  dz = g*(1[y] - p) - h*p*(z - (L - H)), with p*z = 0 where p = 0.
-The forward reads N*V once and writes O(N); the backward reads N*V once and writes it once, from the saved L and H. Nothing of size N*V is saved
-but the logits themselves. In-place gradients over the logits are left out on purpose: they break every second consumer of the logits."""
+The forward reads N*V once and writes O(N); the backward reads N*V once and writes it once, from the saved L and H.
+Nothing of size N*V is saved but the logits themselves. In-place gradients over the logits are left out on purpose:
+they break every second consumer of the logits."""
 
 from typing import Any
 
@@ -12,16 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference
-from .dispatch import late, pick
+from .dispatch import Table, late, pick
 from .library import differentiable, primitive
 
-FORWARD = {
+FORWARD: Table = {
     "cpu": native.token_logprobs_cpu,
     "triton": late("token_logprobs_triton", "token_logprobs_triton"),
     "cuda": late("native_cuda", "token_logprobs_cuda"),
     "ref": reference.token_logprobs,
 }
-BACKWARD = {
+BACKWARD: Table = {
     "cpu": native.token_logprobs_backward_cpu,
     "triton": late("token_logprobs_triton", "token_logprobs_backward_triton"),
     "cuda": late("native_cuda", "token_logprobs_backward_cuda"),
@@ -65,13 +66,15 @@ def _backward_shapes(dlogprobs: Tensor | None, dentropy: Tensor | None, logits: 
 
 
 token_logprobs_fwd = primitive(
-    "token_logprobs_fwd(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int ignore_index, str impl)"
+    "token_logprobs_fwd(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int "
+    "ignore_index, str impl)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_shapes,
 )
 token_logprobs_bwd = primitive(
-    "token_logprobs_bwd(Tensor? dlogprobs, Tensor? dentropy, Tensor logits, Tensor labels, Tensor lse, Tensor entropy, float temperature,"
+    "token_logprobs_bwd(Tensor? dlogprobs, Tensor? dentropy, Tensor logits, Tensor labels, Tensor lse, Tensor "
+    "entropy, float temperature,"
     " float softcap, int ignore_index, str impl) -> Tensor",
     _backward,
     _backward_shapes,
@@ -81,7 +84,14 @@ token_logprobs_bwd = primitive(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int, impl: str
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float,
+        softcap: float,
+        entropy: bool,
+        ignore_index: int,
+        impl: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, ent, lse = token_logprobs_fwd(logits, labels, temperature, softcap, entropy, ignore_index, impl)
         ctx.save_for_backward(logits, labels, lse, ent)
@@ -109,7 +119,8 @@ def _compose(
 
 
 token_logprobs_op = differentiable(
-    "token_logprobs(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int ignore_index, str impl)"
+    "token_logprobs(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int ignore_index, "
+    "str impl)"
     " -> (Tensor, Tensor, Tensor)",
     _compose,
 )
@@ -125,16 +136,18 @@ def token_logprobs(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`log_softmax(z, -1).gather(-1, labels)` with `z = logits / temperature`, and the entropy `-(p * log p).sum(-1)` of each row.
+    """`log_softmax(z, -1).gather(-1, labels)` with `z = logits / temperature`, and the entropy `-(p * log p).sum(-1)`
+    of each row.
 
-    logits: (..., V) float32, bfloat16 or float16; the last dimension contiguous, rows may be strided (a slice such as `logits[:, :-1]` needs no
+    logits: (..., V) float32, bfloat16 or float16; the last dimension contiguous, rows may be strided (a slice such as
+    `logits[:, :-1]` needs no
         copy). labels: (...) int64, 0 <= label < V; `ignore_index` marks rows to skip.
     softcap: replaces logits by `softcap * tanh(logits / softcap)` before the temperature.
-    Returns logprobs (...) float32 in nats, or (logprobs, entropy) with `return_entropy`; both differentiable with respect to logits.
-    Skipped rows give 0, and gradient 0. A label whose logit is -inf gives -inf. A row of nothing but -inf gives logprob -inf, entropy 0 and
-    gradient 0. NaN and +inf logits give NaN.
-    Raises TypeError for dtypes, ValueError for devices, shapes, layout, temperature, softcap, and on a CPU for labels outside [0, V); on a GPU,
-    where reading labels back would stall the queue, such a label gives NaN.
+    Returns logprobs (...) float32 in nats, or (logprobs, entropy) with `return_entropy`; both differentiable with
+    respect to logits. Skipped rows give 0, and gradient 0. A label whose logit is -inf gives -inf. A row of nothing
+    but -inf gives logprob -inf, entropy 0 and gradient 0. NaN and +inf logits give NaN.
+    Raises TypeError for dtypes, ValueError for devices, shapes, layout, temperature, softcap, and on a CPU for labels
+    outside [0, V); on a GPU, where reading labels back would stall the queue, such a label gives NaN.
     Arithmetic is float32 throughout, and a row's result does not depend on the other rows, to the bit.
     """
     cap = _check(logits, labels, temperature, softcap, impl)

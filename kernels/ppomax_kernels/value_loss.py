@@ -1,6 +1,7 @@
-"""Clipped value loss of PPO, in one pass: 1/2 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), summed over the mask / normalizer.
-The forward writes each token's gradient too (4 B), so the backward is one scaling. Where the clipped error is the larger one the gradient is 0.
-A masked token is never read into a result: NaN there is harmless."""
+"""Clipped value loss of PPO, in one pass: 1/2 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), summed
+over the mask / normalizer. The forward writes each token's gradient too (4 B), so the backward is one scaling. Where
+the clipped error is the larger one the gradient is 0. A masked token is never read into a result: NaN there is
+harmless."""
 
 from typing import Any
 
@@ -9,14 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference
-from .dispatch import late, pick
+from .dispatch import Table, late, pick
 from .library import primitive
 from .metrics import Metrics
 from .ppo_loss import normalizer_of
 
 METRICS = ("v_loss", "clipfrac", "value_mean", "return_mean", "squared_error", "tokens")
 
-FORWARD = {
+FORWARD: Table = {
     "cpu": native.value_loss_cpu,
     "triton": late("value_loss_triton", "value_loss_triton"),
     "ref": reference.value_loss,
@@ -49,7 +50,8 @@ def _shapes(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 value_loss_fwd = primitive(
-    "value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? normalizer, float norm_value, float clip,"
+    "value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? normalizer, float "
+    "norm_value, float clip,"
     " bool need_grad, str impl) -> (Tensor loss, Tensor metrics, Tensor dvalues, Tensor scale)",
     _forward,
     _shapes,
@@ -85,12 +87,14 @@ def value_loss(
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Metrics]:
-    """`0.5 * (mask * max((values-returns)**2, (old_values + (values-old_values).clamp(-clip, clip) - returns)**2)).sum() / normalizer`.
+    """`0.5 * (mask * max((values-returns)**2, (old_values + (values-old_values).clamp(-clip, clip) -
+    returns)**2)).sum() / normalizer`.
 
     All tensors have one shape, (N,) or any other, contiguous, float32, bfloat16 or float16 each; mask is bool or uint8.
     clip: absolute, in units of the values, >= 0; None does not clip. normalizer: as in `ppo_loss`.
-    Returns the 0-d float32 loss and Metrics, each a masked sum / normalizer: v_loss, clipfrac, value_mean, return_mean, squared_error (unclipped);
-    but tokens the mask's sum. Differentiable through values. No token gives loss 0 and gradient 0.
+    Returns the 0-d float32 loss and Metrics, each a masked sum / normalizer: v_loss, clipfrac, value_mean,
+    return_mean, squared_error (unclipped); but tokens the mask's sum. Differentiable through values. No token gives
+    loss 0 and gradient 0.
     Raises TypeError for dtypes, ValueError for the rest. Source: arXiv 2307.04964, section 3.3; OpenAI baselines' PPO2.
     """
     op = "value_loss"

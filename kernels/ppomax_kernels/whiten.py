@@ -1,6 +1,7 @@
 """Shift and scale to mean 0 and variance 1 over a mask: (x - mean) / sqrt(var + eps), var = sum (x - mean)^2 / count.
-Two passes over x: moments (count, mean, squared deviations; fp64, Chan's combination, so any split gives the same), then the map. Over a process
-group the moments of the ranks are combined first. Masked entries give 0 and are never read into a result."""
+Two passes over x: moments (count, mean, squared deviations; fp64, Chan's combination, so any split gives the same),
+then the map. Over a process group the moments of the ranks are combined first. Masked entries give 0 and are never
+read into a result."""
 
 from typing import TYPE_CHECKING
 
@@ -8,18 +9,18 @@ import torch
 from torch import Tensor
 
 from . import checks, native, reference
-from .dispatch import late, pick
+from .dispatch import Table, late, pick
 from .library import primitive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-MOMENTS = {
+MOMENTS: Table = {
     "cpu": native.moments_cpu,
     "triton": late("whiten_triton", "moments_triton"),
     "ref": reference.moments,
 }
-APPLY = {
+APPLY: Table = {
     "cpu": native.whiten_cpu,
     "triton": late("whiten_triton", "whiten_triton"),
     "ref": reference.whiten,
@@ -44,7 +45,9 @@ def _apply_shapes(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: b
 
 moments_op = primitive("moments(Tensor x, Tensor? mask, str impl) -> Tensor", _moments, _moments_shapes)
 whiten_op = primitive(
-    "whiten(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, str impl) -> Tensor", _apply, _apply_shapes
+    "whiten(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, str impl) -> Tensor",
+    _apply,
+    _apply_shapes,
 )
 
 
@@ -57,11 +60,14 @@ def whiten(
     group: "ProcessGroup | None" = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`(x - mean) / sqrt(var + eps)` with mean and population variance over the mask; `+ mean` again with `shift_mean=False`.
+    """`(x - mean) / sqrt(var + eps)` with mean and population variance over the mask; `+ mean` again with
+    `shift_mean=False`.
 
-    x: any shape, float32, bfloat16 or float16, contiguous. mask: bool or uint8 of that shape. Returns float32 of that shape, 0 where masked.
-    group: a torch.distributed process group; mean and variance are then those of all ranks together (every rank must call, also with no tokens).
-    A single kept entry, or none, gives 0 (`shift_mean=False`: itself times 1/sqrt(eps)). Not differentiable.
+    x: any shape, float32, bfloat16 or float16, contiguous. mask: bool or uint8 of that shape. Returns float32 of that
+    shape, 0 where masked.
+    group: a torch.distributed process group; mean and variance are then those of all ranks together (every rank must
+    call, also with no tokens). A single kept entry, or none, gives 0 (`shift_mean=False`: itself times 1/sqrt(eps)).
+    Not differentiable.
     Raises TypeError for dtypes, ValueError for the rest.
     """
     op = "whiten"
@@ -74,10 +80,7 @@ def whiten(
     checks.number(op, "eps", eps, 0.0, float("inf"), open_low=True)
     checks.no_gradient(op, x=x)
     name = pick(op, impl, x.device, MOMENTS)
-    if name == "ref":
-        stats = reference.moments(x, mask)
-    else:
-        stats = moments_op(x, mask, name)
+    stats = reference.moments(x, mask) if name == "ref" else moments_op(x, mask, name)
     if group is not None:
         stats = combine_moments(gather_moments(stats, group))
     if name == "ref":

@@ -1,0 +1,194 @@
+"""The loop that the fused linear ops share: a chunk of tokens, its logits by one GEMM, row kernels on the chunk,
+gradients by two more GEMMs. A chunk is as large as a cache or a GPU keeps busy, a pure function of shapes: results
+never depend on free memory. Rows that do not count are gathered away first and cost no GEMM. The weight gradient is
+summed over chunks in float32."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .vocab_shard import VocabShard
+
+CPU_ELEMENTS = (
+    2**23
+)  # logits of a chunk: 32 MiB in float32, about the last-level cache; fewer would write the weight gradient too often
+GPU_ELEMENTS = 2**28  # 512 MiB in bfloat16: GEMMs of >= 1024 rows at V = 151936
+
+
+def default_chunk(vocab: int, device_type: str) -> int:
+    """Tokens per GEMM: a multiple of 64 that fits CPU_ELEMENTS, or a power of two that fits GPU_ELEMENTS."""
+    if device_type == "cpu":
+        return min(4096, max(64, CPU_ELEMENTS // vocab // 64 * 64))
+    return min(8192, max(256, 1 << (GPU_ELEMENTS // vocab).bit_length() - 1))
+
+
+def kept_rows(keep: Tensor, kept: int) -> tuple[Tensor | None, int]:
+    """Indices of the rows that count (None if all do) and how many. `kept` >= 0 says how many without asking a GPU."""
+    n = int(keep.sum()) if kept < 0 else kept
+    if n == keep.shape[0]:
+        return None, n
+    if kept >= 0 and keep.device.type == "cuda":
+        return torch.nonzero_static(keep, size=kept).squeeze(1), n
+    return keep.nonzero().squeeze(1), n
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of an (N, D) problem, without a copy where they are neighbours."""
+
+    at: slice | Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[self.at] if isinstance(self.at, slice) else x.index_select(0, self.at)
+
+    def of_maybe(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else self.of(x)
+
+    def put(self, x: Tensor, y: Tensor) -> None:
+        if isinstance(self.at, slice):
+            x[self.at] = y
+        else:
+            x.index_copy_(0, self.at, y)
+
+
+def row_chunks(index: Tensor | None, n: int, size: int) -> Iterator[Rows]:
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        yield Rows(slice(start, stop) if index is None else index[start:stop])
+
+
+class Logits:
+    """`hidden @ weight.T + bias` of one chunk after another, in one buffer. With `invariant` every GEMM has the same
+    shape, so that a row's logits do not depend, to the bit, on how many rows come with it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, size: int, n: int, invariant: bool) -> None:
+        self.weight, self.bias = weight, bias
+        rows = size if invariant else min(size, n)
+        self.buffer = weight.new_empty((rows, weight.shape[0]))
+        self.padded = weight.new_zeros((rows, weight.shape[1])) if invariant else None
+
+    def of(self, hidden: Tensor) -> Tensor:
+        n = hidden.shape[0]
+        if self.padded is not None:
+            self.padded[:n] = hidden
+            hidden = self.padded
+        out = self.buffer[: hidden.shape[0]]
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        return out[:n]
+
+
+class Gradients:
+    """dhidden, dweight (float32) and dbias (float32), each only if wanted, gathered chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool], complete: bool) -> None:
+        self.weight = weight
+        empty = hidden.new_empty(0)
+        fresh: Any = torch.empty_like if complete else torch.zeros_like
+        self.dhidden = fresh(hidden, memory_format=torch.contiguous_format) if need[0] else empty
+        self.dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if need[1] else empty
+        self.dbias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if need[2] else empty
+        self.need = need
+
+    def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows) -> None:
+        if self.need[0]:
+            rows.put(self.dhidden, torch.mm(dlogits, self.weight))
+        if self.need[1]:
+            add_product(self.dweight, dlogits, hidden)
+        if self.need[2]:
+            self.dbias += dlogits.sum(0, dtype=torch.float32)
+
+
+def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """`total += dlogits.T @ hidden`, accumulated and added in float32 whatever the inputs are."""
+    if dlogits.dtype == torch.float32:
+        total.addmm_(dlogits.t(), hidden)
+    elif dlogits.device.type == "cuda":
+        torch.addmm(total, dlogits.t(), hidden, out_dtype=torch.float32, out=total)
+    else:  # CPU GEMMs in bfloat16 round their result to bfloat16: chunk after chunk that would add up
+        total.addmm_(dlogits.float().t(), hidden.float())
+
+
+def check(
+    op: str,
+    impl: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    chunk_tokens: int | None,
+    kept: int | None,
+) -> None:
+    """Checks that the linear ops share."""
+    checks.tensor(op, hidden=hidden, weight=weight, labels=labels, bias=bias)
+    checks.same_device(op, "hidden", hidden, weight=weight, labels=labels, bias=bias)
+    checks.floating(op, impl, hidden=hidden, weight=weight, bias=bias)
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{op}: {name} must be {hidden.dtype} like hidden, got {x.dtype}; cast one of them, or use "
+                "torch.autocast"
+            )
+    checks.dtype(op, "labels", labels, torch.int64)
+    if hidden.ndim != 2 or weight.ndim != 2:
+        raise ValueError(
+            f"{op}: hidden must have shape (N, D) and weight (V, D), got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}; "
+            "flatten leading dimensions with hidden.flatten(0, -2)"
+        )
+    if weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
+        raise ValueError(
+            f"{op}: weight must have shape (V, D) with D = {hidden.shape[1]} like hidden, got {tuple(weight.shape)}; "
+            "it is lm_head.weight as torch.nn.Linear stores it"
+        )
+    checks.same_shape(op, "hidden without D", hidden.shape[:1], labels=labels)
+    checks.contiguous(op, labels=labels, bias=bias)
+    if bias is not None:
+        checks.same_shape(op, "the rows of weight", weight.shape[:1], bias=bias)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"{op}: chunk_tokens must be >= 1, got {chunk_tokens}; leave it out for the default")
+    if kept is not None and not 0 <= kept <= hidden.shape[0]:
+        raise ValueError(
+            f"{op}: kept must be in [0, N] = [0, {hidden.shape[0]}], got {kept}; it counts the rows that are not "
+            "ignored"
+        )
+
+
+def check_head(
+    op: str,
+    temperature: float,
+    softcap: float | None,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shard: VocabShard | None,
+) -> float:
+    """Checks of the head's numbers, the shard and, on a CPU, the labels; returns the softcap as back-ends take it."""
+    checks.number(op, "temperature", temperature, 0.0, float("inf"), open_low=True)
+    if softcap is not None:
+        checks.number(op, "softcap", softcap, 0.0, float("inf"), open_low=True)
+    if shard is not None:
+        shard.check(op, weight)
+    if labels.device.type == "cpu":
+        checks.labels_values(op, labels, weight.shape[0] if shard is None else shard.total, ignore_index)
+    return 0.0 if softcap is None else float(softcap)
+
+
+def refuse_shard(op: str, shard: VocabShard | None) -> None:
+    if shard is not None:
+        raise ValueError(f"{op}: impl='ref' has no vocabulary-parallel form; gather the weight, or use another impl")
+
+
+def cast_for_autocast(*xs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What torch.autocast does to the inputs of a linear layer, where it is on."""
+    device = next(x for x in xs if x is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return xs
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None else x.to(dtype) for x in xs)

@@ -1,0 +1,110 @@
+"""What linear_ppo_loss and linear_nll share: a loss per token from logits that exist only as one chunk, gradients
+made on the way. A token's loss depends on its own logprob and entropy alone, so its gradient is known as soon as its
+row of logits is. For each chunk of tokens: logits = hidden @ weight.T (GEMM 1), row statistics, loss terms, logits
+overwritten by their gradient, dhidden (GEMM 2), dweight += (GEMM 3, float32): 6NVD FLOPs in all, where autograd over
+a fused logprob op needs 8NVD. Memory: one chunk, and the gradients themselves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import chunks
+from .chunks import Gradients, Logits, Rows
+from .token_logprobs import BACKWARD, FORWARD
+from .vocab_shard import VocabShard
+
+# rows, logprobs, entropy -> loss (), figures (M,), dloss/dlogprobs, dloss/dentropy or None
+RowLoss = Callable[[Rows, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
+def loss_and_gradients(
+    row_loss: RowLoss,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    head: tuple[float, float, int],
+    index: Tensor | None,
+    n: int,
+    walk: tuple[int, bool],
+    need: tuple[bool, bool, bool],
+    impl: str,
+    shard: VocabShard | None,
+) -> tuple[list[Tensor], list[Tensor], Gradients]:
+    """Losses and figures of each chunk, and the gradients. `head` is temperature, softcap, ignore_index; `walk`
+    tokens per chunk, invariant."""
+    grads = Gradients(hidden, weight, need, index is None)
+    logits = Logits(weight, bias, walk[0], n, walk[1])
+    local = labels if shard is None else shard.local_labels(labels, head[2])
+    losses, figures = [], []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in chunks.row_chunks(index, n, walk[0]):
+            h, y = rows.of(hidden), rows.of(local)
+            z = logits.of(h)
+            logprobs, entropy, lse = FORWARD[impl](z, y, head[0], head[1], True, head[2])
+            if shard is not None:
+                logprobs, entropy, lse = shard.combine(y, logprobs, entropy, lse)
+            loss, figure, dlogprobs, dentropy = row_loss(rows, logprobs, entropy)
+            losses.append(loss)
+            figures.append(figure)
+            if any(need):
+                grads.add(BACKWARD[impl](dlogprobs, dentropy, z, y, lse, entropy, *head, z), h, rows)
+    if shard is not None and need[0]:
+        shard.sum(grads.dhidden)
+    return losses, figures, grads
+
+
+class ReadyGradients(torch.autograd.Function):
+    """A loss whose gradients of hidden, weight and bias `compute(need...)` makes during the forward; the backward
+    scales them in place, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: Any, op: str
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, *grads = compute(*ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*grads)
+        ctx.op, ctx.spent = op, False
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, dmetrics: None) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                f"{ctx.op}: a second backward through one loss is not possible (its gradients are scaled in place); "
+                f"call {ctx.op} again"
+            )
+        ctx.spent = True
+        if dloss is None:
+            return (None,) * 5
+        grads = ctx.saved_tensors
+        if not is_one(dloss):
+            for g in grads:
+                g.mul_(dloss)
+        return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad)), None, None
+
+
+def is_one(x: Tensor) -> bool:
+    """True if x is known to be 1 without waiting for a device: then scaling V x D numbers by it can be left out."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling() and float(x) == 1.0
+
+
+def wants_gradient(*xs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in xs)
+
+
+def gradient_shapes(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    f32 = torch.float32
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape, dtype=f32) if need_weight else weight.new_empty((0,)),
+        weight.new_empty(weight.shape[:1], dtype=f32) if need_bias else weight.new_empty((0,)),
+    )
