@@ -91,7 +91,7 @@ linear_nll_fwd = primitive(
 
 
 def _compose(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *scalars, impl, shard = rest if rest and isinstance(rest[-1], VocabShard | None) else (*rest, None)
+    *scalars, impl, shard = rest if rest and (rest[-1] is None or isinstance(rest[-1], VocabShard)) else (*rest, None)
 
     def compute(*need: bool) -> tuple[Tensor, ...]:
         args: tuple[Any, ...] = (
@@ -103,7 +103,7 @@ def _compose(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
             *need,
             impl,
         )
-        return linear_nll_fwd(*args) if shard is None else _forward(*args, shard)  # type: ignore[no-any-return, arg-type]
+        return linear_nll_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return, arg-type]
 
     if wants_gradient(hidden, weight, bias):
         return ReadyGradients.apply(hidden, weight, bias, compute, "linear_nll")  # type: ignore[no-any-return, no-untyped-call]

@@ -120,7 +120,7 @@ linear_ppo_loss_fwd = primitive(
 
 
 def _compose(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *scalars, impl, shard = rest if rest and isinstance(rest[-1], VocabShard | None) else (*rest, None)
+    *scalars, impl, shard = rest if rest and (rest[-1] is None or isinstance(rest[-1], VocabShard)) else (*rest, None)
 
     def compute(*need: bool) -> tuple[Tensor, ...]:
         args: tuple[Any, ...] = (
@@ -132,7 +132,7 @@ def _compose(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
             *need,
             impl,
         )
-        return linear_ppo_loss_fwd(*args) if shard is None else _forward(*args, shard)  # type: ignore[no-any-return, arg-type]
+        return linear_ppo_loss_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return, arg-type]
 
     if wants_gradient(hidden, weight, bias):
         return ReadyGradients.apply(hidden, weight, bias, compute, "linear_ppo_loss")  # type: ignore[no-any-return, no-untyped-call]

@@ -135,7 +135,20 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         temperature, softcap, entropy, ignore_index, kept, chunk, invariant, impl, shard = rest
-        args: tuple[Any, ...] = (hidden, weight, labels, bias, temperature, softcap, entropy, ignore_index, kept, chunk, invariant, impl)
+        args: tuple[Any, ...] = (
+            hidden,
+            weight,
+            labels,
+            bias,
+            temperature,
+            softcap,
+            entropy,
+            ignore_index,
+            kept,
+            chunk,
+            invariant,
+            impl,
+        )
         logprobs, ent, lse = linear_token_logprobs_fwd(*args) if shard is None else rows_forward(*args, shard)
         ctx.save_for_backward(hidden, weight, bias, labels, lse, ent)
         ctx.scalars = temperature, softcap, ignore_index, kept, chunk, invariant
@@ -151,7 +164,19 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         if entropy.numel() != lse.numel():
             dentropy = None
         need = ctx.needs_input_grad[:3]
-        args: tuple[Any, ...] = (dlogprobs, dentropy, hidden, weight, labels, lse, entropy, bias, *ctx.scalars, *need, ctx.impl)
+        args: tuple[Any, ...] = (
+            dlogprobs,
+            dentropy,
+            hidden,
+            weight,
+            labels,
+            lse,
+            entropy,
+            bias,
+            *ctx.scalars,
+            *need,
+            ctx.impl,
+        )
         grads = linear_token_logprobs_bwd(*args) if ctx.shard is None else rows_backward(*args, ctx.shard)
         return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 10
 
