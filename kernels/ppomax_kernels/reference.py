@@ -255,7 +255,8 @@ def value_loss(
     v, old, target = _f(values), _f(old_values), _f(returns)
     plain = (v - target) ** 2
     clipped = ((old + (v - old).clamp(-clip, clip)) - target) ** 2 if clip >= 0.0 else plain
-    was_clipped = clipped > plain
+    # Within `clip` of old, old + (v - old) is v but for a rounding, which must not decide.
+    was_clipped = (clipped > plain) & ((v - old).abs() > clip)
     tokens, inv = _denominator(mask, plain.numel(), normalizer, norm_value, plain)
 
     def mean(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def whiten(
     x: any shape, float32, bfloat16 or float16, contiguous. mask: bool or uint8 of that shape. Returns float32 of that
     shape, 0 where masked.
     group: a torch.distributed process group; mean and variance are then those of all ranks together (every rank must
-    call, also with no tokens). A single kept entry, or none, gives 0 (`shift_mean=False`: itself times 1/sqrt(eps)).
+    call, also with no tokens). A single kept entry gives 0 (`shift_mean=False`: itself), none gives 0.
     Not differentiable.
     Raises TypeError for dtypes, ValueError for the rest.
     """
