@@ -1,0 +1,25 @@
+"""The fixture `impl`: each test runs on every back-end of its module's op; one that cannot run here is skipped by
+name, with its reason."""
+
+import importlib.util
+import platform
+
+import pytest
+import torch
+
+from .backends import NAMES, Backend
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def impl(request: pytest.FixtureRequest) -> Backend:
+    name = request.param
+    table = getattr(request.module, "TABLE", None)
+    if table is not None and name not in table:
+        pytest.skip(f"{name}: this op has no such back-end")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("cuda: no CUDA device here")
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+            pytest.fail("triton: not installed, though its wheel exists for this platform; pip install -e '.[test]'")
+        pytest.skip(f"triton: no wheel for {platform.system()} {platform.machine()}")
+    return Backend(name, "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu")
