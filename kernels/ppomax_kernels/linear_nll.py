@@ -103,7 +103,7 @@ def _compose(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
             *need,
             impl,
         )
-        return linear_nll_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return, arg-type]
+        return linear_nll_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return, misc]
 
     if wants_gradient(hidden, weight, bias):
         return ReadyGradients.apply(hidden, weight, bias, compute, "linear_nll")  # type: ignore[no-any-return, no-untyped-call]
