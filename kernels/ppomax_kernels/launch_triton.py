@@ -1,0 +1,45 @@
+"""How every Triton launcher starts its kernel: on the device of its tensors, in that device's current stream, whatever device is current
+(Triton itself takes the current one, and autograd's thread may have another). While kernels are compiled ahead of time, the same launchers run on
+meta tensors and each launch is handed to a recorder instead: so what is compiled is what is launched."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+
+_RECORDER: ContextVar[Recorder | None] = ContextVar("ppomax_triton_recorder", default=None)
+
+
+def launch(kernel: Any, programs: tuple[int, ...], first: Tensor, *args: Any, **constants: Any) -> None:
+    """Start `programs` programs of `kernel`; `first` is its first argument and names the device."""
+    recorder = _RECORDER.get()
+    if recorder is not None:
+        recorder(kernel, (first, *args), constants)
+    elif first.is_cuda:
+        with torch.cuda.device_of(first):
+            kernel[programs](first, *args, **constants)
+    else:
+        import numpy  # the interpreter computes with it, and would warn of every -inf that a GPU takes in its stride
+
+        with numpy.errstate(all="ignore"):
+            kernel[programs](first, *args, **constants)
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Within this block nothing is launched; `recorder(kernel, args, constants)` is called instead."""
+    token = _RECORDER.set(recorder)
+    try:
+        yield
+    finally:
+        _RECORDER.reset(token)
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as kernels read it: uint8, no copy."""
+    return None if mask is None else mask.view(torch.uint8)
