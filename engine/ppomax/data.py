@@ -6,6 +6,7 @@
 
 One format everywhere, the one that PPO feeds: BOS once at the front where the tokenizer has one, then prompt, then response,
 then EOS. Prompt and response are tokenised apart, so that the boundary is the same as when the policy wrote the response.
+A row with `"complete": false` gets no EOS: its response was cut, as one is at the length limit.
 A row that cannot be used is an error by default (`bad_rows="error"`); with "drop" it is counted by reason and logged.
 """
 
@@ -17,14 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppomax.rows import DataError, Row, Source, read_rows
 
 __all__ = ["Counts", "DataError", "Pair", "Text", "check_same_vocabulary", "check_tokenizer", "encode_prompt",
-           "encode_response", "load_pairs", "load_prompts", "load_texts", "pack"]
+           "encode_response", "load_pairs", "load_prompts", "load_texts"]
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +39,9 @@ class Pair:
     prompt: list[int]
     """Token ids, BOS included; may be BOS alone (or empty without BOS) when whole texts are compared."""
     chosen: list[int]
-    """Response ids, EOS included."""
+    """Response ids, closed by EOS unless the row says `"complete": false`."""
     rejected: list[int]
-    """Response ids, EOS included."""
+    """Likewise."""
     margin: float = 0.0
     """By how much chosen should win, in score units (column `margin`)."""
 
@@ -52,7 +51,7 @@ class Text:
     """One training text."""
 
     tokens: list[int]
-    """BOS, text, EOS."""
+    """BOS, text, EOS (no EOS if the row says `"complete": false`, or its end was cut)."""
     loss_from: int
     """First token that counts in the loss: 1 for plain text, the response's first token when the prompt is masked."""
 
@@ -233,6 +232,8 @@ def load_pairs(
 
     def encode(row: Row) -> Pair:
         prompt, chosen, rejected = _split_pair(row, tokenizer)
+        if not row.get("complete", True):
+            chosen, rejected = chosen[:-1], rejected[:-1]
         if chosen == rejected:
             raise _BadRow("equal sides", "chosen and rejected are the same; remove the row")
         longest = len(prompt) + max(len(chosen), len(rejected))
@@ -266,13 +267,18 @@ def load_texts(
 
     def encode(row: Row) -> list[Text]:
         prompt, response = _split_text(row, tokenizer)
+        if not row.get("complete", True):
+            response = response[:-1]
         tokens = prompt + response
         start = max(1, len(prompt)) if mask_prompt else 1
+        if len(tokens) <= start:
+            raise _BadRow("no token to learn", "the text or response needs a token after the first")
         if len(tokens) <= max_tokens:
             return [Text(tokens, start)]
         if overlong == "split" and "text" in row:
             counts.reasons["split text"] += 1
-            return [Text(tokens[i:i + max_tokens], 1) for i in range(0, len(tokens) - 1, max_tokens)]
+            # Neighbours share a token, so that each token is predicted once.
+            return [Text(tokens[i:i + max_tokens], 1) for i in range(0, len(tokens) - 1, max_tokens - 1)]
         if overlong == "truncate" and start < max_tokens:
             counts.reasons["truncated text"] += 1
             return [Text(tokens[:max_tokens], start)]
@@ -282,7 +288,7 @@ def load_texts(
     counts = Counts(f"texts of {_name(source)}")
     policy = {"text over the limit": "error" if overlong == "error" else "drop"}
     pieces = _load(source, (), encode, counts, bad_rows, policy, split)
-    return [text for piece in pieces for text in piece if len(text.tokens) > text.loss_from], counts.close()
+    return [text for piece in pieces for text in piece], counts.close()
 
 
 def _load(source: Source, columns: Sequence[str], encode: Any, counts: Counts, bad_rows: BadRows,
@@ -352,10 +358,3 @@ def _split_text(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def _name(source: Source) -> str:
     return str(source) if not isinstance(source, (list, tuple)) else "memory"
-
-
-def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Sequences of ids -> tokens (N,) int64 and cu_seqlens (S+1,) int32."""
-    lengths = torch.tensor([0] + [len(sequence) for sequence in sequences])
-    tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
-    return tokens.to(device), lengths.cumsum(0).to(device=device, dtype=torch.int32)

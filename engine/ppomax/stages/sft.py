@@ -1,0 +1,132 @@
+"""Supervised fine-tuning and plain language modelling.
+
+loss = mean over the batch's counted tokens of -log p(token | what is before it in its own sequence).
+Rows: `text`, `prompt` + `response` or `messages` (see data.py); with mask_prompt the response's tokens alone count. Batches are packed;
+the loss is one token mean over the batch, whatever the lengths.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ppomax.batch import pack
+from ppomax.config import OptimConfig, RunConfig
+from ppomax.config_io import require, to_dict
+from ppomax.data import Text, load_texts
+from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden, save_model
+from ppomax.stages.loop import BatchOrder, chunks, run_loop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """One run of supervised fine-tuning or language modelling."""
+
+    model: str
+    """Start weights: HF directory or hub name of a causal language model."""
+    data: str
+    """Training rows: JSONL, Parquet or HF data set with `text`, `prompt` + `response`, or `messages`."""
+    eval_data: str | None = None
+    """Held-out rows of the same form. None: no held-out figures."""
+    tokenizer: str | None = None
+    """Tokenizer directory. None: the model's own."""
+    mask_prompt: bool = True
+    """Count the loss on responses only. Plain text has no prompt, so all of it counts."""
+    max_tokens: int = 512
+    """Limit of one row, prompt and EOS included."""
+    overlong: Literal["error", "truncate", "split", "drop"] = "error"
+    """Rows over the limit: stop with an error, cut the end, cut into several (plain text), or leave out; counted and logged."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """Other unusable rows (empty, malformed): stop with an error, or leave out, counted and logged."""
+    batch_tokens: int = 16384
+    """Most tokens behind one optimiser step."""
+    autocast: bool = False
+    """Run matrix products in bfloat16; weights and optimiser stay float32."""
+    eval_every: int = 100
+    """Steps between held-out evaluations."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine", weight_decay=0.1))
+    run: RunConfig = field(default_factory=lambda: RunConfig(steps=1000))
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
+        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
+
+
+def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[None]:
+    """bfloat16 autocast on the device, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def token_nll(head: Head, hidden: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
+    """-log p of tokens[counted], each read from the hidden state before it; hidden (N, D) -> (C,) fp32."""
+    # PLAIN TORCH, to be replaced by K.linear_nll(hidden, weight, labels).
+    logits = head.logits(hidden.index_select(0, counted - 1)).float()
+    return torch.nn.functional.cross_entropy(logits, tokens.index_select(0, counted), reduction="none")
+
+
+def counted_tokens(texts: Sequence[Text], device: torch.device) -> Tensor:
+    """Packed positions of the tokens that count in the loss, (C,) int64."""
+    positions, start = [], 0
+    for text in texts:
+        positions += range(start + text.loss_from, start + len(text.tokens))
+        start += len(text.tokens)
+    return torch.tensor(positions, dtype=torch.int64, device=device)
+
+
+def batch_nll(model: PreTrainedModel, texts: Sequence[Text]) -> Tensor:
+    """Per-token NLL (C,) fp32 of a batch of texts in one packed forward."""
+    tokens, cu_seqlens = pack([text.tokens for text in texts], model.device)
+    hidden = packed_hidden(model, tokens, cu_seqlens)
+    return token_nll(head_of(model), hidden, tokens, counted_tokens(texts, model.device))
+
+
+@torch.no_grad()
+def mean_nll(model: PreTrainedModel, texts: Sequence[Text], batch_tokens: int) -> float:
+    """Token mean of the NLL over all texts, in nats."""
+    total, count = 0.0, 0
+    for rows in chunks([len(text.tokens) for text in texts], batch_tokens):
+        nll = batch_nll(model, [texts[row] for row in rows])
+        total, count = total + nll.double().sum().item(), count + nll.numel()
+    return total / count
+
+
+def train_sft(config: SftConfig) -> Path:
+    """Train, write metrics.jsonl and the model as a HF directory; returns that directory (`run.out`/model)."""
+    out = Path(config.run.out or "runs/sft")
+    out.mkdir(parents=True, exist_ok=True)
+    identity = to_dict(config) | {"run": {"seed": config.run.seed}}
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    options = dict(mask_prompt=config.mask_prompt, overlong=config.overlong, bad_rows=config.bad_rows)
+    texts, _ = load_texts(config.data, tokenizer, config.max_tokens, **options)
+    held_out = load_texts(config.eval_data, tokenizer, config.max_tokens, **options)[0] if config.eval_data else []
+    model = load_policy(config.model)
+    model.train()
+    order = BatchOrder([len(text.tokens) for text in texts], config.batch_tokens, config.run.seed)
+    log.info("%d texts, %d tokens, %d steps an epoch", len(texts), sum(len(text.tokens) for text in texts), len(order))
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        with autocast(config.autocast, model.device):
+            nll = batch_nll(model, [texts[row] for row in order.batch(step)])
+        return nll.mean(), {"tokens": nll.numel()}
+
+    def evaluate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        with autocast(config.autocast, model.device):
+            nll = mean_nll(model, held_out, config.batch_tokens)
+        return {"eval_nll": nll, "eval_perplexity": math.exp(nll)}
+
+    run_loop(model, loss_of, config.optim, config.run, out, identity, evaluate, eval_every=config.eval_every)
+    return save_model(model, tokenizer, out / "model")

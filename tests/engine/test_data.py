@@ -1,0 +1,268 @@
+"""data.py and rows.py: every way in gives the same rows; bad rows are named or counted, never lost."""
+
+import gzip
+import json
+import logging
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ppomax.data import DataError, check_same_vocabulary, check_tokenizer, load_pairs, load_prompts, load_texts
+from ppomax.rows import read_rows
+from ppomax.stages.default_data import train_tokenizer
+
+from .tiny_text import CHAT_TEMPLATE, TEXTS, tiny_tokenizer
+
+BOS, EOS = 1, 2
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- formats --------------------------------------------------------------------------------------------------------
+
+
+def test_all_formats_give_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    rows = [{"prompt": "the film", "n": 1}, {"prompt": "a café", "n": 2}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    sources = [tmp_path / name for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "saved")] + [Dataset.from_list(rows), rows]
+    for source in sources:
+        assert [dict(row) for _, row in read_rows(source)] == rows, source
+
+
+def test_rows_are_named_by_file_and_line(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    assert [where for where, _ in read_rows(path)] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: not JSON"),
+    ("list.jsonl", b'3\n', r"list\.jsonl:1: a row must be an object"),
+    ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999)[:-12], "cut short or damaged"),
+    ("not.jsonl.gz", b"plain", "cut short or damaged"),
+    ("latin.jsonl", '{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
+    ("bad.parquet", b"PAR?", "not a readable Parquet file"),
+    ("a.csv", b"prompt\na\n", "cannot tell the format"),
+])
+def test_unreadable_files_are_named(tmp_path, tokenizer, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_prompts(tmp_path / name, tokenizer, 8)
+
+
+def test_missing_file_is_named(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        load_prompts(tmp_path / "nowhere.jsonl", tokenizer, 8)
+
+
+def test_folder_that_is_no_data_set_is_named(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="`datasets` cannot load"):
+        load_prompts(tmp_path, tokenizer, 8)
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_has_one_bos_and_no_eos(tokenizer):
+    (ids,), counts = load_prompts([{"prompt": "the film is"}], tokenizer, 16)
+    assert ids[0] == BOS
+    assert ids.count(BOS) == 1
+    assert EOS not in ids
+    assert tokenizer.decode(ids[1:]) == " the film is"
+    assert (counts.read, counts.kept) == (1, 1)
+
+
+def test_chat_prompt_ends_where_the_assistant_begins():
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
+    (ids,), _ = load_prompts([{"prompt": [{"role": "user", "content": "the film"}]}], tokenizer, 64)
+    assert tokenizer.decode(ids).strip() == "<user>the film</s> <assistant>"
+
+
+def test_chat_without_template_is_refused(tokenizer):
+    with pytest.raises(DataError, match="chats need a chat template"):
+        load_prompts([{"prompt": [{"role": "user", "content": "a"}]}], tokenizer, 64)
+
+
+@pytest.mark.parametrize("empty", ["", "  \n", []])
+def test_empty_prompt_is_an_error_or_is_counted(tokenizer, empty, caplog):
+    with pytest.raises(DataError, match="list:2: empty prompt"):
+        load_prompts([{"prompt": "a"}, {"prompt": empty}], tokenizer, 8)
+    with caplog.at_level(logging.WARNING):
+        prompts, counts = load_prompts([{"prompt": "a"}, {"prompt": empty}], tokenizer, 8, bad_rows="drop")
+    assert len(prompts) == 1
+    assert counts.reasons == {"empty prompt": 1}
+    assert "read 2 rows, kept 1 (empty prompt 1)" in caplog.text
+
+
+def test_overlong_prompt_error_truncate_drop(tokenizer):
+    rows = [{"prompt": "a"}, {"prompt": "the film is a warm and funny story"}]
+    with pytest.raises(DataError, match=r"list:2: prompt over the limit; it has \d+ tokens, the limit is 4"):
+        load_prompts(rows, tokenizer, 4, bad_rows="drop")
+    whole = tokenizer(rows[1]["prompt"])["input_ids"]
+    prompts, counts = load_prompts(rows, tokenizer, 4, overlong="truncate")
+    assert prompts[1] == [BOS, *whole[-3:]]
+    assert counts.reasons == {"truncated prompt": 1}
+    prompts, counts = load_prompts(rows, tokenizer, 4, overlong="drop")
+    assert len(prompts) == 1
+    assert counts.reasons == {"prompt over the limit": 1}
+
+
+def test_missing_column_and_no_rows_are_errors(tokenizer):
+    with pytest.raises(DataError, match=r"list:1: column 'prompt' is missing; the row has \['question'\]"):
+        load_prompts([{"question": "a"}], tokenizer, 8, bad_rows="drop")
+    with pytest.raises(DataError, match="no usable row among 0"):
+        load_prompts([], tokenizer, 8)
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def test_pair_layouts_agree():
+    """The same preference as strings with a prompt, as chats, as chats without their prompt, and mixed."""
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
+    user = [{"role": "user", "content": "the film"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("is good", "is bad"))
+    rows = [{"chosen": user + good, "rejected": user + bad}, {"prompt": user, "chosen": good, "rejected": bad},
+            {"prompt": user, "chosen": "is good", "rejected": "is bad"},
+            {"prompt": "<user>the film</s>\n<assistant>", "chosen": "is good", "rejected": "is bad"}]
+    pairs, _ = load_pairs(rows, tokenizer, 64)
+    assert pairs[0] == pairs[1] == pairs[2]
+    assert pairs[3].chosen == pairs[0].chosen
+    assert pairs[3].prompt == [BOS, *pairs[0].prompt]  # a template says itself whether there is a BOS; a string gets the tokenizer's
+    assert tokenizer.decode(pairs[0].chosen).strip() == "is good</s>"
+
+
+def test_hh_rlhf_dialogues_are_cut_at_the_last_assistant_turn(tokenizer):
+    start = "\n\nHuman: the film\n\nAssistant: is good\n\nHuman: why\n\nAssistant:"
+    row = {"chosen": start + " a warm story", "rejected": start + " a bad script"}
+    (pair,), _ = load_pairs([row], tokenizer, 256)
+    assert pair.prompt == tokenizer(start)["input_ids"]
+    assert tokenizer.decode(pair.chosen) == " a warm story</s>"
+    assert tokenizer.decode(pair.rejected) == " a bad script</s>"
+
+
+def test_whole_texts_compare_after_bos_alone_and_cut_ones_have_no_eos(tokenizer):
+    rows = [{"chosen": "a good cast", "rejected": "a bad cast", "margin": 0.5},
+            {"chosen": "a good cast", "rejected": "a bad cast", "complete": False}]
+    (whole, cut), _ = load_pairs(rows, tokenizer, 32)
+    assert whole.prompt == [BOS]
+    assert whole.margin == 0.5
+    assert whole.chosen == [*cut.chosen, EOS]
+    assert whole.rejected == [*cut.rejected, EOS]
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({"chosen": "a", "rejected": "a"}, "equal sides"),
+    ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty prompt"),
+    ({"chosen": "a", "rejected": ""}, "empty rejected"),
+    ({"chosen": "a", "rejected": None}, "`rejected` is NoneType"),
+    ({"chosen": "the film " * 20, "rejected": "a"}, "pair over the limit"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "prompts differ"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: d"}, "empty response"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: d"},
+     "dialogue does not end with the assistant"),
+])
+def test_bad_pairs_are_errors_or_counted(tokenizer, row, reason):
+    good = {"chosen": "a good cast", "rejected": "a bad cast"}
+    with pytest.raises(DataError, match=f"list:2: {reason}"):
+        load_pairs([good, row], tokenizer, 24)
+    pairs, counts = load_pairs([good, row], tokenizer, 24, bad_rows="drop")
+    assert len(pairs) == 1
+    assert counts.reasons == {reason: 1}
+
+
+def test_sides_that_tokenise_alike_are_equal(tokenizer):
+    with pytest.raises(DataError, match="equal sides"):
+        load_pairs([{"chosen": "a Film .", "rejected": "a film."}], tokenizer, 24)
+
+
+@pytest.mark.parametrize(("side", "reason"), [
+    ([{"role": "user", "content": "a"}], "chat does not end with the assistant"),
+    ([{"role": "assistant", "text": "a"}], "malformed chat"),
+])
+def test_bad_chats_are_named(side, reason):
+    good = [{"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=reason):
+        load_pairs([{"chosen": side, "rejected": good}], tiny_tokenizer(CHAT_TEMPLATE), 64)
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_prompt_response_share_one_format(tokenizer):
+    rows = [{"text": "the film is good"}, {"prompt": "the film", "response": " is good"}]
+    (plain, masked), _ = load_texts(rows, tokenizer, 32)
+    assert plain.tokens == masked.tokens
+    assert plain.loss_from == 1
+    assert masked.loss_from == len(tokenizer("the film")["input_ids"])
+    assert plain.tokens[0] == BOS
+    assert plain.tokens[-1] == EOS
+    (_, unmasked), _ = load_texts(rows, tokenizer, 32, mask_prompt=False)
+    assert unmasked.loss_from == 1
+
+
+def test_chat_text_trains_on_the_last_turn():
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
+    messages = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "is good"}]
+    (text,), _ = load_texts([{"messages": messages}], tokenizer, 64)
+    assert tokenizer.decode(text.tokens[text.loss_from:]).strip() == "is good</s>"
+
+
+def test_overlong_text_error_split_truncate_drop(tokenizer):
+    rows = [{"text": "the film is a warm and funny story"}, {"text": "a"}]
+    whole = load_texts(rows, tokenizer, 99)[0][0].tokens
+    with pytest.raises(DataError, match="list:1: text over the limit"):
+        load_texts(rows, tokenizer, 5)
+    pieces, counts = load_texts(rows, tokenizer, 5, overlong="split")
+    assert [whole[0], *(token for piece in pieces[:-1] for token in piece.tokens[piece.loss_from:])] == whole
+    assert all(len(piece.tokens) <= 5 for piece in pieces)
+    assert counts.reasons == {"split text": 1}
+    cut, counts = load_texts(rows, tokenizer, 5, overlong="truncate")
+    assert cut[0].tokens == whole[:5]
+    assert counts.reasons == {"truncated text": 1}
+    kept, counts = load_texts(rows, tokenizer, 5, overlong="drop")
+    assert len(kept) == 1
+    assert counts.reasons == {"text over the limit": 1}
+
+
+def test_row_without_text_columns_is_an_error(tokenizer):
+    with pytest.raises(DataError, match="needs `text`, `prompt`"):
+        load_texts([{"review": "a"}], tokenizer, 8, bad_rows="drop")
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("special", "message"), [
+    ({"pad_token": "<pad>"}, "no EOS token"),
+    ({"eos_token": "</s>"}, "no pad token"),
+    ({"eos_token": "</s>", "pad_token": "</s>"}, "pad and EOS are the same token"),
+])
+def test_unfit_tokenizers_are_refused_with_the_mend(special, message):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special)
+    with pytest.raises(DataError, match=message):
+        check_tokenizer(tokenizer)
+    with pytest.raises(DataError, match=message):
+        load_prompts([{"prompt": "a"}], tokenizer, 8)
+
+
+def test_different_vocabularies_are_refused(tokenizer):
+    check_same_vocabulary(tokenizer, tiny_tokenizer())
+    with pytest.raises(DataError, match="different vocabularies"):
+        check_same_vocabulary(tokenizer, train_tokenizer(TEXTS, 300))
