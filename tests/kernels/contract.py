@@ -17,6 +17,8 @@ FACTOR = 2.0
 FLOOR_ULPS = {torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5, torch.float64: 64.0}
 # Log-probability and entropy of float32 logits at V = 32000, against float64, whatever plain torch makes of them.
 LOGPROBS_LIMIT = 4e-6
+# Moments are float64 sums of float32 inputs: relative, for thousands of entries around a mean of 100.
+MOMENTS_LIMIT = 1e-9
 
 
 def f64(x: Tensor) -> np.ndarray:
@@ -67,6 +69,12 @@ def within(what: str, got: Tensor, truth: np.ndarray, limit: float) -> None:
     """The absolute limits that an issue names."""
     error = np.abs(f64(got) - truth).max()
     assert error <= limit, f"{what}: error {error:.3g} > {limit:.3g}"
+
+
+def hold_moments(what: str, got: Tensor, truth: Tensor) -> None:
+    assert got.dtype == torch.float64, f"{what}: dtype {got.dtype}"
+    error = ((got - truth) / truth).abs().max().item()
+    assert error <= MOMENTS_LIMIT, f"{what}: relative error {error:.3g} > {MOMENTS_LIMIT:.3g}"
 
 
 def same_bits(what: str, a: Tensor, b: Tensor) -> None:
