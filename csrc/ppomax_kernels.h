@@ -157,6 +157,36 @@ PPOMAX_API int ppomax_sample_cpu(const void *logits, int dtype, int64_t rows, in
 
 /* ---- CUDA: functions below this line are in the library if it was built with a CUDA compiler --------------------------------------- */
 
+/* 1 if the library was built with a CUDA compiler, else 0; and in words, for which architectures or why not. Both are always there; the
+ * functions after them only where ppomax_cuda_built() is 1. The library needs no CUDA driver to be loaded. */
+PPOMAX_API int ppomax_cuda_built(void);
+PPOMAX_API const char *ppomax_cuda_note(void);
+
+/* What the last PPOMAX_CUDA_ERROR of this thread was. */
+PPOMAX_API const char *ppomax_cuda_error(void);
+
+/* As on a CPU, with these differences. Every pointer is device memory of the current device; `stream` is a cudaStream_t of it (NULL: the
+ * default stream); the call only queues work. Values are not read back: a label outside [0, vocab) that is not ignore_index gives NaN (and
+ * a gradient row of NaN), and wrong cu_seqlens never lead outside the arrays. A gradient row whose upstream gradients are 0 is set to 0
+ * without reading its logits. Rows and sequences: at most 2^31 - 1 a call. */
+PPOMAX_API int ppomax_token_logprobs_cuda(const void *logits, int dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
+                                          int64_t inner_stride, const int64_t *labels, int64_t labels_outer_stride,
+                                          int64_t labels_inner_stride, double temperature, double softcap, int64_t ignore_index,
+                                          float *logprobs, float *entropy, float *lse, void *stream);
+
+PPOMAX_API int ppomax_token_logprobs_backward_cuda(const float *dlogprobs, int64_t dlogprobs_outer_stride, int64_t dlogprobs_inner_stride,
+                                                   const float *dentropy, int64_t dentropy_outer_stride, int64_t dentropy_inner_stride,
+                                                   const void *logits, int dtype, int64_t outer, int64_t inner, int64_t vocab,
+                                                   int64_t outer_stride, int64_t inner_stride, const int64_t *labels,
+                                                   int64_t labels_outer_stride, int64_t labels_inner_stride, const float *lse,
+                                                   const float *entropy, double temperature, double softcap, int64_t ignore_index,
+                                                   void *dlogits, void *stream);
+
+PPOMAX_API int ppomax_gae_cuda(const void *rewards, int rewards_dtype, int64_t rewards_stride, const void *values, int values_dtype,
+                               int64_t values_stride, const uint8_t *mask, int64_t mask_stride, const int32_t *cu_seqlens, int64_t sequences,
+                               int64_t tokens, double gamma, double lam, const void *lams, int lams_dtype, const void *bootstrap,
+                               int bootstrap_dtype, float *advantages, float *returns, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
