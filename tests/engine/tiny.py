@@ -16,14 +16,16 @@ VOCABULARY = 64
 BOS, EOS = 1, 2
 
 
-def tiny_policy(seed: int = 0, hidden: int = 32) -> LlamaForCausalLM:
+def tiny_policy(seed: int = 0, hidden: int = 32, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                         tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0)
+                         tie_word_embeddings=tied, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0)
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(20)  # far from uniform, so that logprobs, KL and entropy mean something
+    if not tied:
+        with torch.no_grad():  # far from uniform, so that logprobs, KL and entropy mean something; EOS often, so that lengths vary
+            model.lm_head.weight.mul_(15)
+            model.lm_head.weight[EOS].mul_(2)
     return model
 
 

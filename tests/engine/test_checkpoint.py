@@ -1,0 +1,173 @@
+"""Nothing is lost: kill -9 anywhere and go on to the same bits; damaged, foreign and unwritable checkpoints are named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ppomax import checkpoint
+from ppomax.checkpoint import CheckpointError, export_policy, newest, verify
+from ppomax.engine import Engine
+from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_reward, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[str, list]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-m", "tests.engine.kill_driver", str(tmp_path_factory.mktemp("kill"))], cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+KILLED = ["in a rollout", "in an update, between two optimiser steps", "in critic pre-training", "in a save, first file",
+          "in a save, before the manifest", "in a save, before the rename", "in a save, after the rename",
+          "while old checkpoints are deleted"]
+
+
+@pytest.mark.parametrize("moment", KILLED)
+def test_killed_run_resumes_to_the_bit(verdicts, moment: str) -> None:
+    first, second, equal, steps, kept = verdicts[moment]
+    assert first == -9
+    assert second == 0
+    assert equal
+    assert steps == [1, 2, 3, 4]
+    assert kept or moment == "in critic pre-training"
+
+
+def test_run_killed_by_the_clock_resumes_to_the_bit(verdicts) -> None:
+    timed = {name: v for name, v in verdicts.items() if name.startswith("after ")}
+    assert len(timed) == 3
+    for first, second, equal, _, _ in timed.values():
+        assert first in (-9, 0)  # a fast machine may have finished before the last one
+        assert second == 0
+        assert equal
+    assert any(v[0] == -9 for v in timed.values())
+
+
+@pytest.mark.parametrize("moment", ["by SIGTERM", "by Ctrl-C"])
+def test_signal_checkpoints_and_leaves_cleanly(verdicts, moment: str) -> None:
+    first, second, equal, _, kept = verdicts[moment]
+    assert first == 0
+    assert kept[-1] == "step-000002"
+    assert second == 0
+    assert equal
+
+
+def test_save_and_load_alone(tmp_path) -> None:
+    engine = tiny_engine(tokenizer=tiny_tokenizer())
+    engine.step(prompts(8))
+    random.random()
+    engine.save(tmp_path / "state", {"note": 1})
+    drawn = random.random(), float(torch.rand(()))
+    loaded = Engine.load(tmp_path / "state", reference=tiny_policy(), reward=tiny_reward())
+    assert (random.random(), float(torch.rand(()))) == drawn
+    a, b = engine.step(prompts(8, seed=1)), loaded.step(prompts(8, seed=1))
+    assert a["loss/policy_avg"] == b["loss/policy_avg"]
+    assert all(torch.equal(p, q) for p, q in zip(engine.policy.params, loaded.policy.params, strict=True))
+    assert loaded.restore(tmp_path / "state") == {"note": 1}
+
+
+def test_load_asks_for_what_was_passed_as_an_object(tmp_path) -> None:
+    tiny_engine().save(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=r"Engine\.load\(\.\.\., reference=\)"):
+        Engine.load(tmp_path / "state")
+
+
+def test_bfloat16_master_copies_survive(tmp_path) -> None:
+    config = small_config(model__dtype="bfloat16")
+    engine, other = tiny_engine(config), tiny_engine(config)
+    engine.step(prompts(8))
+    engine.save(tmp_path / "state")
+    other.restore(tmp_path / "state")
+    assert engine.policy.copies[0].dtype == torch.float32
+    assert all(torch.equal(p, q) for p, q in zip(engine.policy.copies, other.policy.copies, strict=True))
+    assert engine.step(prompts(8))["loss/value_avg"] == other.step(prompts(8))["loss/value_avg"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_damaged_checkpoint_is_passed_over_loudly(tmp_path, damage: str) -> None:
+    engine = tiny_engine()
+    engine.save(tmp_path / "step-000001")
+    engine.save(tmp_path / "step-000002")
+    file = tmp_path / "step-000002" / ("MANIFEST.json" if damage == "manifest" else "policy.safetensors")
+    content = file.read_bytes()
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-100] if damage != "flip" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"step-000002"):
+        verify(tmp_path / "step-000002")
+    with pytest.warns(UserWarning, match="CHECKPOINT PASSED OVER.*step-000002"):
+        assert newest(tmp_path) == tmp_path / "step-000001"
+    with pytest.raises(CheckpointError, match="step-000002"):
+        engine.restore(tmp_path / "step-000002")
+
+
+def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path) -> None:
+    assert newest(tmp_path) is None
+    tiny_engine().save(tmp_path / "step-000001")
+    (tmp_path / "step-000001" / "engine.json").unlink()
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        newest(tmp_path)
+
+
+@pytest.mark.parametrize(("role", "other"), [
+    ("policy", lambda c: Engine(tiny_policy(hidden=16), tiny_policy(), tiny_policy(), tiny_reward(), c)),
+    ("reference", lambda c: tiny_engine(c, reference=tiny_policy(seed=5))),
+    ("reward model", lambda c: tiny_engine(c, reward=tiny_reward(seed=5))),
+])
+def test_checkpoint_of_another_model_is_refused(tmp_path, role: str, other) -> None:
+    tiny_engine().save(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=f"saved with another {role}"):
+        other(small_config()).restore(tmp_path / "state")
+
+
+def test_full_disk_leaves_no_checkpoint_and_names_the_mend(tmp_path) -> None:
+    """Files larger than a limit cannot be written: the write itself fails, as on a full disk."""
+    engine = tiny_engine()
+    engine.save(tmp_path / "step-000001")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written.*earlier checkpoints are untouched"):
+            engine.save(tmp_path / "step-000002")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    verify(tmp_path / "step-000001")
+
+
+def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="the disk is full") as caught:
+        tiny_engine().save(tmp_path / "state")
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert not (tmp_path / "state").exists()
+
+
+def test_export_loads_with_auto_classes(tmp_path) -> None:
+    engine = tiny_engine(tokenizer=tiny_tokenizer())
+    engine.step(prompts(8))
+    model = AutoModelForCausalLM.from_pretrained(export_policy(engine, tmp_path / "policy"))
+    named = dict(engine.policy.module.named_parameters())
+    assert all(torch.equal(p, named[name]) for name, p in model.named_parameters())
+
+
+def test_no_pickle_in_a_checkpoint(tmp_path) -> None:
+    path = tiny_engine().save(tmp_path / "state")
+    assert {f.suffix for f in path.rglob("*") if f.is_file()} == {".safetensors", ".json"}
