@@ -160,24 +160,21 @@ def check(
         )
 
 
-def check_head(
-    op: str,
-    temperature: float,
-    softcap: float | None,
-    weight: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    shard: VocabShard | None,
-) -> float:
-    """Checks of the head's numbers, the shard and, on a CPU, the labels; returns the softcap as back-ends take it."""
+def check_head(op: str, temperature: float, softcap: float | None, weight: Tensor, shard: VocabShard | None) -> float:
+    """Checks of the head's numbers and of the shard; returns the softcap as back-ends take it."""
     checks.number(op, "temperature", temperature, 0.0, float("inf"), open_low=True)
     if softcap is not None:
         checks.number(op, "softcap", softcap, 0.0, float("inf"), open_low=True)
     if shard is not None:
         shard.check(op, weight)
+    return 0.0 if softcap is None else float(softcap)
+
+
+def check_labels(op: str, labels: Tensor, weight: Tensor, ignore_index: int, shard: VocabShard | None) -> None:
+    """On a CPU, where reading them is free. Part of the computation, not of the public checks: under torch.compile
+    there are no values yet."""
     if labels.device.type == "cpu":
         checks.labels_values(op, labels, weight.shape[0] if shard is None else shard.total, ignore_index)
-    return 0.0 if softcap is None else float(softcap)
 
 
 def refuse_shard(op: str, shard: VocabShard | None) -> None:

@@ -39,6 +39,7 @@ def _forward(
     impl: str,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunks.check_labels("linear_nll", labels, weight, ignore_index, shard)
     index, n = kept_rows(labels != ignore_index, kept)
     total = normalizer if normalizer is not None else hidden.new_tensor(norm_value or float(n), dtype=torch.float32)
     share = torch.where(total > 0, 1.0 / total, 0.0)
@@ -90,8 +91,10 @@ linear_nll_fwd = primitive(
 )
 
 
-def _compose(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *scalars, impl, shard = rest if rest and (rest[-1] is None or isinstance(rest[-1], VocabShard)) else (*rest, None)
+def _compose(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any, shard: VocabShard | None = None
+) -> tuple[Tensor, Tensor]:
+    *scalars, impl = rest
 
     def compute(*need: bool) -> tuple[Tensor, ...]:
         args: tuple[Any, ...] = (
@@ -142,7 +145,7 @@ def linear_nll(
     op = "linear_nll"
     hidden, weight, bias = chunks.cast_for_autocast(hidden, weight, bias)  # type: ignore[assignment]
     chunks.check(op, impl, hidden, weight, labels, bias, chunk_tokens, kept)
-    cap = chunks.check_head(op, temperature, softcap, weight, labels, ignore_index, shard)
+    cap = chunks.check_head(op, temperature, softcap, weight, shard)
     norm_tensor, norm_value = normalizer_of(op, normalizer, hidden)
     name = pick(op, impl, hidden.device, FORWARD)
     if name == "ref":
@@ -159,8 +162,12 @@ def linear_nll(
         figures = torch.stack([loss, entropy.sum() * share, tokens]).detach()
     else:
         size = chunk_tokens or chunks.default_chunk(weight.shape[0], hidden.device.type)
-        loss, figures = _compose(
+        args = (
             hidden, weight, labels, bias, norm_tensor, norm_value, float(temperature), cap, ignore_index,
-            -1 if kept is None else kept, size, batch_invariant, name, shard,
+            -1 if kept is None else kept, size, batch_invariant, name,
         )  # fmt: skip
+        if shard is None and torch.compiler.is_compiling():  # one opaque op: dynamo would unroll the chunks
+            loss, figures = linear_nll_op(*args)
+        else:
+            loss, figures = _compose(*args, shard=shard)
     return loss, Metrics(METRICS, figures)

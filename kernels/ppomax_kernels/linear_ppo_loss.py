@@ -50,6 +50,7 @@ def _forward(
     impl: str,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunks.check_labels("linear_ppo_loss", labels, weight, ignore_index, shard)
     keep = labels != ignore_index
     index, n = kept_rows(keep if mask is None else keep & mask.bool(), kept)
     need = (need_hidden, need_weight, need_bias)
@@ -119,8 +120,10 @@ linear_ppo_loss_fwd = primitive(
 )
 
 
-def _compose(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *scalars, impl, shard = rest if rest and (rest[-1] is None or isinstance(rest[-1], VocabShard)) else (*rest, None)
+def _compose(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any, shard: VocabShard | None = None
+) -> tuple[Tensor, Tensor]:
+    *scalars, impl = rest
 
     def compute(*need: bool) -> tuple[Tensor, ...]:
         args: tuple[Any, ...] = (
@@ -195,7 +198,7 @@ def linear_ppo_loss(
     checks.same_shape(op, "labels", labels.shape, mask=mask, **others)
     checks.contiguous(op, mask=mask, **others)
     checks.no_gradient(op, **others)
-    cap = chunks.check_head(op, temperature, softcap, weight, labels, ignore_index, shard)
+    cap = chunks.check_head(op, temperature, softcap, weight, shard)
     ppo_loss.check_scalars(op, clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef, ref_logprobs)
     norm_tensor, norm_value = normalizer_of(op, normalizer, hidden)
     name = pick(op, impl, hidden.device, FORWARD)
@@ -215,8 +218,12 @@ def linear_ppo_loss(
         )
     else:
         size = chunk_tokens or chunks.default_chunk(weight.shape[0], hidden.device.type)
-        loss, figures = _compose(
+        args = (
             hidden, weight, labels, bias, old_logprobs, advantages, mask, is_weights, ref_logprobs, *terms,
-            float(temperature), cap, ignore_index, -1 if kept is None else kept, size, batch_invariant, name, shard,
+            float(temperature), cap, ignore_index, -1 if kept is None else kept, size, batch_invariant, name,
         )  # fmt: skip
+        if shard is None and torch.compiler.is_compiling():  # one opaque op: dynamo would unroll the chunks
+            loss, figures = linear_ppo_loss_op(*args)
+        else:
+            loss, figures = _compose(*args, shard=shard)
     return loss, Metrics(METRICS, figures)

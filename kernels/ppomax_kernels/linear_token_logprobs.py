@@ -34,6 +34,7 @@ def rows_forward(
     impl: str,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    chunks.check_labels("linear_token_logprobs", labels, weight, ignore_index, shard)
     n_all = hidden.shape[0]
     f32 = torch.float32
     want = entropy or shard is not None
@@ -149,7 +150,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             invariant,
             impl,
         )
-        logprobs, ent, lse = linear_token_logprobs_fwd(*args) if shard is None else rows_forward(*args, shard)
+        logprobs, ent, lse = linear_token_logprobs_fwd(*args) if shard is None else rows_forward(*args, shard=shard)
         ctx.save_for_backward(hidden, weight, bias, labels, lse, ent)
         ctx.scalars = temperature, softcap, ignore_index, kept, chunk, invariant
         ctx.impl, ctx.shard = impl, shard
@@ -177,7 +178,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             *need,
             ctx.impl,
         )
-        grads = linear_token_logprobs_bwd(*args) if ctx.shard is None else rows_backward(*args, ctx.shard)
+        grads = linear_token_logprobs_bwd(*args) if ctx.shard is None else rows_backward(*args, shard=ctx.shard)
         return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 10
 
 
@@ -254,7 +255,7 @@ def linear_token_logprobs(
     op = "linear_token_logprobs"
     hidden, weight, bias = chunks.cast_for_autocast(hidden, weight, bias)  # type: ignore[assignment]
     chunks.check(op, impl, hidden, weight, labels, bias, chunk_tokens, kept)
-    cap = chunks.check_head(op, temperature, softcap, weight, labels, ignore_index, shard)
+    cap = chunks.check_head(op, temperature, softcap, weight, shard)
     name = pick(op, impl, hidden.device, FORWARD)
     if name == "ref":
         chunks.refuse_shard(op, shard)
