@@ -37,6 +37,7 @@ def _forward(
     need_weight: bool,
     need_bias: bool,
     impl: str,
+    *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chunks.check_labels("linear_nll", labels, weight, ignore_index, shard)
@@ -106,7 +107,7 @@ def _compose(
             *need,
             impl,
         )
-        return linear_nll_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return, misc]
+        return linear_nll_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return]
 
     if wants_gradient(hidden, weight, bias):
         return ReadyGradients.apply(hidden, weight, bias, compute, "linear_nll")  # type: ignore[no-any-return, no-untyped-call]

@@ -48,6 +48,7 @@ def _forward(
     need_weight: bool,
     need_bias: bool,
     impl: str,
+    *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chunks.check_labels("linear_ppo_loss", labels, weight, ignore_index, shard)
@@ -135,7 +136,7 @@ def _compose(
             *need,
             impl,
         )
-        return linear_ppo_loss_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return, misc]
+        return linear_ppo_loss_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return]
 
     if wants_gradient(hidden, weight, bias):
         return ReadyGradients.apply(hidden, weight, bias, compute, "linear_ppo_loss")  # type: ignore[no-any-return, no-untyped-call]

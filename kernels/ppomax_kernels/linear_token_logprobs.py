@@ -32,6 +32,7 @@ def rows_forward(
     chunk: int,
     invariant: bool,
     impl: str,
+    *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks.check_labels("linear_token_logprobs", labels, weight, ignore_index, shard)
@@ -73,6 +74,7 @@ def rows_backward(
     need_weight: bool,
     need_bias: bool,
     impl: str,
+    *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index, n = chunks.kept_rows(labels != ignore_index, kept)
@@ -195,13 +197,14 @@ def _compose(
     chunk: int,
     invariant: bool,
     impl: str,
+    *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rest = (temperature, softcap, entropy, ignore_index, kept, chunk, invariant, impl)
     if wants_gradient(hidden, weight, bias):
         return _LinearTokenLogprobs.apply(hidden, weight, bias, labels, *rest, shard)  # type: ignore[no-any-return, no-untyped-call]
     if shard is not None:
-        return rows_forward(hidden, weight, labels, bias, *rest, shard)
+        return rows_forward(hidden, weight, labels, bias, *rest, shard=shard)
     return linear_token_logprobs_fwd(hidden, weight, labels, bias, *rest)  # type: ignore[no-any-return]
 
 
@@ -266,6 +269,6 @@ def linear_token_logprobs(
         size = chunk_tokens or chunks.default_chunk(weight.shape[0], hidden.device.type)
         logprobs, entropy, _ = _compose(
             hidden, weight, labels, bias, float(temperature), cap, return_entropy, ignore_index, -1 if kept is None
-            else kept, size, batch_invariant, name, shard,
+            else kept, size, batch_invariant, name, shard=shard,
         )  # fmt: skip
     return (logprobs, entropy) if return_entropy else logprobs
