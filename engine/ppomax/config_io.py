@@ -31,8 +31,17 @@ def build(cls: type[C], mapping: dict[str, Any], prefix: str = "") -> C:
     for key, value in mapping.items():
         if key not in hints:
             raise ConfigError(f"config: unknown key {prefix}{key}{nearest(key, list(hints), prefix)}")
-        values[key] = _coerce(value, hints[key], prefix + key)
+        values[key] = _coerce(_over_default(cls, key, value), hints[key], prefix + key)
     return cls(**values)
+
+
+def _over_default(cls: type, key: str, value: Any) -> Any:
+    """A section given in part is laid over the section's own default, which may differ from its class's."""
+    found = next(f for f in dataclasses.fields(cls) if f.name == key)
+    if not isinstance(value, dict) or found.default_factory is dataclasses.MISSING:
+        return value
+    default = found.default_factory()
+    return merge(to_dict(default), value) if dataclasses.is_dataclass(default) else value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
