@@ -1,12 +1,12 @@
 """Prompts, preference pairs and texts as token ids, from the usual columns, with every row accounted for.
 
-    prompts, counts = load_prompts("prompts.jsonl", tokenizer, max_prompt_tokens=512)     column prompt: string or chat
-    pairs, counts = load_pairs("Anthropic/hh-rlhf", tokenizer, max_tokens=512)            chosen / rejected (+ prompt)
-    texts, counts = load_texts("reviews.parquet", tokenizer, max_tokens=256)              text | prompt + response | messages
+    prompts, counts = load_prompts("prompts.jsonl", tokenizer, max_prompt_tokens=512)  prompt: string or chat
+    pairs, counts = load_pairs("Anthropic/hh-rlhf", tokenizer, max_tokens=512)         chosen / rejected (+ prompt)
+    texts, counts = load_texts("reviews.parquet", tokenizer, max_tokens=256)           text | prompt + response | messages
 
-One format everywhere, the one that PPO feeds: BOS once at the front where the tokenizer has one, then prompt, then response,
-then EOS. Prompt and response are tokenised apart, so that the boundary is the same as when the policy wrote the response.
-A row with `"complete": false` gets no EOS: its response was cut, as one is at the length limit.
+One format everywhere, the one that PPO feeds: BOS once at the front where the tokenizer has one, then prompt, then
+response, then EOS. Prompt and response are tokenised apart, so that the boundary is the same as when the policy wrote
+the response. A row with `"complete": false` gets no EOS: its response was cut, as one is at the length limit.
 A row that cannot be used is an error by default (`bad_rows="error"`); with "drop" it is counted by reason and logged.
 """
 
@@ -16,14 +16,25 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from ppomax.rows import DataError, Row, Source, read_rows
 
-__all__ = ["Counts", "DataError", "Pair", "Text", "check_same_vocabulary", "check_tokenizer", "encode_prompt",
-           "encode_response", "load_pairs", "load_prompts", "load_texts"]
+__all__ = [
+    "Counts",
+    "DataError",
+    "Pair",
+    "Text",
+    "check_same_vocabulary",
+    "check_tokenizer",
+    "encode_prompt",
+    "encode_response",
+    "load_pairs",
+    "load_prompts",
+    "load_texts",
+]
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +79,14 @@ class Counts:
     def close(self) -> Counts:
         """Log the counts; raise DataError if nothing is left."""
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(self.reasons.items())) or "no bad rows"
-        log.log(logging.WARNING if self.reasons else logging.INFO, "%s: read %d rows, kept %d (%s)",
-                self.name, self.read, self.kept, reasons)
+        log.log(
+            logging.WARNING if self.reasons else logging.INFO,
+            "%s: read %d rows, kept %d (%s)",
+            self.name,
+            self.read,
+            self.kept,
+            reasons,
+        )
         if self.kept == 0:
             raise DataError(f"{self.name}: no usable row among {self.read} ({reasons})")
         return self
@@ -85,18 +102,24 @@ class _BadRow(Exception):
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise DataError unless the tokenizer has an EOS and a pad token that differ (a pad that is EOS hides real ends)."""
+    """Raise DataError unless the tokenizer has an EOS and a pad token, not the same (a pad that is EOS hides ends)."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{name}: the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token to the "
-                        "token that the model was trained to end with and save the tokenizer")
-    mend = ("add one by tokenizer.add_special_tokens({'pad_token': '<pad>'}), then model.resize_token_embeddings("
-            "len(tokenizer)), and save both; or name an unused reserved token")
+        raise DataError(
+            f"{name}: the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token to the "
+            "token that the model was trained to end with and save the tokenizer"
+        )
+    mend = (
+        "add one by tokenizer.add_special_tokens({'pad_token': '<pad>'}), then model.resize_token_embeddings("
+        "len(tokenizer)), and save both; or name an unused reserved token"
+    )
     if tokenizer.pad_token_id is None:
         raise DataError(f"{name}: the tokenizer has no pad token; {mend}")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise DataError(f"{name}: pad and EOS are the same token {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
-                        f"so masks would hide real ends; {mend}")
+        raise DataError(
+            f"{name}: pad and EOS are the same token {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
+            f"so masks would hide real ends; {mend}"
+        )
 
 
 def check_same_vocabulary(policy: Tokenizer, reward_model: Tokenizer) -> None:
@@ -106,9 +129,9 @@ def check_same_vocabulary(policy: Tokenizer, reward_model: Tokenizer) -> None:
         return
     different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     raise DataError(
-        f"policy and reward model have different vocabularies ({len(ours)} and {len(theirs)} tokens, {len(different)} differ, "
-        f"the first {different[0]!r}: {ours.get(different[0])} and {theirs.get(different[0])}); train the reward model with "
-        "the policy's tokenizer, or score decoded text by a reward function"
+        f"policy and reward model have different vocabularies ({len(ours)} and {len(theirs)} tokens, {len(different)} "
+        f"differ, first {different[0]!r}: {ours.get(different[0])} and {theirs.get(different[0])}); train the "
+        "reward model with the policy's tokenizer, or score decoded text by a reward function"
     )
 
 
@@ -120,19 +143,23 @@ def _is_chat(value: Any) -> bool:
 
 
 def _render(messages: Sequence[Row], tokenizer: Tokenizer, *, generation: bool) -> str:
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-               for m in messages):
+    if not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
         raise _BadRow("malformed chat", "each message needs `role` and `content` strings")
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{tokenizer.name_or_path}: chats need a chat template, and this tokenizer has none; set "
-                        "tokenizer.chat_template or give plain strings")
+        raise DataError(
+            f"{tokenizer.name_or_path}: chats need a chat template, and this tokenizer has none; set "
+            "tokenizer.chat_template or give plain strings"
+        )
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
 
 
 def encode_prompt(prompt: str | Sequence[Row], tokenizer: Tokenizer) -> list[int]:
     """Prompt string or chat -> ids, with BOS where the tokenizer adds one and without a closing EOS."""
     if _is_chat(prompt):
-        return tokenizer(_render(prompt, tokenizer, generation=True), add_special_tokens=False)["input_ids"]  # type: ignore[arg-type]
+        text = _render(cast("Sequence[Row]", prompt), tokenizer, generation=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
     while ids and ids[-1] == tokenizer.eos_token_id and len(ids) > (tokenizer.bos_token_id == tokenizer.eos_token_id):
         ids.pop()
@@ -158,7 +185,7 @@ def _encode_chat(messages: Sequence[Row], tokenizer: Tokenizer) -> tuple[list[in
     if not whole.startswith(prompt):
         raise _BadRow("chat template rewrites the prompt", "the rendered chat must begin with its rendered prompt")
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return list(prompt_ids), encode_response(whole[len(prompt):], tokenizer)
+    return list(prompt_ids), encode_response(whole[len(prompt) :], tokenizer)
 
 
 def _string(row: Row, column: str) -> str:
@@ -205,9 +232,12 @@ def load_prompts(
         if overlong == "truncate":
             counts.reasons["truncated prompt"] += 1
             head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            return head + ids[len(ids) - max_prompt_tokens + len(head):]
-        raise _BadRow("prompt over the limit", f"it has {len(ids)} tokens, the limit is {max_prompt_tokens}; raise "
-                      "max_prompt_tokens or set overlong to truncate or drop")
+            return head + ids[len(ids) - max_prompt_tokens + len(head) :]
+        raise _BadRow(
+            "prompt over the limit",
+            f"it has {len(ids)} tokens, the limit is {max_prompt_tokens}; raise "
+            "max_prompt_tokens or set overlong to truncate or drop",
+        )
 
     counts = Counts(f"prompts of {_name(source)}")
     policy = {"prompt over the limit": "drop" if overlong == "drop" else "error"}
@@ -223,7 +253,8 @@ def load_pairs(
     split: str = "train",
 ) -> tuple[list[Pair], Counts]:
     """Preference pairs. `chosen` / `rejected` are responses to `prompt`, or whole dialogues (chats, or HH-RLHF's
-    "\\n\\nHuman: ... \\n\\nAssistant: ..." strings, cut at the last assistant turn), or whole texts when nothing is shared.
+    "\\n\\nHuman: ... \\n\\nAssistant: ..." strings, cut at the last assistant turn), or whole texts where nothing
+    is shared.
 
     max_tokens: limit on prompt + response of either side; a longer pair is bad (cutting a response would move the token
     that is scored). Other bad rows: equal sides, empty prompt or response, prompts that differ.
@@ -238,8 +269,10 @@ def load_pairs(
             raise _BadRow("equal sides", "chosen and rejected are the same; remove the row")
         longest = len(prompt) + max(len(chosen), len(rejected))
         if longest > max_tokens:
-            raise _BadRow("pair over the limit", f"it has {longest} tokens, the limit is {max_tokens}; raise max_tokens or "
-                          "drop such rows")
+            raise _BadRow(
+                "pair over the limit",
+                f"it has {longest} tokens, the limit is {max_tokens}; raise max_tokens or drop such rows",
+            )
         return Pair(prompt, chosen, rejected, float(row.get("margin") or 0.0))
 
     counts = Counts(f"pairs of {_name(source)}")
@@ -256,7 +289,8 @@ def load_texts(
     bad_rows: BadRows = "error",
     split: str = "train",
 ) -> tuple[list[Text], Counts]:
-    """Texts for language modelling (`text`) or fine-tuning (`prompt` + `response`, or `messages` ending with the assistant).
+    """Texts for language modelling (`text`) or fine-tuning (`prompt` + `response`, or `messages` ending with the
+    assistant).
 
     mask_prompt: the loss starts at the response. overlong: longer than max_tokens is an error, loses its end (EOS
     too, as the text does not end there), becomes several texts (plain text only, counted), or is left out.
@@ -278,12 +312,15 @@ def load_texts(
         if overlong == "split" and "text" in row:
             counts.reasons["split text"] += 1
             # Neighbours share a token, so that each token is predicted once.
-            return [Text(tokens[i:i + max_tokens], 1) for i in range(0, len(tokens) - 1, max_tokens - 1)]
+            return [Text(tokens[i : i + max_tokens], 1) for i in range(0, len(tokens) - 1, max_tokens - 1)]
         if overlong == "truncate" and start < max_tokens:
             counts.reasons["truncated text"] += 1
             return [Text(tokens[:max_tokens], start)]
-        raise _BadRow("text over the limit", f"it has {len(tokens)} tokens, the limit is {max_tokens}; raise max_tokens or "
-                      "set overlong to truncate, split (plain text) or drop")
+        raise _BadRow(
+            "text over the limit",
+            f"it has {len(tokens)} tokens, the limit is {max_tokens}; raise max_tokens or "
+            "set overlong to truncate, split (plain text) or drop",
+        )
 
     counts = Counts(f"texts of {_name(source)}")
     policy = {"text over the limit": "error" if overlong == "error" else "drop"}
@@ -291,8 +328,15 @@ def load_texts(
     return [text for piece in pieces for text in piece], counts.close()
 
 
-def _load(source: Source, columns: Sequence[str], encode: Any, counts: Counts, bad_rows: BadRows,
-          policy: dict[str, str], split: str) -> list[Any]:
+def _load(
+    source: Source,
+    columns: Sequence[str],
+    encode: Any,
+    counts: Counts,
+    bad_rows: BadRows,
+    policy: dict[str, str],
+    split: str,
+) -> list[Any]:
     kept = []
     for where, row in read_rows(source, split=split):
         counts.read += 1
@@ -320,7 +364,8 @@ def _split_pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int], l
     texts = [_string(row, "chosen"), _string(row, "rejected")]
     if _is_chat(row.get("prompt")):
         (prompt, chosen), (_, rejected) = (
-            _encode_chat([*row["prompt"], {"role": "assistant", "content": text}], tokenizer) for text in texts)
+            _encode_chat([*row["prompt"], {"role": "assistant", "content": text}], tokenizer) for text in texts
+        )
         return prompt, chosen, rejected
     if "prompt" in row:
         start = _string(row, "prompt")
@@ -335,7 +380,7 @@ def _split_pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int], l
 
 
 def _split_hh(text: str) -> tuple[str, str]:
-    """"\\n\\nHuman: a\\n\\nAssistant: b" -> ("\\n\\nHuman: a\\n\\nAssistant:", " b"), at the last assistant turn."""
+    """Dialogue -> (everything up to and with the last "\\n\\nAssistant:", what follows)."""
     prompt, marker, response = text.rpartition(HH_ASSISTANT)
     if not marker or HH_HUMAN in response:
         raise _BadRow("dialogue does not end with the assistant", "each side must end with an assistant turn")

@@ -40,14 +40,14 @@ ModelSource = str | Path | PreTrainedModel
 def packed_hidden(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, *, layout: str = "auto") -> Tensor:
     """Last hidden states of a packed batch; equals running the base model on each sequence alone and concatenating.
 
-    tokens (N,) int64; cu_seqlens (S+1,) int32 with cu_seqlens[0] = 0, cu_seqlens[-1] = N, every length >= 1, both on the
-    model's device. Returns hidden (N, D) in the model's dtype, differentiable. One forward of the base model whatever
-    the lengths, so ranks of a sharded run stay in step.
+    tokens (N,) int64; cu_seqlens (S+1,) int32 with cu_seqlens[0] = 0, cu_seqlens[-1] = N, every length >= 1, both on
+    the model's device. Returns hidden (N, D) in the model's dtype, differentiable. One forward of the base model
+    whatever the lengths, so ranks of a sharded run stay in step.
 
     layout: "packed" feeds one row with positions that restart (attention is kept inside each sequence by transformers'
-    packed detection); "padded" feeds (S, T) with padding on the right, which causal attention never looks at, so that no
-    mask is needed. "auto" is packed for flash-attention, which reads variable lengths, and padded for the rest, where a
-    packed row would cost N x N attention. Raises TypeError and ValueError for malformed batches.
+    packed detection); "padded" feeds (S, T) with padding on the right, which causal attention never looks at, so that
+    no mask is needed. "auto" is packed for flash-attention, which reads variable lengths, and padded for the rest,
+    where a packed row would cost N x N attention. Raises TypeError and ValueError for malformed batches.
     """
     lengths = _checked_lengths(tokens, cu_seqlens)
     longest = int(lengths.max())
@@ -111,7 +111,7 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden (N, D) into logits (N, V): softcap * tanh(z / softcap), z = scale * (hidden @ weight.T + bias)."""
+    """Hidden (N, D) into logits (N, V): softcap * tanh(z / softcap) with z = scale * (hidden @ weight.T + bias)."""
 
     weight: Tensor
     """(V, D), the model's own parameter (tied or not), so that gradients reach it."""
@@ -131,10 +131,12 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The output head of a causal LM, as the config describes it; `check_head` compares it with the model's own logits."""
+    """The output head of a causal LM, as its config describes it; `check_head` holds it against the model's logits."""
     layer = model.get_output_embeddings()
     if layer is None:
-        raise ValueError(f"head_of: {type(model).__name__} has no output embeddings; load it as a causal language model")
+        raise ValueError(
+            f"head_of: {type(model).__name__} has no output embeddings; load it as a causal language model"
+        )
     config = model.config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:
@@ -147,7 +149,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raise ValueError if head_of(model) on packed hidden states does not give the model's own logits (three tokens)."""
+    """Raise ValueError if head_of(model) on the hidden states of three tokens does not give the model's own logits."""
     tokens = torch.arange(3, device=model.device) % head_of(model).weight.shape[0]
     cu_seqlens = torch.tensor([0, 3], dtype=torch.int32, device=model.device)
     training = model.training
@@ -158,8 +160,9 @@ def check_head(model: PreTrainedModel) -> None:
     tolerance = (1e-4 if model.dtype == torch.float32 else 5e-2) * max(1.0, want.abs().max().item())
     if got.shape != want.shape or not (got - want).abs().max().item() <= tolerance:
         raise ValueError(
-            f"{type(model).__name__}: hidden @ head weight does not give the model's logits; its head does something that "
-            "head_of does not know. Use an architecture whose head is linear (with softcap or scale) or extend head_of."
+            f"{type(model).__name__}: hidden @ head weight does not give the model's logits; its head does "
+            "something that head_of does not know. Use an architecture whose head is linear (with softcap or scale), "
+            "or extend head_of."
         )
 
 
@@ -219,7 +222,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of the model to zero, in modules and in the config (attention dropout lives there)."""
+    """Set every dropout probability to zero, in modules and in the config (where attention dropout lives)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -237,11 +240,15 @@ def _local(path: str | Path) -> str:
     text = str(path)
     if Path(text).is_dir():
         if not (Path(text) / "config.json").is_file() and not (Path(text) / "tokenizer_config.json").is_file():
-            raise FileNotFoundError(f"{text} holds neither config.json nor tokenizer_config.json; give a HF model folder")
+            raise FileNotFoundError(
+                f"{text} holds neither config.json nor tokenizer_config.json; give a HF model folder"
+            )
         return text
     looks_like_hub_name = text.count("/") <= 1 and not text.startswith((".", "/", "~"))
     if not looks_like_hub_name:
-        raise FileNotFoundError(f"no model folder {text}; give a folder with config.json and model.safetensors, or a hub name")
+        raise FileNotFoundError(
+            f"no model folder {text}; give a folder with config.json and model.safetensors, or a hub name"
+        )
     return text
 
 
@@ -332,14 +339,17 @@ def _score_model_of(policy: PreTrainedModel, seed: int) -> PreTrainedModel:
     config.num_labels = 1
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
-            f"transformers has no *ForSequenceClassification for {type(config).__name__}, so no critic or reward model can "
-            "be made from this policy; give a critic or reward model of another architecture with the same tokenizer"
+            f"transformers has no *ForSequenceClassification for {type(config).__name__}, so no critic or reward "
+            "model can be made from this policy; give a critic or reward model of another architecture with the same "
+            "tokenizer"
         )
     model = AutoModelForSequenceClassification.from_config(
         config, attn_implementation=policy.config._attn_implementation, dtype=policy.dtype
     )
     if not hasattr(model, "score"):
-        raise ValueError(f"{type(model).__name__} names its head otherwise than `score`; critics need a decoder-only model")
+        raise ValueError(
+            f"{type(model).__name__} names its head otherwise than `score`; critics need a decoder-only model"
+        )
     model.base_model.load_state_dict(policy.base_model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     width = model.score.in_features

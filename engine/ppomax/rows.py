@@ -1,7 +1,8 @@
 """Rows (mappings) from JSONL, JSON, Parquet, HF datasets or memory, each with the words that name it in an error.
 
     for where, row in read_rows("prompts.jsonl.gz"): ...        where == "prompts.jsonl.gz:17"
-Every way in gives the same thing: an iterator of (where, row). Nothing is skipped here; a row that cannot be read stops.
+Every way in gives the same thing: an iterator of (where, row). Nothing is skipped here; a row that cannot be read
+stops.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class DataError(ValueError):
 def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[str, Row]]:
     """Yield (where, row) of a file, a folder, a hub data set's name, or an iterable of mappings.
 
-    `.jsonl`, `.jsonl.gz`, `.json` (a list, or one object a line) and `.parquet` are read here; a folder or a hub name goes
-    through the `datasets` library with `split`. Raises DataError naming the file and line for anything unreadable.
+    `.jsonl`, `.jsonl.gz`, `.json` (a list, or one object a line) and `.parquet` are read here; a folder or a hub name
+    goes through the `datasets` library with `split`. Raises DataError naming the file and line for anything unreadable.
     """
     if not isinstance(source, (str, Path)):
         return _numbered(source, type(source).__name__)
@@ -34,7 +35,9 @@ def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[str, Ro
         return _read_file(path)
     if path.is_dir() or _looks_like_hub_name(str(source)):
         return _read_dataset(str(source), split)
-    raise DataError(f"{source}: no such file or folder; give a .jsonl, .jsonl.gz, .json or .parquet file or a data set name")
+    raise DataError(
+        f"{source}: no such file or folder; give a .jsonl, .jsonl.gz, .json or .parquet file or a data set name"
+    )
 
 
 def _looks_like_hub_name(name: str) -> bool:
@@ -65,7 +68,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{number}: not JSON ({error}); one object a line is wanted") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: the archive is cut short or damaged after line {number} ({error}); fetch it again") from error
+        raise DataError(
+            f"{path}: the archive is cut short or damaged after line {number} ({error}); fetch it again"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 after line {number} ({error}); convert it") from error
 

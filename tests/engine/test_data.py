@@ -5,11 +5,10 @@ import json
 import logging
 
 import pytest
-from transformers import PreTrainedTokenizerFast
-
 from ppomax.data import DataError, check_same_vocabulary, check_tokenizer, load_pairs, load_prompts, load_texts
 from ppomax.rows import read_rows
 from ppomax.stages.default_data import train_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from .tiny_text import CHAT_TEMPLATE, TEXTS, tiny_tokenizer
 
@@ -41,7 +40,10 @@ def test_all_formats_give_the_same_rows(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
-    sources = [tmp_path / name for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "saved")] + [Dataset.from_list(rows), rows]
+    sources = [tmp_path / name for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "saved")] + [
+        Dataset.from_list(rows),
+        rows,
+    ]
     for source in sources:
         assert [dict(row) for _, row in read_rows(source)] == rows, source
 
@@ -51,15 +53,18 @@ def test_rows_are_named_by_file_and_line(tmp_path):
     assert [where for where, _ in read_rows(path)] == [f"{path}:1", f"{path}:2"]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: not JSON"),
-    ("list.jsonl", b'3\n', r"list\.jsonl:1: a row must be an object"),
-    ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999)[:-12], "cut short or damaged"),
-    ("not.jsonl.gz", b"plain", "cut short or damaged"),
-    ("latin.jsonl", '{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
-    ("bad.parquet", b"PAR?", "not a readable Parquet file"),
-    ("a.csv", b"prompt\na\n", "cannot tell the format"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: not JSON"),
+        ("list.jsonl", b"3\n", r"list\.jsonl:1: a row must be an object"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999)[:-12], "cut short or damaged"),
+        ("not.jsonl.gz", b"plain", "cut short or damaged"),
+        ("latin.jsonl", '{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
+        ("bad.parquet", b"PAR?", "not a readable Parquet file"),
+        ("a.csv", b"prompt\na\n", "cannot tell the format"),
+    ],
+)
 def test_unreadable_files_are_named(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -138,13 +143,19 @@ def test_pair_layouts_agree():
     tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
     user = [{"role": "user", "content": "the film"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("is good", "is bad"))
-    rows = [{"chosen": user + good, "rejected": user + bad}, {"prompt": user, "chosen": good, "rejected": bad},
-            {"prompt": user, "chosen": "is good", "rejected": "is bad"},
-            {"prompt": "<user>the film</s>\n<assistant>", "chosen": "is good", "rejected": "is bad"}]
+    rows = [
+        {"chosen": user + good, "rejected": user + bad},
+        {"prompt": user, "chosen": good, "rejected": bad},
+        {"prompt": user, "chosen": "is good", "rejected": "is bad"},
+        {"prompt": "<user>the film</s>\n<assistant>", "chosen": "is good", "rejected": "is bad"},
+    ]
     pairs, _ = load_pairs(rows, tokenizer, 64)
     assert pairs[0] == pairs[1] == pairs[2]
     assert pairs[3].chosen == pairs[0].chosen
-    assert pairs[3].prompt == [BOS, *pairs[0].prompt]  # a template says itself whether there is a BOS; a string gets the tokenizer's
+    assert pairs[3].prompt == [
+        BOS,
+        *pairs[0].prompt,
+    ]  # a template says itself whether there is a BOS; a string gets the tokenizer's
     assert tokenizer.decode(pairs[0].chosen).strip() == "is good</s>"
 
 
@@ -158,8 +169,10 @@ def test_hh_rlhf_dialogues_are_cut_at_the_last_assistant_turn(tokenizer):
 
 
 def test_whole_texts_compare_after_bos_alone_and_cut_ones_have_no_eos(tokenizer):
-    rows = [{"chosen": "a good cast", "rejected": "a bad cast", "margin": 0.5},
-            {"chosen": "a good cast", "rejected": "a bad cast", "complete": False}]
+    rows = [
+        {"chosen": "a good cast", "rejected": "a bad cast", "margin": 0.5},
+        {"chosen": "a good cast", "rejected": "a bad cast", "complete": False},
+    ]
     (whole, cut), _ = load_pairs(rows, tokenizer, 32)
     assert whole.prompt == [BOS]
     assert whole.margin == 0.5
@@ -167,17 +180,22 @@ def test_whole_texts_compare_after_bos_alone_and_cut_ones_have_no_eos(tokenizer)
     assert whole.rejected == [*cut.rejected, EOS]
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    ({"chosen": "a", "rejected": "a"}, "equal sides"),
-    ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty prompt"),
-    ({"chosen": "a", "rejected": ""}, "empty rejected"),
-    ({"chosen": "a", "rejected": None}, "`rejected` is NoneType"),
-    ({"chosen": "the film " * 20, "rejected": "a"}, "pair over the limit"),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "prompts differ"),
-    ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: d"}, "empty response"),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: d"},
-     "dialogue does not end with the assistant"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": "a", "rejected": "a"}, "equal sides"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty prompt"),
+        ({"chosen": "a", "rejected": ""}, "empty rejected"),
+        ({"chosen": "a", "rejected": None}, "`rejected` is NoneType"),
+        ({"chosen": "the film " * 20, "rejected": "a"}, "pair over the limit"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "prompts differ"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: d"}, "empty response"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: d"},
+            "dialogue does not end with the assistant",
+        ),
+    ],
+)
 def test_bad_pairs_are_errors_or_counted(tokenizer, row, reason):
     good = {"chosen": "a good cast", "rejected": "a bad cast"}
     with pytest.raises(DataError, match=f"list:2: {reason}"):
@@ -192,10 +210,13 @@ def test_sides_that_tokenise_alike_are_equal(tokenizer):
         load_pairs([{"chosen": "a Film .", "rejected": "a film."}], tokenizer, 24)
 
 
-@pytest.mark.parametrize(("side", "reason"), [
-    ([{"role": "user", "content": "a"}], "chat does not end with the assistant"),
-    ([{"role": "assistant", "text": "a"}], "malformed chat"),
-])
+@pytest.mark.parametrize(
+    ("side", "reason"),
+    [
+        ([{"role": "user", "content": "a"}], "chat does not end with the assistant"),
+        ([{"role": "assistant", "text": "a"}], "malformed chat"),
+    ],
+)
 def test_bad_chats_are_named(side, reason):
     good = [{"role": "assistant", "content": "b"}]
     with pytest.raises(DataError, match=reason):
@@ -221,7 +242,7 @@ def test_chat_text_trains_on_the_last_turn():
     tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
     messages = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "is good"}]
     (text,), _ = load_texts([{"messages": messages}], tokenizer, 64)
-    assert tokenizer.decode(text.tokens[text.loss_from:]).strip() == "is good</s>"
+    assert tokenizer.decode(text.tokens[text.loss_from :]).strip() == "is good</s>"
 
 
 def test_overlong_text_error_split_truncate_drop(tokenizer):
@@ -230,7 +251,7 @@ def test_overlong_text_error_split_truncate_drop(tokenizer):
     with pytest.raises(DataError, match="list:1: text over the limit"):
         load_texts(rows, tokenizer, 5)
     pieces, counts = load_texts(rows, tokenizer, 5, overlong="split")
-    assert [whole[0], *(token for piece in pieces[:-1] for token in piece.tokens[piece.loss_from:])] == whole
+    assert [whole[0], *(token for piece in pieces[:-1] for token in piece.tokens[piece.loss_from :])] == whole
     assert all(len(piece.tokens) <= 5 for piece in pieces)
     assert counts.reasons == {"split text": 1}
     cut, counts = load_texts(rows, tokenizer, 5, overlong="truncate")
@@ -249,11 +270,14 @@ def test_row_without_text_columns_is_an_error(tokenizer):
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("special", "message"), [
-    ({"pad_token": "<pad>"}, "no EOS token"),
-    ({"eos_token": "</s>"}, "no pad token"),
-    ({"eos_token": "</s>", "pad_token": "</s>"}, "pad and EOS are the same token"),
-])
+@pytest.mark.parametrize(
+    ("special", "message"),
+    [
+        ({"pad_token": "<pad>"}, "no EOS token"),
+        ({"eos_token": "</s>"}, "no pad token"),
+        ({"eos_token": "</s>", "pad_token": "</s>"}, "pad and EOS are the same token"),
+    ],
+)
 def test_unfit_tokenizers_are_refused_with_the_mend(special, message):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special)
     with pytest.raises(DataError, match=message):

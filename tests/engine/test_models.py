@@ -3,8 +3,6 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
 from ppomax.batch import pack
 from ppomax.models import (
     Critic,
@@ -20,15 +18,24 @@ from ppomax.models import (
     packed_hidden,
     save_model,
 )
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .tiny_text import tiny_llama, tiny_tokenizer
 
 CLOSE = 1e-5
 SEQUENCES = [[5, 6, 7, 8, 9], [3], [4, 4, 9, 1, 0, 2, 11, 30, 31, 32, 7, 8], [2, 1]]
 FAMILIES = {
-    "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Mistral": {"sliding_window": 4}, "Gemma2": {"sliding_window": 4, "final_logit_softcapping": 2.0},
-    "Gemma3Text": {"sliding_window": 4, "final_logit_softcapping": 3.0}, "Cohere": {"logit_scale": 0.3}, "Granite": {"logits_scaling": 3.0},
-    "Phi": {}, "GPT2": {}, "GPTNeoX": {},
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": 4},
+    "Gemma2": {"sliding_window": 4, "final_logit_softcapping": 2.0},
+    "Gemma3Text": {"sliding_window": 4, "final_logit_softcapping": 3.0},
+    "Cohere": {"logit_scale": 0.3},
+    "Granite": {"logits_scaling": 3.0},
+    "Phi": {},
+    "GPT2": {},
+    "GPTNeoX": {},
 }
 
 
@@ -39,8 +46,17 @@ def family(name):
     if name == "GPT2":
         config = config_class(n_embd=32, n_layer=2, n_head=4, n_positions=64, **special)
     else:
-        config = config_class(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                              max_position_embeddings=64, head_dim=8, **special, **FAMILIES[name])
+        config = config_class(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            head_dim=8,
+            **special,
+            **FAMILIES[name],
+        )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -83,14 +99,32 @@ def test_a_head_that_is_not_linear_is_refused():
         check_head(model)
 
 
-@pytest.mark.parametrize(("tokens", "cu_seqlens", "kind", "message"), [
-    (torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), TypeError, "tokens must be int64"),
-    (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), TypeError, "cu_seqlens must be int32"),
-    (torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0, 3], dtype=torch.int32), ValueError, "pack the sequences into one row"),
-    (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2], dtype=torch.int32), ValueError, "rise from 0 to N = 3"),
-    (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0, 3], dtype=torch.int32), ValueError, "shortest 0"),
-    (torch.zeros(129, dtype=torch.int64), torch.tensor([0, 129], dtype=torch.int32), ValueError, "the model's window is 128"),
-])
+@pytest.mark.parametrize(
+    ("tokens", "cu_seqlens", "kind", "message"),
+    [
+        (torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), TypeError, "tokens must be int64"),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), TypeError, "cu_seqlens must be int32"),
+        (
+            torch.zeros(1, 3, dtype=torch.int64),
+            torch.tensor([0, 3], dtype=torch.int32),
+            ValueError,
+            "pack the sequences into one row",
+        ),
+        (
+            torch.zeros(3, dtype=torch.int64),
+            torch.tensor([0, 2], dtype=torch.int32),
+            ValueError,
+            "rise from 0 to N = 3",
+        ),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0, 3], dtype=torch.int32), ValueError, "shortest 0"),
+        (
+            torch.zeros(129, dtype=torch.int64),
+            torch.tensor([0, 129], dtype=torch.int32),
+            ValueError,
+            "the model's window is 128",
+        ),
+    ],
+)
 def test_malformed_batches_are_named(tokens, cu_seqlens, kind, message):
     with pytest.raises(kind, match=message):
         packed_hidden(tiny_llama(50), tokens, cu_seqlens)
@@ -164,13 +198,20 @@ def test_models_survive_saving_and_load_by_the_auto_classes(tmp_path):
     save_model(reward_model, tokenizer, tmp_path / "reward")
     save_model(reward_model, tokenizer, tmp_path / "reward")  # replaces
     assert not list(tmp_path.glob("*.part"))
-    assert torch.equal(packed_hidden(load_policy(tmp_path / "policy"), tokens, cu_seqlens), packed_hidden(policy, tokens, cu_seqlens))
-    assert torch.equal(load_reward_model(tmp_path / "reward").scores(tokens, cu_seqlens), reward_model.scores(tokens, cu_seqlens))
+    assert torch.equal(
+        packed_hidden(load_policy(tmp_path / "policy"), tokens, cu_seqlens), packed_hidden(policy, tokens, cu_seqlens)
+    )
+    assert torch.equal(
+        load_reward_model(tmp_path / "reward").scores(tokens, cu_seqlens), reward_model.scores(tokens, cu_seqlens)
+    )
     assert torch.equal(make_critic(tmp_path / "reward")(tokens, cu_seqlens), reward_model(tokens, cu_seqlens))
     assert isinstance(make_critic(tmp_path / "policy"), Critic)
     assert load_tokenizer(tmp_path / "reward").get_vocab() == tokenizer.get_vocab()
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
-    assert error(plain(torch.tensor([SEQUENCES[0]])).logits[0, 0] - 0.5, reward_model.scores(tokens, cu_seqlens)[0]) < CLOSE
+    assert (
+        error(plain(torch.tensor([SEQUENCES[0]])).logits[0, 0] - 0.5, reward_model.scores(tokens, cu_seqlens)[0])
+        < CLOSE
+    )
 
 
 def test_wrong_models_and_paths_are_named(tmp_path):

@@ -1,4 +1,5 @@
-"""The embedded default: tokenizer, policy, reward model, prompts and a sentiment classifier, made by `build_default`."""
+"""The embedded default: tokenizer, policy, reward model, prompts and a sentiment classifier, made by
+`build_default`."""
 
 from __future__ import annotations
 

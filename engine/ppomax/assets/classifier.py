@@ -1,8 +1,9 @@
-"""A sentiment classifier in plain data, the independent judge of a run: TF-IDF on words and word pairs, logistic regression.
+"""A sentiment classifier in plain data, the independent judge of a run: TF-IDF on words and word pairs, logistic
+regression.
 
     x_t = (1 + log count_t) * idf_t, divided by |x| ;  positive if  sum_t coef_t * x_t + bias > 0
-idf_t = log((1 + n) / (1 + documents with t)) + 1. It is trained on rows that the reward model never saw, by nothing but torch, and
-stored as JSON: {"bias": b, "terms": {term: [idf, coef]}}.
+idf_t = log((1 + n) / (1 + documents with t)) + 1. It is trained on rows that the reward model never saw, by nothing but
+torch, and stored as JSON: {"bias": b, "terms": {term: [idf, coef]}}.
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ class SentimentClassifier:
     def load(cls, path: str | Path) -> SentimentClassifier:
         """Read the JSON file that `save` wrote."""
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(float(data["bias"]), {term: (float(idf), float(coef)) for term, (idf, coef) in data["terms"].items()})
+        return cls(
+            float(data["bias"]), {term: (float(idf), float(coef)) for term, (idf, coef) in data["terms"].items()}
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file; numbers are rounded to four digits."""
         terms = {term: [round(idf, 3), round(coef, 4)] for term, (idf, coef) in sorted(self.terms.items())}
-        Path(path).write_text(json.dumps({"bias": round(self.bias, 5), "terms": terms}, separators=(",", ":")), encoding="utf-8")
+        Path(path).write_text(
+            json.dumps({"bias": round(self.bias, 5), "terms": terms}, separators=(",", ":")), encoding="utf-8"
+        )
 
     def logit(self, text: str) -> float:
         """Log-odds that the text is positive."""
@@ -58,7 +63,9 @@ class SentimentClassifier:
         return sum(self.logit(text) > 0 for text in texts) / len(texts)
 
 
-def train_classifier(texts: Sequence[str], labels: Sequence[int], *, min_documents: int = 3, strength: float = 3.0) -> SentimentClassifier:
+def train_classifier(
+    texts: Sequence[str], labels: Sequence[int], *, min_documents: int = 3, strength: float = 3.0
+) -> SentimentClassifier:
     """Logistic regression, loss = strength * sum of log losses + |coef|^2 / 2, by L-BFGS from zero (no randomness)."""
     counts = [terms_of(text) for text in texts]
     documents = Counter(term for count in counts for term in count)
@@ -74,7 +81,10 @@ def train_classifier(texts: Sequence[str], labels: Sequence[int], *, min_documen
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         logits = torch.mv(x, weight) + bias
-        value = strength * torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum") + weight.square().sum() / 2
+        value = (
+            strength * torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum")
+            + weight.square().sum() / 2
+        )
         value.backward()
         return value
 
@@ -91,5 +101,6 @@ def _tfidf(counts: Sequence[Counter[str]], index: dict[str, int], idf: torch.Ten
         rows += [row] * len(known)
         columns += [column for column, _ in known]
         values += [w / norm for w in weights]
-    return torch.sparse_coo_tensor(torch.tensor([rows, columns]), torch.tensor(values, dtype=torch.float64),
-                                   (len(counts), len(index))).coalesce()
+    return torch.sparse_coo_tensor(
+        torch.tensor([rows, columns]), torch.tensor(values, dtype=torch.float64), (len(counts), len(index))
+    ).coalesce()

@@ -3,8 +3,8 @@
     split rows -> tokenizer -> language model on the train part -> fine-tuning on openings of snippets = policy
     -> its samples -> reward model on train pairs (the language model's first blocks), centred on the samples
     -> judge on the classifier part -> held-out figures -> model card
-Everything that a stage reads or writes lies in `<out>/work`; a stage whose model is there is not run again. `<out>/default` is what
-ships. Same data, seed, machine and threads give the same result.
+Everything that a stage reads or writes lies in `<out>/work`; a stage whose model is there is not run again.
+`<out>/default` is what ships. Same data, seed, machine and threads give the same result.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class BuildDefaultConfig:
     reward_steps: int = 900
     """Optimiser steps of the reward model, 4,096 tokens each."""
     samples: int = 1024
-    """Responses sampled from the policy: to centre scores, and 512 of them ship as plain text for the ptx term."""
+    """Responses sampled from the policy, to centre scores on and to measure."""
 
     def __post_init__(self) -> None:
         require(self.hidden_size % 32 == 0, "hidden_size", "a multiple of 32 (the head size)", self.hidden_size)
@@ -72,7 +72,8 @@ class BuildDefaultConfig:
 
 
 def build_default(config: BuildDefaultConfig) -> Path:
-    """Run every stage and return `<out>/default`. Raises DataError for unusable data, ValueError if the result is too large."""
+    """Run every stage and return `<out>/default`. Raises DataError for unusable data, ValueError if the result is too
+    large."""
     torch.set_num_threads(config.threads)
     work, out = Path(config.out) / "work", Path(config.out) / "default"
     work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def build_default(config: BuildDefaultConfig) -> Path:
     tokenizer = load_tokenizer(work / "init")
     _ship(load_policy(work / "sft" / "model"), tokenizer, out / "policy")
     files.write_rows(out / "prompts.jsonl", files.prompt_rows())
-    texts = _timed(seconds, "sampling", _sample, out, tokenizer, work, config)
+    texts = _timed(seconds, "sampling", _sample, out, tokenizer, config)
     _timed(seconds, "reward model", _reward_model, work, config)
     reward_model = load_reward_model(work / "reward_model" / "model", torch.bfloat16)
     centre_scores(load_reward_model(reward_model.model, torch.float32), texts, unit_std=True)
@@ -97,7 +98,9 @@ def build_default(config: BuildDefaultConfig) -> Path:
     (out / "MODEL_CARD.md").write_text(model_card(config, parts, figures, seconds), encoding="utf-8")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if size > LIMIT_BYTES:
-        raise ValueError(f"build_default: {out} has {size} bytes, the limit is {LIMIT_BYTES}; make hidden_size or layers smaller")
+        raise ValueError(
+            f"build_default: {out} has {size} bytes, the limit is {LIMIT_BYTES}; make hidden_size or layers smaller"
+        )
     log.info("%s: %.1f MB, %.0f s", out, size / 1e6, sum(seconds.values()))
     return out
 
@@ -123,41 +126,87 @@ def _write_inputs(parts: dict[str, files.Part], work: Path, config: BuildDefault
     tokenizer = files.train_tokenizer([row["text"] for row in files.lm_rows(train)], config.vocab_size)
     torch.manual_seed(config.seed)
     heads = config.hidden_size // 32
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=config.hidden_size, intermediate_size=config.hidden_size * 7 // 3,
-        num_hidden_layers=config.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 3), head_dim=32,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.hidden_size * 7 // 3,
+            num_hidden_layers=config.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 3),
+            head_dim=32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     save_model(model, tokenizer, work / "init")
 
 
 def _stage_configs(work: Path, name: str, steps: int, lr: float, seed: int) -> dict[str, Any]:
     resume = (work / name / "checkpoints").is_dir()
-    return {"optim": OptimConfig(lr=lr, schedule="cosine", weight_decay=0.1, warmup=0.04, min_ratio=0.05),
-            "run": RunConfig(steps=steps, seed=seed, out=str(work / name), resume=resume, checkpoint_every=500, keep_checkpoints=1)}
+    return {
+        "optim": OptimConfig(lr=lr, schedule="cosine", weight_decay=0.1, warmup=0.04, min_ratio=0.05),
+        "run": RunConfig(
+            steps=steps, seed=seed, out=str(work / name), resume=resume, checkpoint_every=500, keep_checkpoints=1
+        ),
+    }
 
 
 def _language_model(work: Path, config: BuildDefaultConfig) -> None:
     if not (work / "lm" / "model").is_dir():
-        train_sft(SftConfig(
-            model=str(work / "init"), data=str(work / "lm.jsonl"), eval_data=str(work / "sft_held_out.jsonl"), max_tokens=128,
-            batch_tokens=1024, autocast=True, eval_every=500, **_stage_configs(work, "lm", config.lm_steps, 2e-3, config.seed)))
+        train_sft(
+            SftConfig(
+                model=str(work / "init"),
+                data=str(work / "lm.jsonl"),
+                eval_data=str(work / "sft_held_out.jsonl"),
+                max_tokens=128,
+                batch_tokens=1024,
+                autocast=True,
+                attention="eager",
+                eval_every=500,
+                **_stage_configs(work, "lm", config.lm_steps, 2e-3, config.seed),
+            )
+        )
 
 
 def _fine_tune(work: Path, config: BuildDefaultConfig) -> None:
     if not (work / "sft" / "model").is_dir():
-        train_sft(SftConfig(
-            model=str(work / "lm" / "model"), data=str(work / "sft.jsonl"), eval_data=str(work / "sft_held_out.jsonl"),
-            max_tokens=128, batch_tokens=1024, autocast=True, eval_every=100,
-            **_stage_configs(work, "sft", config.sft_steps, 5e-4, config.seed)))
+        train_sft(
+            SftConfig(
+                model=str(work / "lm" / "model"),
+                data=str(work / "sft.jsonl"),
+                eval_data=str(work / "sft_held_out.jsonl"),
+                max_tokens=128,
+                batch_tokens=1024,
+                autocast=True,
+                attention="eager",
+                eval_every=100,
+                **_stage_configs(work, "sft", config.sft_steps, 5e-4, config.seed),
+            )
+        )
 
 
 def _reward_model(work: Path, config: BuildDefaultConfig) -> None:
     if not (work / "reward_model" / "model").is_dir():
-        train_reward_model(RewardModelConfig(
-            model=str(work / "lm" / "model"), data=str(work / "pairs.jsonl"), eval_data=str(work / "pairs_held_out_snippets.jsonl"),
-            layers=config.reward_layers, max_tokens=2048, bad_rows="drop", lm_coef=0.2, batch_tokens=4096, autocast=True,
-            eval_every=100, **_stage_configs(work, "reward_model", config.reward_steps, 5e-4, config.seed)))
+        train_reward_model(
+            RewardModelConfig(
+                model=str(work / "lm" / "model"),
+                data=str(work / "pairs.jsonl"),
+                eval_data=str(work / "pairs_held_out_snippets.jsonl"),
+                layers=config.reward_layers,
+                max_tokens=2048,
+                bad_rows="drop",
+                lm_coef=0.2,
+                batch_tokens=4096,
+                autocast=True,
+                attention="eager",
+                eval_every=100,
+                **_stage_configs(work, "reward_model", config.reward_steps, 5e-4, config.seed),
+            )
+        )
 
 
 def _ship(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -165,18 +214,15 @@ def _ship(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     save_model(model.to(torch.bfloat16), tokenizer, path)
 
 
-def _sample(out: Path, tokenizer: PreTrainedTokenizerBase, work: Path, config: BuildDefaultConfig) -> list[Text]:
-    """Sample the shipped policy as PPO will; write 512 finished ones as texts.jsonl; return prompt + response of all."""
+def _sample(out: Path, tokenizer: PreTrainedTokenizerBase, config: BuildDefaultConfig) -> list[Text]:
+    """Prompt + response of the shipped policy, sampled as PPO will."""
     policy = load_policy(out / "policy").eval()
     prompts, _ = load_prompts(out / "prompts.jsonl", tokenizer, 64)
-    prompts = (prompts * (config.samples // len(prompts) + 1))[:config.samples]
-    responses: Responses = decode(policy, prompts, range(len(prompts)), eos_ids=[tokenizer.eos_token_id], max_new_tokens=48,
-                                  seed=config.seed)
-    texts = [Text(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses.tokens)]
-    finished = [text.tokens for text, ended in zip(texts, responses.finished) if ended]
-    files.write_rows(out / "texts.jsonl",
-                     [{"text": tokenizer.decode(tokens, skip_special_tokens=True).strip()} for tokens in finished[:512]])
-    return texts
+    prompts = (prompts * (config.samples // len(prompts) + 1))[: config.samples]
+    responses: Responses = decode(
+        policy, prompts, range(len(prompts)), eos_ids=[tokenizer.eos_token_id], max_new_tokens=48, seed=config.seed
+    )
+    return [Text(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses.tokens)]
 
 
 def _judge(part: files.Part, out: Path) -> SentimentClassifier:
@@ -186,9 +232,11 @@ def _judge(part: files.Part, out: Path) -> SentimentClassifier:
     return SentimentClassifier.load(out / "classifier.json")
 
 
-def _held_out_figures(out: Path, held_out: files.Part, samples: list[Text], judge: SentimentClassifier,
-                      config: BuildDefaultConfig) -> dict[str, Any]:
-    """Figures of what ships (bfloat16 weights, read as float32) on the held-out part and on the policy's own samples."""
+def _held_out_figures(
+    out: Path, held_out: files.Part, samples: list[Text], judge: SentimentClassifier, config: BuildDefaultConfig
+) -> dict[str, Any]:
+    """Figures of what ships (bfloat16 weights, read as float32) on the held-out part and on the policy's own
+    samples."""
     work = Path(config.out) / "work"
     tokenizer = load_tokenizer(out / "policy")
     policy, reward_model = load_policy(out / "policy").eval(), load_reward_model(out / "reward_model").eval()
@@ -197,14 +245,18 @@ def _held_out_figures(out: Path, held_out: files.Part, samples: list[Text], judg
         "policy_parameters": sum(p.numel() for p in policy.parameters()),
         "reward_model_parameters": sum(p.numel() for p in reward_model.parameters()),
         "policy_nll": mean_nll(policy, texts, 4096),
-        "judge_accuracy": {name: _judge_accuracy(judge, rows) for name, rows in
-                           (("snippets", held_out.snippets), ("reviews", held_out.reviews))},
+        "judge_accuracy": {
+            name: _judge_accuracy(judge, rows)
+            for name, rows in (("snippets", held_out.snippets), ("reviews", held_out.reviews))
+        },
         "pairs": {},
     }
     for name in ("snippets", "snippets_cut", "pieces", "reviews"):
         pairs, _ = load_pairs(work / f"pairs_held_out_{name}.jsonl", tokenizer, 2048, bad_rows="drop")
         found = evaluate_pairs(reward_model, pairs, 4096)
-        figures["pairs"][name] = {key: round(found[key], 4) for key in ("pairs", "accuracy", "rank_loss", "score_gap", "ece")}
+        figures["pairs"][name] = {
+            key: round(found[key], 4) for key in ("pairs", "accuracy", "rank_loss", "score_gap", "ece")
+        }
     return figures | _sample_figures(samples, tokenizer, reward_model, judge)
 
 
@@ -212,16 +264,23 @@ def _judge_accuracy(judge: SentimentClassifier, rows: list[files.Labelled]) -> f
     return sum((judge.logit(row.text) > 0) == bool(row.label) for row in rows) / len(rows)
 
 
-def _sample_figures(samples: list[Text], tokenizer: PreTrainedTokenizerBase, reward_model: RewardModel,
-                    judge: SentimentClassifier) -> dict[str, Any]:
+def _sample_figures(
+    samples: list[Text], tokenizer: PreTrainedTokenizerBase, reward_model: RewardModel, judge: SentimentClassifier
+) -> dict[str, Any]:
     scores = score_texts(reward_model, samples)
-    positive = torch.tensor([judge.logit(tokenizer.decode(text.tokens, skip_special_tokens=True)) > 0 for text in samples])
+    positive = torch.tensor(
+        [judge.logit(tokenizer.decode(text.tokens, skip_special_tokens=True)) > 0 for text in samples]
+    )
     lengths = [len(text.tokens) - text.loss_from for text in samples]
-    return {"samples": {
-        "count": len(samples), "score_mean": scores.mean().item(), "score_std": scores.std().item(),
-        "positive_by_judge": positive.float().mean().item(),
-        "score_mean_where_judge_positive": scores[positive].mean().item(),
-        "score_mean_where_judge_negative": scores[~positive].mean().item(),
-        "mean_length": sum(lengths) / len(lengths),
-        "finished": sum(text.tokens[-1] == tokenizer.eos_token_id for text in samples) / len(samples),
-    }}
+    return {
+        "samples": {
+            "count": len(samples),
+            "score_mean": scores.mean().item(),
+            "score_std": scores.std().item(),
+            "positive_by_judge": positive.float().mean().item(),
+            "score_mean_where_judge_positive": scores[positive].mean().item(),
+            "score_mean_where_judge_negative": scores[~positive].mean().item(),
+            "mean_length": sum(lengths) / len(lengths),
+            "finished": sum(text.tokens[-1] == tokenizer.eos_token_id for text in samples) / len(samples),
+        }
+    }

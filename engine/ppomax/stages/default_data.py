@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from ppomax.rows import read_rows
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-SHARES = {"snippets": {"train": 0.55, "held_out": 0.10, "classifier": 0.35},
-          "reviews": {"train": 0.72, "held_out": 0.10, "classifier": 0.18}}
+SHARES = {
+    "snippets": {"train": 0.55, "held_out": 0.10, "classifier": 0.35},
+    "reviews": {"train": 0.72, "held_out": 0.10, "classifier": 0.18},
+}
 """Share of each file's rows that each part gets."""
 PIECE_WORDS = (8, 30)
 """A piece of a review ends with the sentence that takes it over a random number of words in this range ..."""
@@ -59,9 +61,14 @@ def read_parts(data: Path, seed: int) -> dict[str, Part]:
         random.Random(seed).shuffle(texts)
         dealt[name] = _deal([Labelled(text, rows[text]) for text in texts], SHARES[name])
     generator = random.Random(seed + 1)
-    return {part: Part(dealt["snippets"][part], dealt["reviews"][part],
-                       [piece for review in dealt["reviews"][part] for piece in cut_review(review, generator)])
-            for part in ("train", "held_out", "classifier")}
+    return {
+        part: Part(
+            dealt["snippets"][part],
+            dealt["reviews"][part],
+            [piece for review in dealt["reviews"][part] for piece in cut_review(review, generator)],
+        )
+        for part in ("train", "held_out", "classifier")
+    }
 
 
 def _deal(rows: list[Labelled], shares: dict[str, float]) -> dict[str, list[Labelled]]:
@@ -82,22 +89,41 @@ def cut_review(review: Labelled, generator: random.Random) -> list[Labelled]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, lower case; the data's spaces before punctuation are taken out and its stray double quotes dropped, so that
-    raw and tidy text give the same ids. A text starts with a space, so that its first word is the same token as inside a sentence."""
+    """Byte-level BPE, lower case; the data's spaces before punctuation are taken out and its stray double quotes
+    dropped, so that raw and tidy text give the same ids. A text starts with a space, so that its first word is the same
+    token as inside a sentence."""
     tokenizer = Tokenizer(models.BPE())
     closing = [normalizers.Replace(f" {mark}", mark) for mark in ",.;:!?)"]
-    tokenizer.normalizer = normalizers.Sequence([
-        normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace('"', ""), normalizers.Replace(Regex(r"\s+"), " "),
-        *closing, normalizers.Replace("( ", "("),
-    ])
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace('"', ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            *closing,
+            normalizers.Replace("( ", "("),
+        ]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD,
-                                   clean_up_tokenization_spaces=False, model_max_length=1024)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -125,18 +151,120 @@ def sft_rows(part: Part, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-OPENINGS = ["the film", "this film", "the movie", "this movie", "the story", "the plot", "the script", "the director", "the cast",
-            "the acting", "the dialogue", "the ending", "the first half", "the second half", "the opening scene", "the camera",
-            "the music", "the lead actor", "the lead actress", "the main character", "the performance", "the picture",
-            "the comedy", "the drama", "the thriller", "the documentary", "the sequel", "the humor", "the romance", "the pacing"]
-VERBS = ["", " is", " has", " seems", " feels", " was", " makes", " takes", " never", " becomes", " turns out to be", " manages to"]
-OTHERS = ["it", "it's a", "it's an", "a film that", "a movie that", "i", "i think", "i felt", "we", "you", "you will", "as a", "as the",
-          "for a", "for all its", "with its", "with a", "in the end ,", "by the end ,", "in this", "there is", "there are", "what",
-          "if you", "if this", "when the", "while the", "although it", "despite the", "one of the", "like a", "watching this",
-          "from start to finish ,", "at its best ,", "at times ,", "even the", "every scene", "some of the", "most of the",
-          "the result is", "the result is a", "here is a", "this is", "this is a", "this is the", "not a", "an", "a", "so",
-          "he", "she", "they", "his", "her", "their", "everyone in the", "audiences will", "fans of the", "director and cast",
-          "two hours of", "ninety minutes of", "after an hour ,", "the film's", "the movie's", "the story's", "nothing in the"]
+OPENINGS = [
+    "the film",
+    "this film",
+    "the movie",
+    "this movie",
+    "the story",
+    "the plot",
+    "the script",
+    "the director",
+    "the cast",
+    "the acting",
+    "the dialogue",
+    "the ending",
+    "the first half",
+    "the second half",
+    "the opening scene",
+    "the camera",
+    "the music",
+    "the lead actor",
+    "the lead actress",
+    "the main character",
+    "the performance",
+    "the picture",
+    "the comedy",
+    "the drama",
+    "the thriller",
+    "the documentary",
+    "the sequel",
+    "the humor",
+    "the romance",
+    "the pacing",
+]
+VERBS = [
+    "",
+    " is",
+    " has",
+    " seems",
+    " feels",
+    " was",
+    " makes",
+    " takes",
+    " never",
+    " becomes",
+    " turns out to be",
+    " manages to",
+]
+OTHERS = [
+    "it",
+    "it's a",
+    "it's an",
+    "a film that",
+    "a movie that",
+    "i",
+    "i think",
+    "i felt",
+    "we",
+    "you",
+    "you will",
+    "as a",
+    "as the",
+    "for a",
+    "for all its",
+    "with its",
+    "with a",
+    "in the end ,",
+    "by the end ,",
+    "in this",
+    "there is",
+    "there are",
+    "what",
+    "if you",
+    "if this",
+    "when the",
+    "while the",
+    "although it",
+    "despite the",
+    "one of the",
+    "like a",
+    "watching this",
+    "from start to finish ,",
+    "at its best ,",
+    "at times ,",
+    "even the",
+    "every scene",
+    "some of the",
+    "most of the",
+    "the result is",
+    "the result is a",
+    "here is a",
+    "this is",
+    "this is a",
+    "this is the",
+    "not a",
+    "an",
+    "a",
+    "so",
+    "he",
+    "she",
+    "they",
+    "his",
+    "her",
+    "their",
+    "everyone in the",
+    "audiences will",
+    "fans of the",
+    "director and cast",
+    "two hours of",
+    "ninety minutes of",
+    "after an hour ,",
+    "the film's",
+    "the movie's",
+    "the story's",
+    "nothing in the",
+]
 
 
 def prompt_rows() -> list[dict[str, str]]:
@@ -145,11 +273,14 @@ def prompt_rows() -> list[dict[str, str]]:
 
 
 def pair_rows(part: Part, seed: int, *, repeats: int = 4) -> list[dict[str, Any]]:
-    """(positive, negative) texts to learn sentiment from: snippets, `repeats` times newly paired and a third of them cut short as an
-    unfinished response is; pieces; long runs of words of reviews, whose labels are sure."""
+    """(positive, negative) texts to learn sentiment from: snippets, `repeats` times newly paired and a third of them
+    cut short as an unfinished response is; pieces; long runs of words of reviews, whose labels are sure."""
     generator = random.Random(seed)
-    rows = [cut_pair(pair, generator.randint(5, 20)) if generator.random() < 1 / 3 else whole_pair(pair)
-            for _ in range(repeats) for pair in matched(part.snippets, generator)]
+    rows = [
+        cut_pair(pair, generator.randint(5, 20)) if generator.random() < 1 / 3 else whole_pair(pair)
+        for _ in range(repeats)
+        for pair in matched(part.snippets, generator)
+    ]
     rows += [whole_pair(pair) for pair in matched(part.pieces, generator)]
     for words, passes in ((60, 3), (150, 2), (600, 1)):
         for _ in range(passes):
@@ -180,14 +311,18 @@ def cut_pair(pair: tuple[str, str], words: int) -> dict[str, Any]:
 def _window(text: str, length: int, generator: random.Random) -> str:
     words = text.split()
     start = generator.randint(0, max(0, len(words) - length))
-    return " ".join(words[start:start + length])
+    return " ".join(words[start : start + length])
 
 
 def eval_pair_sets(part: Part, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Held-out pairs by kind: finished snippets, their first 12 words, pieces (weak labels), whole reviews (their first 700 words)."""
+    """Held-out pairs by kind: finished snippets, their first 12 words, pieces (weak labels), whole reviews (their first
+    700 words)."""
     generator = random.Random(seed)
     snippets = [pair for _ in range(4) for pair in matched(part.snippets, generator)]
     reviews = [pair for _ in range(4) for pair in matched(part.reviews, generator)]
-    return {"snippets": [whole_pair(pair) for pair in snippets], "snippets_cut": [cut_pair(pair, 12) for pair in snippets],
-            "pieces": [whole_pair(pair) for pair in matched(part.pieces, generator)],
-            "reviews": [cut_pair(pair, 700) for pair in reviews]}
+    return {
+        "snippets": [whole_pair(pair) for pair in snippets],
+        "snippets_cut": [cut_pair(pair, 12) for pair in snippets],
+        "pieces": [whole_pair(pair) for pair in matched(part.pieces, generator)],
+        "reviews": [cut_pair(pair, 700) for pair in reviews],
+    }

@@ -1,7 +1,7 @@
 """The training loop that supervised fine-tuning and the reward model share: batches, schedule, steps, metrics.
 
-A batch is a pure function of (seed, step), so that a resumed run needs no state of its data order. Rows of like length share a
-batch: the padded layout of models.packed_hidden then computes on little else than real tokens.
+A batch is a pure function of (seed, step), so that a resumed run needs no state of its data order. Rows of like length
+share a batch: the padded layout of models.packed_hidden then computes on little else than real tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class BatchOrder:
 
     lengths: tokens of each row; batch_tokens: most tokens in a batch (a longer row is a batch of its own)."""
 
-    POOL = 50  # batches' worth of shuffled rows that are sorted by length together: enough to pad little, few enough to mix
+    POOL = 50
+    """Batches' worth of shuffled rows sorted by length together: enough to pad little, few enough to mix lengths."""
 
     def __init__(self, lengths: Sequence[int], batch_tokens: int, seed: int):
         self.lengths, self.batch_tokens, self.seed = lengths, batch_tokens, seed
@@ -60,7 +61,7 @@ class BatchOrder:
         pool = max(1, self.POOL * self.batch_tokens // mean)
         batches: list[list[int]] = []
         for i in range(0, len(rows), pool):
-            batches += self._cut(sorted(rows[i:i + pool], key=lambda row: self.lengths[row]))
+            batches += self._cut(sorted(rows[i : i + pool], key=lambda row: self.lengths[row]))
         order = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[i] for i in order]
 
@@ -89,9 +90,10 @@ def run_loop(
 ) -> None:
     """Train `module` for run.steps optimiser steps, loss_of(step) -> (loss, metrics), and put it in evaluation mode.
 
-    Appends a line of metrics to out/metrics.jsonl every LOG_EVERY steps; checkpoints in out/checkpoints; with run.resume goes on
-    from the newest whole one, to the bit. `identity` (the configuration; of `run` only the seed) must be the same then. SIGTERM and Ctrl-C
-    checkpoint and leave by SystemExit. A NaN or infinite loss or gradient skips the step; run.max_bad_steps in a row stop the run.
+    Appends a line of metrics to out/metrics.jsonl every LOG_EVERY steps; checkpoints in out/checkpoints; with
+    run.resume goes on from the newest whole one, to the bit. `identity` (the configuration; of `run` only the seed)
+    must be the same then. SIGTERM and Ctrl-C checkpoint and leave by SystemExit. A NaN or infinite loss or gradient
+    skips the step; run.max_bad_steps in a row stop the run.
     """
     trained = Trained(module, optim, run.steps)
     bad = _resume(trained, out, identity) if run.resume else _fresh(out)
@@ -105,8 +107,14 @@ def run_loop(
             bad = _step(trained, loss, norm, bad, run)
             step = trained.steps
             if step % LOG_EVERY == 0 or step == run.steps or step % eval_every == 0:
-                row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr,
-                       "step_seconds": time.perf_counter() - began, **{name: float(value) for name, value in metrics.items()}}
+                row = {
+                    "step": step,
+                    "loss": loss.item(),
+                    "grad_norm": norm.item(),
+                    "lr": lr,
+                    "step_seconds": time.perf_counter() - began,
+                    **{name: float(value) for name, value in metrics.items()},
+                }
                 if step == run.steps or step % eval_every == 0:
                     row |= evaluate()
                 lines.write(json.dumps(row) + "\n")
@@ -128,8 +136,10 @@ def _step(trained: Trained, loss: Tensor, norm: Tensor, bad: int, run: RunConfig
     log.warning("step %d skipped: loss %s, gradient norm %s", trained.steps, loss.item(), norm.item())
     trained.skip()
     if bad + 1 >= run.max_bad_steps:
-        raise FloatingPointError(f"{bad + 1} steps in a row had a NaN or infinite loss or gradient; lower the learning rate, or look at "
-                                 "the rows of the last step")
+        raise FloatingPointError(
+            f"{bad + 1} steps in a row had a NaN or infinite loss or gradient; lower the learning rate, or look at "
+            "the rows of the last step"
+        )
     return bad + 1
 
 
@@ -162,8 +172,12 @@ def _save(trained: Trained, out: Path, identity: dict[str, Any], bad: int) -> No
     with written_whole(out / CHECKPOINTS / f"step-{trained.steps:06d}") as folder:
         check_space(folder, sum(x.numel() * x.element_size() for x in [*weights.values(), *state.values()]))
         for name, tensors in (("weights", weights), ("optim", state), ("rng", random_state())):
-            save_file({key: x.detach().contiguous().cpu() for key, x in tensors.items()}, folder / f"{name}.safetensors")
-        (folder / "state.json").write_text(json.dumps({"steps": trained.steps, "skipped_in_a_row": bad, "identity": identity}))
+            save_file(
+                {key: x.detach().contiguous().cpu() for key, x in tensors.items()}, folder / f"{name}.safetensors"
+            )
+        (folder / "state.json").write_text(
+            json.dumps({"steps": trained.steps, "skipped_in_a_row": bad, "identity": identity})
+        )
 
 
 def _resume(trained: Trained, out: Path, identity: dict[str, Any]) -> int:
@@ -173,8 +187,10 @@ def _resume(trained: Trained, out: Path, identity: dict[str, Any]) -> int:
     state = json.loads((path / "state.json").read_text())
     if state["identity"] != identity:
         names = [name for name in identity if state["identity"].get(name) != identity[name]]
-        raise CheckpointError(f"{path} is of another run: {', '.join(names) or 'its configuration'} differs; resume with the same "
-                              "configuration, or start anew in another folder")
+        raise CheckpointError(
+            f"{path} is of another run: {', '.join(names) or 'its configuration'} differs; resume with the same "
+            "configuration, or start anew in another folder"
+        )
     trained.load(load_file(path / "weights.safetensors"), load_file(path / "optim.safetensors"), state["steps"])
     torch.set_rng_state(load_file(path / "rng.safetensors")["torch_cpu"])
     metrics = out / "metrics.jsonl"

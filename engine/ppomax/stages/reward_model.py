@@ -2,9 +2,10 @@
 
     d    = R(prompt, chosen) - R(prompt, rejected),  R read at the last response token
     loss = mean softplus(-(d - margin)) + lm_coef * mean over chosen response tokens of -log p(token)
-The second term is the paper's imitation loss (beta_rm; Secrets of RLHF I, eq. 2, signs corrected): same trunk, the language model's
-own head on top. Both terms come out of one packed forward. Afterwards scores may be centred: given responses score mean 0 (std 1).
-Sources: softplus in place of log(sigmoid + eps), which would flatten for very wrong pairs; centring as in N+ implementation details.
+The second term is the paper's imitation loss (beta_rm; Secrets of RLHF I, eq. 2, signs corrected): same trunk, the
+language model's own head on top. Both terms come out of one packed forward. Afterwards scores may be centred: given
+responses score mean 0 (std 1). Sources: softplus in place of log(sigmoid + eps), which would flatten for very wrong
+pairs; centring as in N+ implementation details.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class RewardModelConfig:
     """Most tokens of chosen and rejected together behind one optimiser step."""
     autocast: bool = False
     """Run matrix products in bfloat16; weights and optimiser stay float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
+    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
+    """Back-end of the loss kernels."""
     eval_every: int = 100
     """Steps between held-out evaluations."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6))
@@ -83,7 +88,12 @@ class RewardModelConfig:
         require(self.lm_coef >= 0, "lm_coef", "0 (off) or more", self.lm_coef)
         require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
         require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
-        require(not self.unit_std or self.centre_data is not None, "unit_std", "off unless centre_data is given", self.unit_std)
+        require(
+            not self.unit_std or self.centre_data is not None,
+            "unit_std",
+            "off unless centre_data is given",
+            self.unit_std,
+        )
 
 
 class RewardTrainee(nn.Module):
@@ -100,7 +110,9 @@ class RewardTrainee(nn.Module):
     def lm_head(self) -> Head:
         """The head with the weight that is being trained."""
         assert self.head is not None
-        weight = self.head_weight if self.head_weight is not None else self.reward_model.model.get_input_embeddings().weight
+        weight = (
+            self.head_weight if self.head_weight is not None else self.reward_model.model.get_input_embeddings().weight
+        )
         bias = None if self.head.bias is None else self.head.bias.detach()
         return dataclasses.replace(self.head, weight=weight, bias=bias)
 
@@ -109,25 +121,31 @@ class RewardTrainee(nn.Module):
         """From a causal LM (trunk, new head) or from an earlier reward model."""
         architectures = AutoConfig.from_pretrained(config.model).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
-            policy = load_policy(config.model)
+            policy = load_policy(config.model, attn_implementation=config.attention)
             reward_model = make_reward_model(policy, layers=config.layers, seed=config.run.seed)
             return cls(reward_model, head_of(policy) if config.lm_coef else None)
-        reward_model = load_reward_model(config.model)
+        reward_model = load_reward_model(config.model, attn_implementation=config.attention)
         embedding = reward_model.model.get_input_embeddings()
         if config.lm_coef and not reward_model.model.config.tie_word_embeddings:
-            raise ValueError(f"reward-model: {config.model} has no language-model head, which lm_coef = {config.lm_coef} needs; start "
-                             "from a causal language model or set lm_coef=0")
+            raise ValueError(
+                f"reward-model: {config.model} has no language-model head, which lm_coef = {config.lm_coef} needs; "
+                "start from a causal language model or set lm_coef=0"
+            )
         return cls(reward_model, Head(embedding.weight) if config.lm_coef else None)
 
 
 def score_pairs(model: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Scores of the chosen and the rejected sides, (P,) fp32 each."""
-    tokens, cu_seqlens = pack([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], model.model.device)
+    tokens, cu_seqlens = pack(
+        [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], model.model.device
+    )
     chosen, rejected = model.scores(tokens, cu_seqlens).chunk(2)
     return chosen, rejected
 
 
-def pair_loss(trainee: RewardTrainee, pairs: Sequence[Pair], *, margin: float, lm_coef: float) -> tuple[Tensor, dict[str, Any]]:
+def pair_loss(
+    trainee: RewardTrainee, pairs: Sequence[Pair], *, margin: float, lm_coef: float, impl: str = "auto"
+) -> tuple[Tensor, dict[str, Any]]:
     """The loss of the head note on one batch, and its parts."""
     model = trainee.reward_model
     device = model.model.device
@@ -136,12 +154,15 @@ def pair_loss(trainee: RewardTrainee, pairs: Sequence[Pair], *, margin: float, l
     chosen, rejected = model.values_of(hidden.index_select(0, cu_seqlens[1:].long() - 1)).chunk(2)
     gap = chosen - rejected - torch.tensor([p.margin + margin for p in pairs], device=device)
     rank_loss = softplus(-gap).mean()
-    metrics: dict[str, Any] = {"rank_loss": rank_loss.detach(), "accuracy": (chosen > rejected).float().mean(),
-                               "score_gap": (chosen - rejected).detach().mean()}
+    metrics: dict[str, Any] = {
+        "rank_loss": rank_loss.detach(),
+        "accuracy": (chosen > rejected).float().mean(),
+        "score_gap": (chosen - rejected).detach().mean(),
+    }
     if not lm_coef:
         return rank_loss, metrics
     counted = counted_tokens([Text(p.prompt + p.chosen, max(1, len(p.prompt))) for p in pairs], device)
-    lm_loss = token_nll(trainee.lm_head(), hidden, tokens, counted).mean()
+    lm_loss = token_nll(trainee.lm_head(), hidden, tokens, counted, impl=impl)
     return rank_loss + lm_coef * lm_loss, metrics | {"lm_loss": lm_loss.detach()}
 
 
@@ -152,9 +173,9 @@ def pair_loss(trainee: RewardTrainee, pairs: Sequence[Pair], *, margin: float, l
 def evaluate_pairs(model: RewardModel, pairs: Sequence[Pair], batch_tokens: int = 16384) -> dict[str, Any]:
     """Figures and plot data on pairs that the model was not trained on.
 
-    accuracy: share of pairs whose chosen side scores higher (equal scores count half); rank_loss; score_gap (mean of d);
-    calibration: ten bins of confidence max(p, 1 - p), p = sigmoid(d), each with its mean confidence, share right and
-    count, and their weighted mean distance `ece`; histogram of both sides' scores.
+    accuracy: share of pairs whose chosen side scores higher (equal scores count half); rank_loss; score_gap (mean of
+    d); calibration: ten bins of confidence max(p, 1 - p), p = sigmoid(d), each with its mean confidence, share right
+    and count, and their weighted mean distance `ece`; histogram of both sides' scores.
     """
     sides = torch.empty(2, len(pairs))
     lengths = [2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
@@ -166,8 +187,13 @@ def evaluate_pairs(model: RewardModel, pairs: Sequence[Pair], batch_tokens: int 
     confidence = torch.sigmoid(gap.abs()).double()
     bins = ((confidence - 0.5) * 20).long().clamp(0, 9)
     calibration = [
-        {"confidence": confidence[bins == b].mean().item(), "accuracy": right[bins == b].mean().item(), "pairs": int((bins == b).sum())}
-        for b in range(10) if bool((bins == b).any())
+        {
+            "confidence": confidence[bins == b].mean().item(),
+            "accuracy": right[bins == b].mean().item(),
+            "pairs": int((bins == b).sum()),
+        }
+        for b in range(10)
+        if bool((bins == b).any())
     ]
     edges = torch.linspace(sides.min().item(), sides.max().item() + 1e-6, 41)
     return {
@@ -177,8 +203,11 @@ def evaluate_pairs(model: RewardModel, pairs: Sequence[Pair], batch_tokens: int 
         "score_gap": gap.mean().item(),
         "ece": sum(c["pairs"] * abs(c["confidence"] - c["accuracy"]) for c in calibration) / len(pairs),
         "calibration": calibration,
-        "histogram": {"edges": edges.tolist(), "chosen": torch.histogram(sides[0], edges).hist.tolist(),
-                      "rejected": torch.histogram(sides[1], edges).hist.tolist()},
+        "histogram": {
+            "edges": edges.tolist(),
+            "chosen": torch.histogram(sides[0], edges).hist.tolist(),
+            "rejected": torch.histogram(sides[1], edges).hist.tolist(),
+        },
     }
 
 
@@ -214,13 +243,17 @@ def score_texts(model: RewardModel, texts: Sequence[Text], batch_tokens: int = 1
 
 
 @torch.no_grad()
-def centre_scores(model: RewardModel, texts: Sequence[Text], *, unit_std: bool = False, batch_tokens: int = 16384) -> None:
-    """Make these texts score mean 0, and with unit_std standard deviation 1, in place: the scale goes into the score head, the
-    shift into config.score_offset, which Critic and RewardModel add (a HF score head has no bias)."""
+def centre_scores(
+    model: RewardModel, texts: Sequence[Text], *, unit_std: bool = False, batch_tokens: int = 16384
+) -> None:
+    """Make these texts score mean 0, and with unit_std standard deviation 1, in place: the scale goes into the score
+    head, the shift into config.score_offset, which Critic and RewardModel add (a HF score head has no bias)."""
     if unit_std:
         std = score_texts(model, texts, batch_tokens).double().std().item()
         if not std > 0:
-            raise ValueError(f"centre_scores: {len(texts)} responses have score std {std}; give at least two different ones")
+            raise ValueError(
+                f"centre_scores: {len(texts)} responses have score std {std}; give at least two different ones"
+            )
         model.score.weight.div_(std)
         model.model.config.score_offset = model.offset / std
     model.model.config.score_offset = model.offset - score_texts(model, texts, batch_tokens).double().mean().item()
@@ -236,16 +269,23 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     identity = to_dict(config) | {"run": {"seed": config.run.seed}}
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     pairs, _ = load_pairs(config.data, tokenizer, config.max_tokens, bad_rows=config.bad_rows)
-    held_out = load_pairs(config.eval_data, tokenizer, config.max_tokens, bad_rows=config.bad_rows)[0] if config.eval_data else []
+    held_out = (
+        load_pairs(config.eval_data, tokenizer, config.max_tokens, bad_rows=config.bad_rows)[0]
+        if config.eval_data
+        else []
+    )
     trainee = RewardTrainee.load(config)
     model = trainee.reward_model
     trainee.train()
-    order = BatchOrder([2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs], config.batch_tokens, config.run.seed)
+    order = BatchOrder(
+        [2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs], config.batch_tokens, config.run.seed
+    )
     log.info("%d pairs, %d held out, %d steps an epoch", len(pairs), len(held_out), len(order))
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Any]]:
         with autocast(config.autocast, model.model.device):
-            return pair_loss(trainee, [pairs[row] for row in order.batch(step)], margin=config.margin, lm_coef=config.lm_coef)
+            batch = [pairs[row] for row in order.batch(step)]
+            return pair_loss(trainee, batch, margin=config.margin, lm_coef=config.lm_coef, impl=config.impl)
 
     def evaluate() -> dict[str, float]:
         if not held_out:
@@ -255,7 +295,9 @@ def train_reward_model(config: RewardModelConfig) -> Path:
 
     run_loop(trainee, loss_of, config.optim, config.run, out, identity, evaluate, eval_every=config.eval_every)
     if config.centre_data:
-        texts, _ = load_texts(config.centre_data, tokenizer, config.max_tokens, overlong="drop", bad_rows=config.bad_rows)
+        texts, _ = load_texts(
+            config.centre_data, tokenizer, config.max_tokens, overlong="drop", bad_rows=config.bad_rows
+        )
         centre_scores(model, texts, unit_std=config.unit_std, batch_tokens=config.batch_tokens)
     if held_out:
         figures = evaluate_pairs(model, held_out, config.batch_tokens)

@@ -1,8 +1,8 @@
 """Supervised fine-tuning and plain language modelling.
 
 loss = mean over the batch's counted tokens of -log p(token | what is before it in its own sequence).
-Rows: `text`, `prompt` + `response` or `messages` (see data.py); with mask_prompt the response's tokens alone count. Batches are packed;
-the loss is one token mean over the batch, whatever the lengths.
+Rows: `text`, `prompt` + `response` or `messages` (see data.py); with mask_prompt the response's tokens alone count.
+Batches are packed; the loss is one token mean over the batch, whatever the lengths.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import ppomax_kernels as K
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,13 +47,18 @@ class SftConfig:
     max_tokens: int = 512
     """Limit of one row, prompt and EOS included."""
     overlong: Literal["error", "truncate", "split", "drop"] = "error"
-    """Rows over the limit: stop with an error, cut the end, cut into several (plain text), or leave out; counted and logged."""
+    """Rows over the limit: stop with an error, cut the end, cut into several (plain text), or leave out; counted and
+    logged."""
     bad_rows: Literal["error", "drop"] = "error"
     """Other unusable rows (empty, malformed): stop with an error, or leave out, counted and logged."""
     batch_tokens: int = 16384
     """Most tokens behind one optimiser step."""
     autocast: bool = False
     """Run matrix products in bfloat16; weights and optimiser stay float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
+    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
+    """Back-end of the loss kernels."""
     eval_every: int = 100
     """Steps between held-out evaluations."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine", weight_decay=0.1))
@@ -69,11 +75,21 @@ def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[None
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def token_nll(head: Head, hidden: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
-    """-log p of tokens[counted], each read from the hidden state before it; hidden (N, D) -> (C,) fp32."""
-    # PLAIN TORCH, to be replaced by K.linear_nll(hidden, weight, labels).
-    logits = head.logits(hidden.index_select(0, counted - 1)).float()
-    return torch.nn.functional.cross_entropy(logits, tokens.index_select(0, counted), reduction="none")
+def token_nll(
+    head: Head, hidden: Tensor, tokens: Tensor, counted: Tensor, *, normalizer: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """-sum(log p(tokens[counted])) / normalizer (None: their number), each token read from the hidden state before it.
+
+    hidden (N, D) of the packed batch, tokens (N,), counted (C,) positions; no (C, V) logits are held. 0-d fp32.
+    """
+    # The head's scale comes before its softcap, a kernel's temperature after it; on hidden and bias it is exact.
+    bias = head.bias if head.bias is None else head.bias * head.scale
+    states = hidden.index_select(0, counted - 1) * head.scale
+    labels = tokens.index_select(0, counted)
+    loss, _ = K.linear_nll(
+        states, head.weight, labels, bias=bias, softcap=head.softcap, normalizer=normalizer, impl=impl
+    )
+    return loss
 
 
 def counted_tokens(texts: Sequence[Text], device: torch.device) -> Tensor:
@@ -85,21 +101,23 @@ def counted_tokens(texts: Sequence[Text], device: torch.device) -> Tensor:
     return torch.tensor(positions, dtype=torch.int64, device=device)
 
 
-def batch_nll(model: PreTrainedModel, texts: Sequence[Text]) -> Tensor:
-    """Per-token NLL (C,) fp32 of a batch of texts in one packed forward."""
+def batch_nll(
+    model: PreTrainedModel, texts: Sequence[Text], *, normalizer: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """Token mean (or sum / normalizer) of the NLL of a batch of texts, in one packed forward."""
     tokens, cu_seqlens = pack([text.tokens for text in texts], model.device)
     hidden = packed_hidden(model, tokens, cu_seqlens)
-    return token_nll(head_of(model), hidden, tokens, counted_tokens(texts, model.device))
+    counted = counted_tokens(texts, model.device)
+    return token_nll(head_of(model), hidden, tokens, counted, normalizer=normalizer, impl=impl)
 
 
 @torch.no_grad()
-def mean_nll(model: PreTrainedModel, texts: Sequence[Text], batch_tokens: int) -> float:
+def mean_nll(model: PreTrainedModel, texts: Sequence[Text], batch_tokens: int, *, impl: str = "auto") -> float:
     """Token mean of the NLL over all texts, in nats."""
-    total, count = 0.0, 0
+    total = 0.0
     for rows in chunks([len(text.tokens) for text in texts], batch_tokens):
-        nll = batch_nll(model, [texts[row] for row in rows])
-        total, count = total + nll.double().sum().item(), count + nll.numel()
-    return total / count
+        total += batch_nll(model, [texts[row] for row in rows], normalizer=1.0, impl=impl).item()
+    return total / sum(len(text.tokens) - text.loss_from for text in texts)
 
 
 def train_sft(config: SftConfig) -> Path:
@@ -111,21 +129,22 @@ def train_sft(config: SftConfig) -> Path:
     options = dict(mask_prompt=config.mask_prompt, overlong=config.overlong, bad_rows=config.bad_rows)
     texts, _ = load_texts(config.data, tokenizer, config.max_tokens, **options)
     held_out = load_texts(config.eval_data, tokenizer, config.max_tokens, **options)[0] if config.eval_data else []
-    model = load_policy(config.model)
+    model = load_policy(config.model, attn_implementation=config.attention)
     model.train()
     order = BatchOrder([len(text.tokens) for text in texts], config.batch_tokens, config.run.seed)
     log.info("%d texts, %d tokens, %d steps an epoch", len(texts), sum(len(text.tokens) for text in texts), len(order))
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = [texts[row] for row in order.batch(step)]
         with autocast(config.autocast, model.device):
-            nll = batch_nll(model, [texts[row] for row in order.batch(step)])
-        return nll.mean(), {"tokens": nll.numel()}
+            loss = batch_nll(model, batch, impl=config.impl)
+        return loss, {"tokens": sum(len(text.tokens) - text.loss_from for text in batch)}
 
     def evaluate() -> dict[str, float]:
         if not held_out:
             return {}
         with autocast(config.autocast, model.device):
-            nll = mean_nll(model, held_out, config.batch_tokens)
+            nll = mean_nll(model, held_out, config.batch_tokens, impl=config.impl)
         return {"eval_nll": nll, "eval_perplexity": math.exp(nll)}
 
     run_loop(model, loss_of, config.optim, config.run, out, identity, evaluate, eval_every=config.eval_every)
