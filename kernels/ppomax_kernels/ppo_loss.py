@@ -94,7 +94,7 @@ class _PPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, dmetrics: None) -> tuple[Tensor | None, ...]:
         d, scale, mask = ctx.saved_tensors
-        nothing = (None,) * 15
+        nothing = (None,) * 16
         if dloss is None:
             return nothing
         unit = dloss * scale
