@@ -2,7 +2,7 @@
 
     prompts, counts = load_prompts("prompts.jsonl", tokenizer, max_prompt_tokens=512)  prompt: string or chat
     pairs, counts = load_pairs("Anthropic/hh-rlhf", tokenizer, max_tokens=512)         chosen / rejected (+ prompt)
-    texts, counts = load_texts("reviews.parquet", tokenizer, max_tokens=256)           text | prompt + response | messages
+    texts, counts = load_texts("reviews.parquet", tokenizer, max_tokens=256)           text | prompt + response | chat
 
 One format everywhere, the one that PPO feeds: BOS once at the front where the tokenizer has one, then prompt, then
 response, then EOS. Prompt and response are tokenised apart, so that the boundary is the same as when the policy wrote
@@ -152,7 +152,9 @@ def _render(messages: Sequence[Row], tokenizer: Tokenizer, *, generation: bool) 
             f"{tokenizer.name_or_path}: chats need a chat template, and this tokenizer has none; set "
             "tokenizer.chat_template or give plain strings"
         )
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
+    return str(
+        tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=generation)
+    )
 
 
 def encode_prompt(prompt: str | Sequence[Row], tokenizer: Tokenizer) -> list[int]:

@@ -100,7 +100,7 @@ def _check_window(model: PreTrainedModel, longest: int) -> None:
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
     """The trunk without its head (`model.base_model`): what gives hidden states."""
-    base = model.base_model
+    base: PreTrainedModel = model.base_model  # type: ignore[assignment]
     if base is model and hasattr(model, "lm_head"):
         raise ValueError(f"{type(model).__name__} has no separate base model; use a *ForCausalLM of transformers")
     return base
@@ -183,7 +183,7 @@ def load_policy(
     from_pretrained (attn_implementation, device_map ...). Weights are read from safetensors only.
     """
     if isinstance(source, PreTrainedModel):
-        model = source.to(dtype)
+        model = source.to(dtype)  # type: ignore[arg-type]
     else:
         model = AutoModelForCausalLM.from_pretrained(
             _local(source), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
@@ -200,9 +200,9 @@ def load_reward_model(
 ) -> RewardModel:
     """A RewardModel from an AutoModelForSequenceClassification checkpoint with num_labels = 1 and a `score` head."""
     if isinstance(source, RewardModel):
-        return source.to(dtype)
+        return source.to(dtype)  # type: ignore[arg-type]
     if isinstance(source, PreTrainedModel):
-        return RewardModel(source.to(dtype))
+        return RewardModel(source.to(dtype))  # type: ignore[arg-type]
     path = _local(source)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if config.num_labels != 1:
@@ -214,6 +214,11 @@ def load_reward_model(
         path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
     )
     return RewardModel(model)
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The input embedding (V, D), which is the head's weight too where the two are tied."""
+    return model.get_input_embeddings().weight  # type: ignore[return-value]
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -275,7 +280,7 @@ class Critic(nn.Module):
 
     @property
     def score(self) -> nn.Linear:
-        return self.model.score
+        return self.model.score  # type: ignore[return-value]
 
     @property
     def offset(self) -> float:
@@ -307,11 +312,11 @@ def make_critic(source: ModelSource | Critic, dtype: torch.dtype = torch.float32
     near zero; `seed` fixes the draw. A path is read as what its config names: ForCausalLM or ForSequenceClassification.
     """
     if isinstance(source, Critic):
-        return Critic(copy.deepcopy(source.model).to(dtype)).requires_grad_(True)
+        return Critic(copy.deepcopy(source.model).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
     if isinstance(source, PreTrainedModel):
         if hasattr(source, "score"):
-            return Critic(copy.deepcopy(source).to(dtype)).requires_grad_(True)
-        return Critic(_score_model_of(source, seed).to(dtype)).requires_grad_(True)
+            return Critic(copy.deepcopy(source).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
+        return Critic(_score_model_of(source, seed).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
     architectures = AutoConfig.from_pretrained(_local(source)).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return Critic(load_reward_model(source, dtype).model).requires_grad_(True)

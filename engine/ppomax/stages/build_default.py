@@ -268,9 +268,8 @@ def _sample_figures(
     samples: list[Text], tokenizer: PreTrainedTokenizerBase, reward_model: RewardModel, judge: SentimentClassifier
 ) -> dict[str, Any]:
     scores = score_texts(reward_model, samples)
-    positive = torch.tensor(
-        [judge.logit(tokenizer.decode(text.tokens, skip_special_tokens=True)) > 0 for text in samples]
-    )
+    words = [str(tokenizer.decode(text.tokens, skip_special_tokens=True)) for text in samples]
+    positive = torch.tensor([judge.logit(text) > 0 for text in words])
     lengths = [len(text.tokens) - text.loss_from for text in samples]
     return {
         "samples": {

@@ -30,6 +30,7 @@ from ppomax.data import Pair, Text, load_pairs, load_texts
 from ppomax.models import (
     Head,
     RewardModel,
+    embedding_weight,
     head_of,
     load_policy,
     load_reward_model,
@@ -110,9 +111,7 @@ class RewardTrainee(nn.Module):
     def lm_head(self) -> Head:
         """The head with the weight that is being trained."""
         assert self.head is not None
-        weight = (
-            self.head_weight if self.head_weight is not None else self.reward_model.model.get_input_embeddings().weight
-        )
+        weight = self.head_weight if self.head_weight is not None else embedding_weight(self.reward_model.model)
         bias = None if self.head.bias is None else self.head.bias.detach()
         return dataclasses.replace(self.head, weight=weight, bias=bias)
 
@@ -125,13 +124,12 @@ class RewardTrainee(nn.Module):
             reward_model = make_reward_model(policy, layers=config.layers, seed=config.run.seed)
             return cls(reward_model, head_of(policy) if config.lm_coef else None)
         reward_model = load_reward_model(config.model, attn_implementation=config.attention)
-        embedding = reward_model.model.get_input_embeddings()
         if config.lm_coef and not reward_model.model.config.tie_word_embeddings:
             raise ValueError(
                 f"reward-model: {config.model} has no language-model head, which lm_coef = {config.lm_coef} needs; "
                 "start from a causal language model or set lm_coef=0"
             )
-        return cls(reward_model, Head(embedding.weight) if config.lm_coef else None)
+        return cls(reward_model, Head(embedding_weight(reward_model.model)) if config.lm_coef else None)
 
 
 def score_pairs(model: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,8 @@ def token_nll(
 
 def counted_tokens(texts: Sequence[Text], device: torch.device) -> Tensor:
     """Packed positions of the tokens that count in the loss, (C,) int64."""
-    positions, start = [], 0
+    positions: list[int] = []
+    start = 0
     for text in texts:
         positions += range(start + text.loss_from, start + len(text.tokens))
         start += len(text.tokens)
@@ -126,9 +127,19 @@ def train_sft(config: SftConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     identity = to_dict(config) | {"run": {"seed": config.run.seed}}
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    options = dict(mask_prompt=config.mask_prompt, overlong=config.overlong, bad_rows=config.bad_rows)
-    texts, _ = load_texts(config.data, tokenizer, config.max_tokens, **options)
-    held_out = load_texts(config.eval_data, tokenizer, config.max_tokens, **options)[0] if config.eval_data else []
+
+    def load(source: str) -> list[Text]:
+        return load_texts(
+            source,
+            tokenizer,
+            config.max_tokens,
+            mask_prompt=config.mask_prompt,
+            overlong=config.overlong,
+            bad_rows=config.bad_rows,
+        )[0]
+
+    texts = load(config.data)
+    held_out = load(config.eval_data) if config.eval_data else []
     model = load_policy(config.model, attn_implementation=config.attention)
     model.train()
     order = BatchOrder([len(text.tokens) for text in texts], config.batch_tokens, config.run.seed)
