@@ -25,6 +25,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ppomax' has no attribute {name!r}")
     from importlib import import_module
+
     return getattr(import_module(f"ppomax.{_HOMES[name]}"), name)
 
 

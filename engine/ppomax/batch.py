@@ -1,8 +1,8 @@
 """The three shapes that a sequence takes on its way: Rollout -> Experience -> Minibatch.
 
 Sequences travel packed: one row of tokens and `cu_seqlens` (int32, S+1), no padding, so no slot exists that could hold
-a NaN or be counted by mistake. P counts all tokens (prompt + response), N response tokens, S sequences. The response token
-y_t at tokens[i] is produced by the state at i-1: `states[n] = i-1` is where its logprob and V(s_t) are read.
+a NaN or be counted by mistake. P counts all tokens (prompt + response), N response tokens, S sequences. The response
+token y_t at tokens[i] is produced by the state at i-1: `states[n] = i-1` is where its logprob and V(s_t) are read.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def cumulative(lengths: Tensor) -> Tensor:
 
 
 def spans(cu: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of all elements of the packed sequences `which`, in that order, and their own cu: `cat([arange(cu[i], cu[i+1])])`."""
+    """Indices of all elements of the packed sequences `which`, in that order, and their own cu: `cat([arange(cu[i],
+    cu[i+1])])`."""
     starts, lengths = cu[:-1].long()[which], cu.diff().long()[which]
     new_cu = cumulative(lengths)
     shift = torch.repeat_interleave(starts - new_cu[:-1].long(), lengths)
@@ -127,7 +128,8 @@ def last_tokens(cu: Tensor) -> Tensor:
 
 
 def select(rollout: Rollout, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sequences `which` packed anew: their tokens, cu_seqlens, states (into those tokens), and their slots in the (N,) fields."""
+    """Sequences `which` packed anew: their tokens, cu_seqlens, states (into those tokens), and their slots in the (N,)
+    fields."""
     which = which.to(rollout.tokens.device)
     at, cu = spans(rollout.cu_seqlens, which)
     slots, response_cu = spans(rollout.response_cu, which)
@@ -139,18 +141,29 @@ def minibatch(experience: Experience, which: Tensor) -> Minibatch:
     """The sequences `which` of `experience`, packed for one forward."""
     roll = experience.rollout
     tokens, cu, states, slots = select(roll, which)
-    return Minibatch(tokens=tokens, cu_seqlens=cu, states=states, labels=tokens[states + 1],
-                     sampler_logprobs=roll.sampler_logprobs[slots], old_logprobs=roll.logprobs[slots],
-                     ref_logprobs=roll.ref_logprobs[slots], old_values=roll.values[slots],
-                     advantages=experience.advantages[slots], returns=experience.returns[slots])
+    return Minibatch(
+        tokens=tokens,
+        cu_seqlens=cu,
+        states=states,
+        labels=tokens[states + 1],
+        sampler_logprobs=roll.sampler_logprobs[slots],
+        old_logprobs=roll.logprobs[slots],
+        ref_logprobs=roll.ref_logprobs[slots],
+        old_values=roll.values[slots],
+        advantages=experience.advantages[slots],
+        returns=experience.returns[slots],
+    )
 
 
-def plan_minibatches(lengths: Tensor, minibatch_size: int, micro_tokens: int, generator: torch.Generator | None) -> Plan:
+def plan_minibatches(
+    lengths: Tensor, minibatch_size: int, micro_tokens: int, generator: torch.Generator | None
+) -> Plan:
     """Cut sequences into minibatches of `minibatch_size`, each into micro-batches of at most `micro_tokens` tokens.
 
-    lengths: (S,) whole lengths. Every sequence is in exactly one micro-batch; the last minibatch may be smaller. A sequence
-    longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the order. Inside a minibatch
-    sequences go by length, so that a micro-batch holds like lengths and wastes little where the forward has to pad.
+    lengths: (S,) whole lengths. Every sequence is in exactly one micro-batch; the last minibatch may be smaller. A
+    sequence longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the order. Inside a
+    minibatch sequences go by length, so that a micro-batch holds like lengths and wastes little where the forward has
+    to pad.
     """
     host = lengths.tolist()
     order = torch.randperm(len(host), generator=generator).tolist() if generator else list(range(len(host)))
@@ -158,7 +171,7 @@ def plan_minibatches(lengths: Tensor, minibatch_size: int, micro_tokens: int, ge
     for start in range(0, len(order), minibatch_size):
         micros: list[list[int]] = [[]]
         used = 0
-        for i in sorted(order[start:start + minibatch_size], key=host.__getitem__):
+        for i in sorted(order[start : start + minibatch_size], key=host.__getitem__):
             if micros[-1] and used + host[i] > micro_tokens:
                 micros.append([])
                 used = 0

@@ -6,8 +6,9 @@
       rng.safetensors     engine.json                                random states (uint8), everything small
       MANIFEST.json                                                  size and SHA-256 of every file; written last
 
-A folder is filled under another name, synced, then renamed, so at any kill it is whole or not there. Only safetensors and
-JSON: reading a checkpoint cannot run code. Frozen models are not stored; a fingerprint refuses others in their place."""
+A folder is filled under another name, synced, then renamed, so at any kill it is whole or not there. Only safetensors
+and JSON: reading a checkpoint cannot run code. Frozen models are not stored; a fingerprint refuses others in their
+place."""
 
 from __future__ import annotations
 
@@ -57,11 +58,20 @@ def save_engine(engine: Engine, path: Path, extra: dict[str, Any]) -> Path:
     for role, part in trained.items():
         tensors[f"{role}.safetensors"], tensors[f"{role}_optim.safetensors"] = part.tensors()
     state = {
-        "format": FORMAT, "torch": torch.__version__, "config": to_dict(engine.config), "sources": engine.sources,
-        "fingerprints": fingerprints(engine), "optimizer_steps": {role: part.steps for role, part in trained.items()},
-        "buffers": engine.buffers, "episodes": engine.episodes, "moments": engine.moments.state(),
-        "kl_coef": engine.controller.coef, "skipped": engine.health.skipped, "skipped_in_a_row": engine.health.in_a_row,
-        "random": python_random_state(), "extra": extra,
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "config": to_dict(engine.config),
+        "sources": engine.sources,
+        "fingerprints": fingerprints(engine),
+        "optimizer_steps": {role: part.steps for role, part in trained.items()},
+        "buffers": engine.buffers,
+        "episodes": engine.episodes,
+        "moments": engine.moments.state(),
+        "kl_coef": engine.controller.coef,
+        "skipped": engine.health.skipped,
+        "skipped_in_a_row": engine.health.in_a_row,
+        "random": python_random_state(),
+        "extra": extra,
     }
     with written_whole(path) as part_dir:
         need = sum(x.numel() * x.element_size() for file in tensors.values() for x in file.values())
@@ -80,8 +90,11 @@ def restore_engine(engine: Engine, path: Path) -> dict[str, Any]:
     compare_fingerprints(state["fingerprints"], fingerprints(engine), path)
     trained: dict[str, Trained[Any]] = {"policy": engine.policy, "critic": engine.critic}
     for role, part in trained.items():
-        part.load(load_file(path / f"{role}.safetensors"), load_file(path / f"{role}_optim.safetensors"),
-                  state["optimizer_steps"][role])
+        part.load(
+            load_file(path / f"{role}.safetensors"),
+            load_file(path / f"{role}_optim.safetensors"),
+            state["optimizer_steps"][role],
+        )
     engine.buffers, engine.episodes = state["buffers"], state["episodes"]
     engine.moments.load(state["moments"])
     engine.controller.coef = state["kl_coef"]
@@ -91,16 +104,20 @@ def restore_engine(engine: Engine, path: Path) -> dict[str, Any]:
 
 
 def load_engine(cls: type[Engine], path: Path, parts: dict[str, Any]) -> Engine:
-    """Build the models from their configs, then restore. What a checkpoint lacks comes from its recorded paths or `parts`."""
+    """Build the models from their configs, then restore. What a checkpoint lacks comes from its recorded paths or
+    `parts`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from ppomax.models import load_tokenizer
+
     state = read_state(path)
     config = parts.pop("config", None) or build(TrainConfig, state["config"])
     trust = config.model.trust_remote_code
     for name in ("reference", "reward"):
         if parts.get(name) is None and not state["sources"][name]:
-            raise CheckpointError(f"{path} records no path of its {name}, which was passed as an object; give Engine.load(..., {name}=)")
+            raise CheckpointError(
+                f"{path} records no path of its {name}, which was passed as an object; give Engine.load(..., {name}=)"
+            )
         parts[name] = parts.get(name) or state["sources"][name]
     if parts.get("tokenizer") is None and state["sources"]["tokenizer"]:
         parts["tokenizer"] = load_tokenizer(state["sources"]["tokenizer"], trust_remote_code=trust)
@@ -117,6 +134,7 @@ def load_engine(cls: type[Engine], path: Path, parts: dict[str, Any]) -> Engine:
 def export_policy(engine: Engine, path: Path) -> Path:
     """The policy as a HF directory that AutoModelForCausalLM loads, tokenizer included if there is one."""
     from ppomax.models import save_model
+
     if engine.tokenizer is not None:
         return save_model(engine.policy.module, engine.tokenizer, path)
     engine.policy.module.save_pretrained(path, safe_serialization=True)
@@ -151,8 +169,10 @@ def compare_fingerprints(saved: dict[str, str | None], now: dict[str, str | None
     """CheckpointError naming the first model that is not the one `path` was saved with."""
     for role, print_ in saved.items():
         if now.get(role) != print_:
-            raise CheckpointError(f"{path} was saved with another {role}; resume with the models of that run, "
-                                  "or start anew in another folder")
+            raise CheckpointError(
+                f"{path} was saved with another {role}; resume with the models of that run, "
+                "or start anew in another folder"
+            )
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -175,8 +195,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         reason = "the disk is full" if _is_full(error) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} could not be written: {reason}. Free some space or choose another run.out; "
-                              "earlier checkpoints are untouched") from error
+        raise CheckpointError(
+            f"{path} could not be written: {reason}. Free some space or choose another run.out; "
+            "earlier checkpoints are untouched"
+        ) from error
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
@@ -200,11 +222,15 @@ def verify(path: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} has no readable {MANIFEST}, so it is no whole checkpoint ({error})") from error
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; use the ppomax that wrote it")
+        raise CheckpointError(
+            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; use the ppomax that wrote it"
+        )
     for name, entry in listing:
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file} is missing or cut short (wanted {entry['bytes']} bytes); use an earlier checkpoint")
+            raise CheckpointError(
+                f"{file} is missing or cut short (wanted {entry['bytes']} bytes); use an earlier checkpoint"
+            )
         if sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file} is damaged (its SHA-256 is not the manifest's); use an earlier checkpoint")
 
@@ -223,8 +249,8 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each. None: there are none at
-    all. CheckpointError: there are some and none is whole."""
+    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each. None: there are none
+    at all. CheckpointError: there are some and none is whole."""
     found = checkpoints(root)
     for path in reversed(found):
         try:
@@ -234,7 +260,9 @@ def newest(root: Path) -> Path | None:
             warnings.warn(f"CHECKPOINT PASSED OVER: {error}", stacklevel=2)
             log.error("checkpoint passed over: %s", error)
     if found:
-        raise CheckpointError(f"none of the {len(found)} checkpoints under {root} is whole; start anew in another folder")
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints under {root} is whole; start anew in another folder"
+        )
     return None
 
 
@@ -284,15 +312,19 @@ def random_state() -> dict[str, Tensor]:
 def python_random_state() -> dict[str, Any]:
     """Python's and numpy's generators as plain data."""
     import numpy
+
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state()
-    return {"python": [version, list(words), gauss],
-            "numpy": [name, [int(k) for k in keys], int(position), int(has_gauss), float(cached)]}
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+    }
 
 
 def restore_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """Undo `random_state` and `python_random_state`."""
     import numpy
+
     torch.set_rng_state(tensors["torch_cpu"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"torch_cuda_{i}" in tensors:

@@ -115,8 +115,12 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
-        require(0 <= self.min_new_tokens <= self.max_new_tokens, "rollout.min_new_tokens",
-                 f"in [0, max_new_tokens={self.max_new_tokens}]", self.min_new_tokens)
+        require(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "rollout.min_new_tokens",
+            f"in [0, max_new_tokens={self.max_new_tokens}]",
+            self.min_new_tokens,
+        )
         require(_finite(self.temperature) and self.temperature > 0, "rollout.temperature", "above 0", self.temperature)
         require(self.top_k >= 0, "rollout.top_k", "0 (off) or more", self.top_k)
         require(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
@@ -125,7 +129,8 @@ class RolloutConfig:
         if (self.top_k or self.top_p < 1) and not self.allow_biased_sampling:
             raise ConfigError(
                 "config: rollout.top_k / rollout.top_p cut the sampling distribution, so the ratio and the KL would be "
-                "those of another one; leave them off or set rollout.allow_biased_sampling=true")
+                "those of another one; leave them off or set rollout.allow_biased_sampling=true"
+            )
 
 
 @dataclass(frozen=True)
@@ -146,11 +151,19 @@ class RewardConfig:
     None or 0: off."""
 
     def __post_init__(self) -> None:
-        require(self.clip is None or (_finite(self.clip) and self.clip > 0), "reward.clip",
-                 "above 0, or null for no clipping (0 would erase every reward)", self.clip)
+        require(
+            self.clip is None or (_finite(self.clip) and self.clip > 0),
+            "reward.clip",
+            "above 0, or null for no clipping (0 would erase every reward)",
+            self.clip,
+        )
         penalty = self.missing_eos_penalty
-        require(penalty is None or (_finite(penalty) and penalty >= 0),
-                 "reward.missing_eos_penalty", "0 or more, or null", self.missing_eos_penalty)
+        require(
+            penalty is None or (_finite(penalty) and penalty >= 0),
+            "reward.missing_eos_penalty",
+            "0 or more, or null",
+            self.missing_eos_penalty,
+        )
 
 
 @dataclass(frozen=True)
@@ -200,10 +213,18 @@ class AdvantageConfig:
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 1, "advantage.gamma", "in [0, 1]", self.gamma)
         require(0 <= self.lam <= 1, "advantage.lam", "in [0, 1]", self.lam)
-        require(self.critic_lam is None or 0 <= self.critic_lam <= 1, "advantage.critic_lam", "in [0, 1] or null",
-                self.critic_lam)
-        require(self.length_alpha is None or self.length_alpha > 0, "advantage.length_alpha", "above 0 or null",
-                self.length_alpha)
+        require(
+            self.critic_lam is None or 0 <= self.critic_lam <= 1,
+            "advantage.critic_lam",
+            "in [0, 1] or null",
+            self.critic_lam,
+        )
+        require(
+            self.length_alpha is None or self.length_alpha > 0,
+            "advantage.length_alpha",
+            "above 0 or null",
+            self.length_alpha,
+        )
         require(self.clip is None or self.clip > 0, "advantage.clip", "above 0 or null", self.clip)
 
 
@@ -234,8 +255,12 @@ class LossConfig:
         require(self.value_clip is None or self.value_clip > 0, "loss.value_clip", "above 0 or null", self.value_clip)
         require(_finite(self.vf_coef) and self.vf_coef > 0, "loss.vf_coef", "above 0", self.vf_coef)
         require(_finite(self.ent_coef), "loss.ent_coef", "finite", self.ent_coef)
-        require(self.sampler_is_cap is None or self.sampler_is_cap >= 1, "loss.sampler_is_cap", "1 or more, or null",
-                self.sampler_is_cap)
+        require(
+            self.sampler_is_cap is None or self.sampler_is_cap >= 1,
+            "loss.sampler_is_cap",
+            "1 or more, or null",
+            self.sampler_is_cap,
+        )
 
 
 @dataclass(frozen=True)
@@ -254,10 +279,15 @@ class CriticConfig:
     def __post_init__(self) -> None:
         require(self.pretrain_steps >= 0, "critic.pretrain_steps", "0 (off) or more", self.pretrain_steps)
         require(self.pretrain_epochs >= 1, "critic.pretrain_epochs", "at least 1", self.pretrain_epochs)
-        require(self.pretrain_lr is None or self.pretrain_lr > 0, "critic.pretrain_lr", "above 0 or null",
-                self.pretrain_lr)
-        require(self.pretrain_explained_variance <= 1, "critic.pretrain_explained_variance", "1 or less",
-                self.pretrain_explained_variance)
+        require(
+            self.pretrain_lr is None or self.pretrain_lr > 0, "critic.pretrain_lr", "above 0 or null", self.pretrain_lr
+        )
+        require(
+            self.pretrain_explained_variance <= 1,
+            "critic.pretrain_explained_variance",
+            "1 or less",
+            self.pretrain_explained_variance,
+        )
 
 
 @dataclass(frozen=True)
@@ -267,8 +297,8 @@ class PtxConfig:
     coef: float = 0.1
     """Weight of the mean token NLL. 0: off."""
     texts: str | None = None
-    """JSONL, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: responses of the start policy to
-    the run's own prompts, sampled once."""
+    """JSONL, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: responses of the start policy
+    to the run's own prompts, sampled once."""
     pool: int = 256
     """How many responses are sampled when `texts` is not given."""
     batch_size: int = 8
@@ -305,12 +335,17 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(_finite(self.lr) and self.lr >= 0, "optim lr", "0 or more", self.lr)
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim betas", "two numbers in [0, 1)",
-                self.betas)
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optim betas",
+            "two numbers in [0, 1)",
+            self.betas,
+        )
         require(self.eps > 0, "optim eps", "above 0", self.eps)
         require(self.weight_decay >= 0, "optim weight_decay", "0 or more", self.weight_decay)
-        require(self.grad_clip is None or self.grad_clip > 0, "optim grad_clip", "above 0, or null for off",
-                self.grad_clip)
+        require(
+            self.grad_clip is None or self.grad_clip > 0, "optim grad_clip", "above 0, or null for off", self.grad_clip
+        )
         require(0 <= self.warmup <= 1, "optim warmup", "a fraction in [0, 1]", self.warmup)
         require(0 <= self.min_ratio <= 1, "optim min_ratio", "in [0, 1]", self.min_ratio)
 
@@ -330,8 +365,12 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         require(self.rollout_size >= 1, "batch.rollout_size", "at least 1", self.rollout_size)
-        require(1 <= self.minibatch_size <= self.rollout_size, "batch.minibatch_size",
-                 f"in [1, rollout_size={self.rollout_size}]", self.minibatch_size)
+        require(
+            1 <= self.minibatch_size <= self.rollout_size,
+            "batch.minibatch_size",
+            f"in [1, rollout_size={self.rollout_size}]",
+            self.minibatch_size,
+        )
         require(self.epochs >= 1, "batch.epochs", "at least 1", self.epochs)
         require(self.micro_tokens >= 1, "batch.micro_tokens", "at least 1", self.micro_tokens)
 
@@ -424,8 +463,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}", self.impl)
-        require(self.batch.rollout_size % self.rollout.samples_per_prompt == 0, "batch.rollout_size",
-                 f"a multiple of rollout.samples_per_prompt={self.rollout.samples_per_prompt}", self.batch.rollout_size)
+        require(
+            self.batch.rollout_size % self.rollout.samples_per_prompt == 0,
+            "batch.rollout_size",
+            f"a multiple of rollout.samples_per_prompt={self.rollout.samples_per_prompt}",
+            self.batch.rollout_size,
+        )
 
 
 def preset_names() -> list[str]:
@@ -438,8 +481,12 @@ def config_names() -> list[str]:
     return sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))
 
 
-def load_config(source: str | Path | dict[str, Any] | None = None, *, preset: str | None = None,
-                overrides: dict[str, Any] | None = None) -> TrainConfig:
+def load_config(
+    source: str | Path | dict[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> TrainConfig:
     """Defaults <- preset <- `source` (YAML file, shipped name or mapping) <- `overrides` (dotted keys or nested
     mappings).
 

@@ -46,16 +46,19 @@ def _over_default(cls: type, key: str, value: Any) -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain mappings of a configuration, as `build` takes them; tuples become lists."""
+
     def plain(x: Any) -> Any:
         if isinstance(x, dict):
             return {k: plain(v) for k, v in x.items()}
         return [plain(v) for v in x] if isinstance(x, (tuple, list)) else x
+
     return plain(dataclasses.asdict(config))
 
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write `config` as YAML, every knob resolved."""
     import yaml
+
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
@@ -82,6 +85,7 @@ def undot(flat: dict[str, Any]) -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a mapping; ConfigError names the file if it is missing, unreadable, or no mapping."""
     import yaml
+
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -111,8 +115,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         require(value in args, name, f"one of {', '.join(map(str, args))}", value)
         return value
     if origin is tuple:
-        require(isinstance(value, (list, tuple)) and len(value) == len(args), name, f"a list of {len(args)} numbers",
-                value)
+        require(
+            isinstance(value, (list, tuple)) and len(value) == len(args), name, f"a list of {len(args)} numbers", value
+        )
         return tuple(_coerce(v, a, name) for v, a in zip(value, args, strict=True))
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, name + ".")  # type: ignore[arg-type]
@@ -130,8 +135,12 @@ def _coerce_scalar(value: Any, hint: type, name: str) -> Any:
             number = float(value) if not isinstance(value, bool) else math.nan
         except (TypeError, ValueError):
             number = math.nan
-        require(not math.isnan(number) and (hint is float or number.is_integer()), name,
-                "a whole number" if hint is int else "a number", value)
+        require(
+            not math.isnan(number) and (hint is float or number.is_integer()),
+            name,
+            "a whole number" if hint is int else "a number",
+            value,
+        )
         return int(number) if hint is int else number
     require(isinstance(value, hint), name, f"a {hint.__name__}", value)
     return value

@@ -4,8 +4,8 @@
     metrics = engine.step(prompts)                     # or the three by themselves:
     experience = engine.experience(engine.rollout(prompts)); metrics = engine.update(experience)
 
-Holds the two trained models, the frozen ones, and the little state between steps (running moments, KL coefficient, counters).
-No global state; two engines in one process do not see each other."""
+Holds the two trained models, the frozen ones, and the little state between steps (running moments, KL coefficient,
+counters). No global state; two engines in one process do not see each other."""
 
 from __future__ import annotations
 
@@ -44,19 +44,32 @@ ModelSource = str | Path | PreTrainedModel
 class Engine:
     """PPO-max on HF models.
 
-    policy: causal LM, or a path to one; trained in place. reference: likewise, frozen; None: a copy of the policy as it is now.
+    policy: causal LM, or a path to one; trained in place. reference: likewise, frozen; None: a copy of the policy as
+    it is now.
     critic: a Critic, a model or path to start one from, or None for what `config.model.critic` says.
     reward: reward model, path to one, or f(prompts: list[str], responses: list[str]) -> one number each.
     tokenizer: needed for text prompts and function rewards; read from the policy's path if that is one.
     texts: n -> the next n token lists for the ptx term; None leaves the term out and needs `ptx.coef: 0`.
     """
 
-    def __init__(self, policy: ModelSource, reference: ModelSource | None, critic: ModelSource | Critic | None,
-                 reward: ModelSource | RewardModel | Callable[..., Any], config: TrainConfig | None = None, *,
-                 tokenizer: PreTrainedTokenizerBase | None = None, texts: TextSource | None = None):
+    def __init__(
+        self,
+        policy: ModelSource,
+        reference: ModelSource | None,
+        critic: ModelSource | Critic | None,
+        reward: ModelSource | RewardModel | Callable[..., Any],
+        config: TrainConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        texts: TextSource | None = None,
+    ):
         self.config = config or TrainConfig()
         self.device = pick_device(self.config.run.device)
-        self.sources = {"reference": _path(reference) or _path(policy), "reward": _path(reward), "tokenizer": _path(policy)}
+        self.sources = {
+            "reference": _path(reference) or _path(policy),
+            "reward": _path(reward),
+            "tokenizer": _path(policy),
+        }
         dtype, trust = DTYPES[self.config.model.dtype], self.config.model.trust_remote_code
         lm = load_policy(policy, dtype, trust_remote_code=trust).eval().requires_grad_(True)
         lm.to(self.device)  # type: ignore[arg-type]
@@ -72,7 +85,10 @@ class Engine:
         value_model = self._critic(critic, lm, dtype).to(self.device).eval()
         self.texts = texts
         if self.config.ptx.coef and texts is None:
-            raise ValueError(f"Engine: ptx.coef is {self.config.ptx.coef} but there are no texts for it; pass texts=, or set ptx.coef: 0")
+            raise ValueError(
+                f"Engine: ptx.coef is {self.config.ptx.coef} but there are no texts for it; pass texts=, or set "
+                "ptx.coef: 0"
+            )
         self.eos_ids = eos_ids_of(lm, self.tokenizer)
         check_vocabularies(lm, self.reference, value_model, self.reward_model)
 
@@ -97,19 +113,35 @@ class Engine:
         shaped = shape_scores(scores, roll.finished, self.moments, self.config.reward)
         rewards = token_rewards(shaped, roll, self.controller.coef, self.config.kl.estimator, self.config.impl)
         advantages, returns = advantages_and_returns(rewards, roll, self.config.advantage, self.config.impl)
-        return Experience(rollout=roll, scores=scores, shaped_scores=shaped, rewards=rewards, advantages=advantages,
-                          returns=returns, kl_coef=self.controller.coef)
+        return Experience(
+            rollout=roll,
+            scores=scores,
+            shaped_scores=shaped,
+            rewards=rewards,
+            advantages=advantages,
+            returns=returns,
+            kl_coef=self.controller.coef,
+        )
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """PPO epochs over the buffer, then the KL controller. Returns metrics; Diverged after too many bad steps in a row."""
-        metrics = update(self.policy, self.critic, experience, self.config, self.health, generator=self._generator(1),
-                         texts=self.texts)
+        """PPO epochs over the buffer, then the KL controller. Returns metrics; Diverged after too many bad steps in a
+        row."""
+        metrics = update(
+            self.policy,
+            self.critic,
+            experience,
+            self.config,
+            self.health,
+            generator=self._generator(1),
+            texts=self.texts,
+        )
         roll = experience.rollout
         self.controller.update(float((roll.logprobs - roll.ref_logprobs).mean()), len(roll.finished))
         return metrics
 
     def step(self, prompts: Sequence[Sequence[int] | str]) -> dict[str, float]:
-        """Rollout, experience and update: one PPO-max iteration. Returns all metrics, phase times in seconds included."""
+        """Rollout, experience and update: one PPO-max iteration. Returns all metrics, phase times in seconds
+        included."""
         times = [time.perf_counter()]
         roll = self.rollout(prompts)
         times.append(time.perf_counter())
@@ -120,13 +152,19 @@ class Engine:
         times.append(time.perf_counter())
         names = ("time/rollout", "time/experience", "time/update")
         metrics.update({n: b - a for n, a, b in zip(names, times[:-1], times[1:], strict=True)})
-        metrics.update({"time/step": times[-1] - times[0], "episode": float(self.episodes),
-                        "val/skipped_total": float(self.health.skipped),
-                        "perf/tokens_per_second": float(len(roll.states)) / (times[1] - times[0])})
+        metrics.update(
+            {
+                "time/step": times[-1] - times[0],
+                "episode": float(self.episodes),
+                "val/skipped_total": float(self.health.skipped),
+                "perf/tokens_per_second": float(len(roll.states)) / (times[1] - times[0]),
+            }
+        )
         return metrics
 
     def preview(self, prompts: Sequence[Sequence[int] | str]) -> tuple[Rollout, Tensor]:
-        """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing counted."""
+        """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing
+        counted."""
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
         roll = self._generate(ids, range(-1, -1 - len(ids), -1), None)
         return roll, self.reward(roll)
@@ -134,24 +172,38 @@ class Engine:
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the whole state to the folder `path`, atomically; `extra` (plain data) is given back by `restore`."""
         from ppomax.checkpoint import save_engine
+
         return save_engine(self, Path(path), extra or {})
 
     def restore(self, path: str | Path) -> dict[str, Any]:
-        """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other models."""
+        """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other
+        models."""
         from ppomax.checkpoint import restore_engine
+
         return restore_engine(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, **parts: Any) -> Engine:
-        """An engine from a folder of `save` alone. `reward=`, `reference=`, `tokenizer=`, `texts=` must be given where they were
-        passed as objects, since a checkpoint holds no frozen model and no function."""
+        """An engine from a folder of `save` alone. `reward=`, `reference=`, `tokenizer=`, `texts=` must be given where
+        they were passed as objects, since a checkpoint holds no frozen model and no function."""
         from ppomax.checkpoint import load_engine
+
         return load_engine(cls, Path(path), parts)
 
     def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
-        return rollout(self.policy.module, self.reference, self.critic.module, ids, config=self.config.rollout,
-                       batch=self.config.batch, eos_ids=self.eos_ids, uids=uids, seed=self.config.run.seed,
-                       generator=generator, impl=self.config.impl)
+        return rollout(
+            self.policy.module,
+            self.reference,
+            self.critic.module,
+            ids,
+            config=self.config.rollout,
+            batch=self.config.batch,
+            eos_ids=self.eos_ids,
+            uids=uids,
+            seed=self.config.run.seed,
+            generator=generator,
+            impl=self.config.impl,
+        )
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Shuffles of this buffer: a function of seed and buffer number, so nothing of it needs saving."""
@@ -167,12 +219,17 @@ class Engine:
     def _reward_source(self, reward: Any, dtype: torch.dtype) -> RewardSource:
         if isinstance(reward, (str, Path, PreTrainedModel, RewardModel)):
             trust = self.config.model.trust_remote_code
-            model = reward if isinstance(reward, RewardModel) else load_reward_model(reward, dtype, trust_remote_code=trust)
+            model = (
+                reward if isinstance(reward, RewardModel) else load_reward_model(reward, dtype, trust_remote_code=trust)
+            )
             freeze(model.to(self.device, dtype))
             self.reward_model = model
             return ModelReward(self.reward_model)
         if not callable(reward):
-            raise TypeError(f"Engine: reward must be a reward model, a path to one, or a function of texts, got {type(reward).__name__}")
+            raise TypeError(
+                "Engine: reward must be a reward model, a path to one, or a function of texts, got "
+                f"{type(reward).__name__}"
+            )
         if self.tokenizer is None:
             raise ValueError("Engine: a reward function reads text, so a tokenizer is needed; pass tokenizer=")
         return FunctionReward(reward, self.tokenizer)
@@ -181,7 +238,10 @@ class Engine:
         wanted = self.config.model.critic if critic is None else critic
         if wanted == "reward_model":
             if self.reward_model is None:
-                raise ValueError("Engine: model.critic is reward_model, but the reward is a function; set model.critic: policy, or a path")
+                raise ValueError(
+                    "Engine: model.critic is reward_model, but the reward is a function; set model.critic: policy, "
+                    "or a path"
+                )
             wanted = self.reward_model
         elif wanted == "policy":
             wanted = policy
@@ -190,8 +250,11 @@ class Engine:
         return make_critic(wanted, dtype, seed=self.config.run.seed)
 
 
-def advantages_and_returns(rewards: Tensor, roll: Rollout, config: AdvantageConfig, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """(N,) advantages with the actor's lambda, (N,) returns with the critic's; then buffer-wide whitening and clipping."""
+def advantages_and_returns(
+    rewards: Tensor, roll: Rollout, config: AdvantageConfig, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(N,) advantages with the actor's lambda, (N,) returns with the critic's; then buffer-wide whitening and
+    clipping."""
     lam: float | Tensor = config.lam
     if config.length_alpha is not None:
         lam = (1 - 1 / (config.length_alpha * roll.lengths.float())).clamp(min=0.0)
@@ -212,17 +275,21 @@ def optimizer_steps(config: TrainConfig) -> int:
 
 
 def eos_ids_of(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Tokens that end a response: of the generation config, the model config, or the tokenizer, whichever says first."""
+    """Tokens that end a response: of the generation config, the model config, or the tokenizer, whichever says
+    first."""
     for owner in (policy.generation_config, policy.config, tokenizer):
         eos = getattr(owner, "eos_token_id", None)
         if eos is not None:
             return list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
-    raise ValueError("Engine: neither model nor tokenizer has an EOS token, so no response could end; "
-                     "set eos_token_id in the policy's config")
+    raise ValueError(
+        "Engine: neither model nor tokenizer has an EOS token, so no response could end; "
+        "set eos_token_id in the policy's config"
+    )
 
 
 def check_vocabularies(policy: PreTrainedModel, *others: torch.nn.Module | None) -> None:
-    """ValueError if a model's embedding has another number of rows than the policy's: token ids would mean other words."""
+    """ValueError if a model's embedding has another number of rows than the policy's: token ids would mean other
+    words."""
     rows = vocabulary_rows(policy)
     for other in others:
         if other is None:
@@ -230,8 +297,11 @@ def check_vocabularies(policy: PreTrainedModel, *others: torch.nn.Module | None)
         model = other.model if isinstance(other, Critic) else other
         found = vocabulary_rows(model)
         if found != rows:
-            raise ValueError(f"Engine: the policy has {rows} tokens, the {type(other).__name__} ({type(model).__name__}) has {found}; "
-                             "use models that share one tokenizer")
+            raise ValueError(
+                f"Engine: the policy has {rows} tokens, the {type(other).__name__} ({type(model).__name__}) has "
+                f"{found}; "
+                "use models that share one tokenizer"
+            )
 
 
 def vocabulary_rows(model: Any) -> int:
@@ -247,12 +317,19 @@ def check_prompts(prompts: list[list[int]], policy: PreTrainedModel, max_new_tok
     rows = vocabulary_rows(policy)
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"Engine: prompt {i} is empty; a response needs at least one token before it (BOS will do)")
+            raise ValueError(
+                f"Engine: prompt {i} is empty; a response needs at least one token before it (BOS will do)"
+            )
         if len(prompt) + max_new_tokens > window:
-            raise ValueError(f"Engine: prompt {i} has {len(prompt)} tokens; with rollout.max_new_tokens={max_new_tokens} that is over the "
-                             f"model's window of {window}; shorten it or lower rollout.max_new_tokens")
+            raise ValueError(
+                f"Engine: prompt {i} has {len(prompt)} tokens; with rollout.max_new_tokens={max_new_tokens} that is "
+                "over the "
+                f"model's window of {window}; shorten it or lower rollout.max_new_tokens"
+            )
         if min(prompt) < 0 or max(prompt) >= rows:
-            raise ValueError(f"Engine: prompt {i} has token id {max(prompt)} (least {min(prompt)}), the policy knows 0..{rows - 1}")
+            raise ValueError(
+                f"Engine: prompt {i} has token id {max(prompt)} (least {min(prompt)}), the policy knows 0..{rows - 1}"
+            )
     return prompts
 
 

@@ -1,7 +1,7 @@
 """What a buffer tells about a run: one flat mapping under TRL's names where TRL has one.
 
-Perplexity is exp(mean NLL of response tokens); it is not divided by length a second time. KL per token is k3, which cannot be
-negative; TRL's `objective/kl` (k1, summed over a response) is kept beside it."""
+Perplexity is exp(mean NLL of response tokens); it is not divided by length a second time. KL per token is k3, which
+cannot be negative; TRL's `objective/kl` (k1, summed over a response) is kept beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 def distinct_n(responses: list[list[int]], n: int = 2) -> float:
     """Different n-grams over all n-grams of the responses; 1 if there are none."""
-    grams = [tuple(r[i:i + n]) for r in responses for i in range(len(r) - n + 1)]
+    grams = [tuple(r[i : i + n]) for r in responses for i in range(len(r) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
@@ -35,17 +35,25 @@ def experience_metrics(experience: Experience, impl: str = "auto") -> dict[str, 
     penalty = -experience.kl_coef * u
     lengths = roll.lengths.float()
     out = {
-        "objective/scores": scores.mean(), "objective/scores_std": scores.std(unbiased=False),
-        "objective/shaped_scores": experience.shaped_scores.mean(), "objective/kl": sequence_sums(u, roll.response_cu).mean(),
-        "objective/kl_per_token": kl.mean(), "objective/entropy": sequence_sums(roll.entropy, roll.response_cu).mean(),
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(unbiased=False),
+        "objective/shaped_scores": experience.shaped_scores.mean(),
+        "objective/kl": sequence_sums(u, roll.response_cu).mean(),
+        "objective/kl_per_token": kl.mean(),
+        "objective/entropy": sequence_sums(roll.entropy, roll.response_cu).mean(),
         "objective/non_score_reward": sequence_sums(penalty, roll.response_cu).mean(),
         "objective/rlhf_reward": sequence_sums(experience.rewards, roll.response_cu).mean(),
-        "policy/entropy_avg": roll.entropy.mean(), "rollout/perplexity": (-roll.logprobs.mean()).exp(),
-        "rollout/ref_perplexity": (-roll.ref_logprobs.mean()).exp(), "rollout/length": lengths.mean(),
-        "rollout/length_max": lengths.max(), "rollout/truncated": (~roll.finished).float().mean(),
+        "policy/entropy_avg": roll.entropy.mean(),
+        "rollout/perplexity": (-roll.logprobs.mean()).exp(),
+        "rollout/ref_perplexity": (-roll.ref_logprobs.mean()).exp(),
+        "rollout/length": lengths.mean(),
+        "rollout/length_max": lengths.max(),
+        "rollout/truncated": (~roll.finished).float().mean(),
         "rollout/logprob_gap": (roll.logprobs - roll.sampler_logprobs).abs().max(),
-        "val/num_eos_tokens": roll.finished.float().sum(), "critic/values": roll.values.mean(),
-        "critic/returns": experience.returns.mean(), "policy/advantages": experience.advantages.mean(),
+        "val/num_eos_tokens": roll.finished.float().sum(),
+        "critic/values": roll.values.mean(),
+        "critic/returns": experience.returns.mean(),
+        "policy/advantages": experience.advantages.mean(),
         "policy/advantages_std": experience.advantages.std(unbiased=False),
     }
     quantiles = torch.quantile(scores, torch.tensor(list(QUANTILES.values()), device=scores.device))

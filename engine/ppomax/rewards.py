@@ -61,7 +61,9 @@ class FunctionReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         pairs = rollout.sequences()
-        prompts, responses = ([str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1))
+        prompts, responses = (
+            [str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1)
+        )
         try:
             given = self.function(prompts, responses)
         except Exception as error:
@@ -163,8 +165,15 @@ def shape_scores(scores: Tensor, finished: Tensor, moments: RunningMoments, conf
 
 def token_rewards(shaped: Tensor, rollout: Rollout, kl_coef: float, estimator: str, impl: str) -> Tensor:
     """(N,): -kl_coef * KL at each response token, the shaped score added at each last one."""
-    return K.token_rewards(shaped, rollout.logprobs, rollout.ref_logprobs, rollout.response_cu, kl_coef=kl_coef,
-                           estimator=estimator, impl=impl)
+    return K.token_rewards(
+        shaped,
+        rollout.logprobs,
+        rollout.ref_logprobs,
+        rollout.response_cu,
+        kl_coef=kl_coef,
+        estimator=estimator,
+        impl=impl,
+    )
 
 
 def sequence_sums(x: Tensor, cu: Tensor) -> Tensor:

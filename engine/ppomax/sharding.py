@@ -1,7 +1,7 @@
 """One trained model: module, optimiser, schedule, gradient clip, and what a checkpoint keeps of them.
 
-Plain torch, one process. A sharded engine joins by offering the same face: `module`, `backward`, `grad_norm`, `step`, `skip`,
-`tensors`, `load`; and by making `total` and `gather` sum and join over its ranks."""
+Plain torch, one process. A sharded engine joins by offering the same face: `module`, `backward`, `grad_norm`, `step`,
+`skip`, `tensors`, `load`; and by making `total` and `gather` sum and join over its ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def gather(x: Tensor) -> Tensor:
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Learning rate of optimiser step `step` (from 0): max(s/W, min_ratio) in the warm-up of W steps, then the schedule."""
+    """Learning rate of optimiser step `step` (from 0): max(s/W, min_ratio) in the warm-up of W steps, then the
+    schedule."""
     warm = round(config.warmup * total_steps)
     position = step + 1
     if position <= warm:
@@ -45,8 +46,9 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
 class Trained(Generic[M]):
     """A module under AdamW.
 
-    Gradients add up over `backward` calls until `step` or `skip`. Parameters in 16 bit are stepped through float32 copies,
-    since updates of 1e-6 would vanish in their rounding. The learning rate is a function of the step count alone."""
+    Gradients add up over `backward` calls until `step` or `skip`. Parameters in 16 bit are stepped through float32
+    copies, since updates of 1e-6 would vanish in their rounding. The learning rate is a function of the step count
+    alone."""
 
     def __init__(self, module: M, config: OptimConfig, total_steps: int):
         self.module, self.config, self.total_steps = module, config, total_steps
@@ -54,10 +56,13 @@ class Trained(Generic[M]):
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.params = [p for p in module.parameters() if p.requires_grad]
         if not self.params:
-            raise ValueError("Trained: the module has no parameter with requires_grad=True; unfreeze what is to be trained")
+            raise ValueError(
+                "Trained: the module has no parameter with requires_grad=True; unfreeze what is to be trained"
+            )
         self.copies = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
-        self.optimizer = torch.optim.AdamW(self.copies, lr=config.lr, betas=config.betas, eps=config.eps,
-                                           weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.copies, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
 
     @property
     def lr(self) -> float:
@@ -118,7 +123,10 @@ class Trained(Generic[M]):
         for key, x in state.items():
             kind, _, name = key.partition("/")
             if name not in self.names:
-                raise ValueError(f"optimiser state for {name}, which this model does not train; resume with the model it was saved from")
+                raise ValueError(
+                    f"optimiser state for {name}, which this model does not train; resume with the model it was "
+                    "saved from"
+                )
             copy = self.copies[self.names.index(name)]
             if kind == "copy":
                 copy.copy_(x)
@@ -135,8 +143,13 @@ def copy_into(module: nn.Module, weights: dict[str, Tensor]) -> None:
     targets = {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
     odd = sorted(targets.keys() ^ weights.keys())
     if odd:
-        raise ValueError(f"weights do not fit the model: {odd[0]} is in one and not in the other ({len(odd)} such names)")
+        raise ValueError(
+            f"weights do not fit the model: {odd[0]} is in one and not in the other ({len(odd)} such names)"
+        )
     for name, x in weights.items():
         if targets[name].shape != x.shape:
-            raise ValueError(f"weights do not fit the model: {name} is {tuple(x.shape)}, the model wants {tuple(targets[name].shape)}")
+            raise ValueError(
+                f"weights do not fit the model: {name} is {tuple(x.shape)}, the model wants "
+                f"{tuple(targets[name].shape)}"
+            )
         targets[name].copy_(x)

@@ -1,6 +1,7 @@
 """Runs one training job many times over in forked children, killing them; a test module reads the verdicts.
 
-    python -m tests.engine.kill_driver FOLDER  ->  one JSON line: {scenario: [first exit, weights equal, steps logged, resumed from]}
+    python -m tests.engine.kill_driver FOLDER  ->  one JSON line: {scenario: [first exit, weights equal, steps logged,
+    resumed from]}
 Models and torch load once; the parent computes nothing, so that forking is safe."""
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
 from ppomax import checkpoint, sharding
 from ppomax.config import load_config
 from ppomax.rollout import decode as decode_module  # noqa: F401  (loads the rollout package)
 from ppomax.stages import ppo
+
 from tests.engine.tiny import SMALL, tiny_assets
 
 KILL = signal.SIGKILL
@@ -61,7 +62,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 
 
 def child(work: Callable[[], None], delay: float | None = None) -> int:
-    """Fork, run `work`, wait; kill after `delay` seconds. Returns the exit status, minus the signal if one killed it."""
+    """Fork, run `work`, wait; kill after `delay` seconds. Returns the exit status, minus the signal if one killed
+    it."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -81,19 +83,35 @@ def child(work: Callable[[], None], delay: float | None = None) -> int:
 
 def run(folder: Path, names: dict[str, object], resume: bool, prepare: Callable[[], None] = lambda: None) -> None:
     prepare()
-    ppo.train_ppo(load_config(overrides={**SMALL, **names, "ptx.coef": 0.1, "ptx.pool": 16, "run.out": str(folder),
-                                         "run.resume": resume, "critic.pretrain_steps": 2}))
+    ppo.train_ppo(
+        load_config(
+            overrides={
+                **SMALL,
+                **names,
+                "ptx.coef": 0.1,
+                "ptx.pool": 16,
+                "run.out": str(folder),
+                "run.resume": resume,
+                "critic.pretrain_steps": 2,
+            }
+        )
+    )
 
 
 def digest(folder: Path) -> str:
     """Hash of the exported policy and of the final checkpoint's weights and optimiser state."""
-    files = [folder / "policy" / "model.safetensors", *sorted((folder / "checkpoints" / "step-000004").glob("*.safetensors"))]
+    files = [
+        folder / "policy" / "model.safetensors",
+        *sorted((folder / "checkpoints" / "step-000004").glob("*.safetensors")),
+    ]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() if files[0].is_file() else "no export"
 
 
 def main(root: Path) -> dict[str, list[object]]:
     names: dict[str, object] = {}
-    assert child(lambda: (root / "names.json").write_text(json.dumps(tiny_assets(root)), encoding="utf-8") and None) == 0
+    assert (
+        child(lambda: (root / "names.json").write_text(json.dumps(tiny_assets(root)), encoding="utf-8") and None) == 0
+    )
     names = json.loads((root / "names.json").read_text(encoding="utf-8"))
     began = time.monotonic()
     assert child(lambda: run(root / "alone", names, False)) == 0
@@ -106,7 +124,9 @@ def main(root: Path) -> dict[str, list[object]]:
         first = child(lambda: run(folder, names, False, prepare), delay)  # noqa: B023
         kept = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
         second = child(lambda: run(folder, names, True))  # noqa: B023
-        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        steps = [
+            json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         verdicts[name] = [first, second, digest(folder) == want, [s for s in steps if s], kept]
     return verdicts
 

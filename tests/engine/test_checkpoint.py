@@ -1,4 +1,5 @@
-"""Nothing is lost: kill -9 anywhere and go on to the same bits; damaged, foreign and unwritable checkpoints are named."""
+"""Nothing is lost: kill -9 anywhere and go on to the same bits; damaged, foreign and unwritable checkpoints are
+named."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from ppomax import checkpoint
 from ppomax.checkpoint import CheckpointError, export_policy, newest, verify
 from ppomax.engine import Engine
+from transformers import AutoModelForCausalLM
+
 from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_reward, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -27,15 +28,28 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory) -> dict[str, list]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-m", "tests.engine.kill_driver", str(tmp_path_factory.mktemp("kill"))], cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.kill_driver", str(tmp_path_factory.mktemp("kill"))],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-KILLED = ["in a rollout", "in an update, between two optimiser steps", "in critic pre-training", "in a save, first file",
-          "in a save, before the manifest", "in a save, before the rename", "in a save, after the rename",
-          "while old checkpoints are deleted"]
+KILLED = [
+    "in a rollout",
+    "in an update, between two optimiser steps",
+    "in critic pre-training",
+    "in a save, first file",
+    "in a save, before the manifest",
+    "in a save, before the rename",
+    "in a save, after the rename",
+    "while old checkpoints are deleted",
+]
 
 
 @pytest.mark.parametrize("moment", KILLED)
@@ -111,7 +125,7 @@ def test_damaged_checkpoint_is_passed_over_loudly(tmp_path, damage: str) -> None
         file.write_bytes(content[:-100] if damage != "flip" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"step-000002"):
         verify(tmp_path / "step-000002")
-    with pytest.warns(UserWarning, match="CHECKPOINT PASSED OVER.*step-000002"):
+    with pytest.warns(UserWarning, match=r"CHECKPOINT PASSED OVER.*step-000002"):
         assert newest(tmp_path) == tmp_path / "step-000001"
     with pytest.raises(CheckpointError, match="step-000002"):
         engine.restore(tmp_path / "step-000002")
@@ -121,15 +135,21 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path) -> Non
     assert newest(tmp_path) is None
     tiny_engine().save(tmp_path / "step-000001")
     (tmp_path / "step-000001" / "engine.json").unlink()
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+    with (
+        pytest.warns(UserWarning, match="CHECKPOINT PASSED OVER"),
+        pytest.raises(CheckpointError, match="none of the 1 checkpoints"),
+    ):
         newest(tmp_path)
 
 
-@pytest.mark.parametrize(("role", "other"), [
-    ("policy", lambda c: Engine(tiny_policy(hidden=16), tiny_policy(), tiny_policy(), tiny_reward(), c)),
-    ("reference", lambda c: tiny_engine(c, reference=tiny_policy(seed=5))),
-    ("reward model", lambda c: tiny_engine(c, reward=tiny_reward(seed=5))),
-])
+@pytest.mark.parametrize(
+    ("role", "other"),
+    [
+        ("policy", lambda c: Engine(tiny_policy(hidden=16), tiny_policy(), tiny_policy(), tiny_reward(), c)),
+        ("reference", lambda c: tiny_engine(c, reference=tiny_policy(seed=5))),
+        ("reward model", lambda c: tiny_engine(c, reward=tiny_reward(seed=5))),
+    ],
+)
 def test_checkpoint_of_another_model_is_refused(tmp_path, role: str, other) -> None:
     tiny_engine().save(tmp_path / "state")
     with pytest.raises(CheckpointError, match=f"saved with another {role}"):
@@ -143,7 +163,7 @@ def test_full_disk_leaves_no_checkpoint_and_names_the_mend(tmp_path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(CheckpointError, match="could not be written.*earlier checkpoints are untouched"):
+        with pytest.raises(CheckpointError, match=r"could not be written.*earlier checkpoints are untouched"):
             engine.save(tmp_path / "step-000002")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -8,16 +8,17 @@ import math
 import ppomax_kernels as K
 import pytest
 import torch
-
 from ppomax.batch import cumulative, minibatch, plan_minibatches
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
 from ppomax.measures import experience_metrics
 from ppomax.rewards import RunningMoments, sequence_sums, shape_scores, token_rewards
-from ppomax.rollout.sampler import sample, uniforms
+from ppomax.rollout.decode import stream_seeds
 from ppomax.update import critic_loss, policy_loss, train_minibatch
+
 from tests.engine.tiny import VOCABULARY, prompts, small_config, tiny_engine
 
+GRADIENT = 1e-5
 FP32 = dict(rtol=1e-5, atol=1e-6)
 SUMS = dict(rtol=1e-5, atol=1e-5)
 
@@ -78,14 +79,20 @@ def test_running_moments_do_not_depend_on_the_split(cuts: list[int]) -> None:
 @pytest.mark.parametrize("micro_tokens", [1, 40, 10_000])
 def test_gradient_does_not_depend_on_micro_batches(experience, micro_tokens: int) -> None:
     engine, exp = experience
-    torch.testing.assert_close(_gradients(engine, exp, micro_tokens, 1), _gradients(engine, exp, 90, 1), rtol=1e-4, atol=1e-6)
+    assert_same_gradient(_gradients(engine, exp, micro_tokens, 1), _gradients(engine, exp, 90, 1))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradient_does_not_depend_on_ranks(experience, ranks: int) -> None:
-    """Each rank holds some of the sequences and divides by the global token count; the sum over ranks is the gradient."""
+    """Each rank holds some of the sequences and divides by the global token count; the sum over ranks is the
+    gradient."""
     engine, exp = experience
-    torch.testing.assert_close(_gradients(engine, exp, 90, ranks), _gradients(engine, exp, 90, 1), rtol=1e-4, atol=1e-6)
+    assert_same_gradient(_gradients(engine, exp, 90, ranks), _gradients(engine, exp, 90, 1))
+
+
+def assert_same_gradient(got: torch.Tensor, want: torch.Tensor) -> None:
+    """To float32 rounding of sums taken in another order, against the whole gradient's size."""
+    assert float((got - want).norm()) <= GRADIENT * float(want.norm())
 
 
 def _gradients(engine, exp, micro_tokens: int, ranks: int) -> torch.Tensor:
@@ -97,7 +104,9 @@ def _gradients(engine, exp, micro_tokens: int, ranks: int) -> torch.Tensor:
             part = minibatch(exp, mine[micro])
             engine.policy.backward(policy_loss(engine.policy, part, tokens, engine.config)[0])
             engine.critic.backward(critic_loss(engine.critic, part, tokens, engine.config)[0])
-    grads = torch.cat([p.grad.flatten() for t in (engine.policy, engine.critic) for p in t.params if p.grad is not None])
+    grads = torch.cat(
+        [p.grad.flatten() for t in (engine.policy, engine.critic) for p in t.params if p.grad is not None]
+    )
     for trained in (engine.policy, engine.critic):
         for p in trained.params:
             p.grad = None
@@ -120,11 +129,11 @@ def test_kl_estimates_average_to_the_exact_kl_only_without_truncated_sampling() 
     policy, reference = torch.randn(VOCABULARY, generator=generator), torch.randn(VOCABULARY, generator=generator)
     log_p, log_q = torch.log_softmax(policy, 0), torch.log_softmax(reference, 0)
     exact = float((log_p.exp() * (log_p - log_q)).sum())
-    count = 200_000
-    u = uniforms(0, torch.arange(count), 0)
+    count = 50_000
+    seeds = stream_seeds(0, range(count))
 
     def mean(estimator: str, top_p: float) -> tuple[float, float]:
-        token, _ = sample(policy.expand(count, -1), u, temperature=1.0, top_p=top_p)
+        token, *_ = K.sample(policy.repeat(count, 1), seeds, torch.zeros_like(seeds), top_p=top_p, impl="ref")
         kl = K.kl_penalty(log_p[token], log_q[token], estimator=estimator, impl="ref")
         return float(kl.mean()), float(kl.std()) / math.sqrt(count)
 
@@ -139,7 +148,9 @@ def test_reward_composition(experience) -> None:
     _, exp = experience
     roll = exp.rollout
     u = sequence_sums(roll.logprobs - roll.ref_logprobs, roll.response_cu)
-    torch.testing.assert_close(sequence_sums(exp.rewards, roll.response_cu), exp.shaped_scores - exp.kl_coef * u, **SUMS)
+    torch.testing.assert_close(
+        sequence_sums(exp.rewards, roll.response_cu), exp.shaped_scores - exp.kl_coef * u, **SUMS
+    )
 
 
 def test_score_sits_on_the_last_token_of_each_length(experience) -> None:

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from ppomax.config import TrainConfig, load_config
 from ppomax.engine import Engine
 from ppomax.models import RewardModel, make_reward_model, save_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 64
 BOS, EOS = 1, 2
@@ -18,12 +17,24 @@ BOS, EOS = 1, 2
 
 def tiny_policy(seed: int = 0, hidden: int = 32, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                         tie_word_embeddings=tied, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config)
     if not tied:
-        with torch.no_grad():  # far from uniform, so that logprobs, KL and entropy mean something; EOS often, so that lengths vary
+        with (
+            torch.no_grad()
+        ):  # far from uniform, so that logprobs, KL and entropy mean something; EOS often, so that lengths vary
             model.lm_head.weight.mul_(15)
             model.lm_head.weight[EOS].mul_(2)
     return model
@@ -41,13 +52,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
+
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {w: i for i, w in enumerate([*special, "<unk>", *(f"w{i}" for i in range(4, VOCABULARY))])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def prompts(count: int = 8, seed: int = 0, longest: int = 9) -> list[list[int]]:
@@ -57,9 +70,19 @@ def prompts(count: int = 8, seed: int = 0, longest: int = 9) -> list[list[int]]:
 
 
 SMALL = {
-    "impl": "ref", "batch.rollout_size": 8, "batch.minibatch_size": 4, "batch.micro_tokens": 64,
-    "rollout.max_new_tokens": 10, "ptx.coef": 0.0, "run.steps": 4, "run.checkpoint_every": 1, "monitor.samples_every": 0,
-    "critic.pretrain_steps": 1, "critic.pretrain_explained_variance": 0.99, "policy_optim.lr": 1e-3, "critic_optim.lr": 1e-3,
+    "impl": "ref",
+    "batch.rollout_size": 8,
+    "batch.minibatch_size": 4,
+    "batch.micro_tokens": 64,
+    "rollout.max_new_tokens": 10,
+    "ptx.coef": 0.0,
+    "run.steps": 4,
+    "run.checkpoint_every": 1,
+    "monitor.samples_every": 0,
+    "critic.pretrain_steps": 1,
+    "critic.pretrain_explained_variance": 0.99,
+    "policy_optim.lr": 1e-3,
+    "critic_optim.lr": 1e-3,
 }
 
 
@@ -70,7 +93,14 @@ def small_config(preset: str | None = None, **knobs: object) -> TrainConfig:
 
 def tiny_engine(config: TrainConfig | None = None, **parts: object) -> Engine:
     parts = {"reference": None, "critic": None, "reward": tiny_reward(), **parts}
-    return Engine(tiny_policy(), parts.pop("reference"), parts.pop("critic"), parts.pop("reward"), config or small_config(), **parts)
+    return Engine(
+        tiny_policy(),
+        parts.pop("reference"),
+        parts.pop("critic"),
+        parts.pop("reward"),
+        config or small_config(),
+        **parts,
+    )
 
 
 def tiny_assets(folder: Path) -> dict[str, object]:
@@ -80,5 +110,8 @@ def tiny_assets(folder: Path) -> dict[str, object]:
     save_model(tiny_reward(), tokenizer, folder / "reward")
     rows = [{"prompt": tokenizer.decode(p[1:])} for p in prompts(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return {"model.policy": str(folder / "policy"), "model.reward_model": str(folder / "reward"),
-            "data.prompts": str(folder / "prompts.jsonl")}
+    return {
+        "model.policy": str(folder / "policy"),
+        "model.reward_model": str(folder / "reward"),
+        "data.prompts": str(folder / "prompts.jsonl"),
+    }

@@ -2,8 +2,8 @@
 
     G_t = sum of rewards from t on (gamma discounted);  1/2 * mean (V - G)^2;  stop once a fresh buffer has
     1 - Var(G - V)/Var(G) >= critic.pretrain_explained_variance
-A critic that starts as a reward model scores early tokens as if the text ended there; PPO's first advantages would carry
-that error (arXiv 2503.01491). The optimiser's moments carry over into PPO, its schedule does not move."""
+A critic that starts as a reward model scores early tokens as if the text ended there; PPO's first advantages would
+carry that error (arXiv 2503.01491). The optimiser's moments carry over into PPO, its schedule does not move."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from ppomax.scoring import state_values
 
 
 def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, float], bool]:
-    """One fresh buffer: measure, and train on it unless the critic is good enough. Returns metrics, and whether it was."""
+    """One fresh buffer: measure, and train on it unless the critic is good enough. Returns metrics, and whether it
+    was."""
     config = engine.config
     experience = engine.experience(engine.rollout(prompts))
     roll = experience.rollout
-    _, returns = K.gae(experience.rewards, roll.values, roll.response_cu, gamma=config.advantage.gamma, lam=1.0, impl=config.impl)
+    _, returns = K.gae(
+        experience.rewards, roll.values, roll.response_cu, gamma=config.advantage.gamma, lam=1.0, impl=config.impl
+    )
     explained = explained_variance(roll.values, returns)
-    metrics = {"pretrain/explained_var": explained, "objective/scores": float(experience.scores.mean()),
-               "objective/scores_std": float(experience.scores.std(unbiased=False))}
+    metrics = {
+        "pretrain/explained_var": explained,
+        "objective/scores": float(experience.scores.mean()),
+        "objective/scores_std": float(experience.scores.std(unbiased=False)),
+    }
     if explained >= config.critic.pretrain_explained_variance:
         return metrics, True
     losses: list[float] = []

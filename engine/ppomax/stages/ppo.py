@@ -1,7 +1,7 @@
 """`ppomax train`: load, pre-train the critic, run PPO-max, keep checkpoints, export the policy.
 
-Everything random is a function of the seed and of counters that checkpoints hold, so a run that was killed and resumed ends
-in the same weights, bit for bit, as one that was left alone."""
+Everything random is a function of the seed and of counters that checkpoints hold, so a run that was killed and resumed
+ends in the same weights, bit for bit, as one that was left alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class Monitor(Protocol):
 
 
 class PlainMonitor:
-    """metrics.jsonl, samples.jsonl and a line a step. After a resume, rows of steps that will be done again are dropped."""
+    """metrics.jsonl, samples.jsonl and a line a step. After a resume, rows of steps that will be done again are
+    dropped."""
 
     def __init__(self, out: Path, steps: int, start: int = 0):
         self.out, self.steps = out, steps
@@ -55,9 +56,16 @@ class PlainMonitor:
 
     def log(self, step: int, metrics: dict[str, float]) -> Verdict | None:
         self._append("metrics.jsonl", {"step": step, **metrics})
-        shown = {"score": "objective/scores", "kl": "objective/kl_per_token", "ppl": "rollout/ref_perplexity",
-                 "len": "rollout/length", "ent": "policy/entropy_avg", "ev": "val/explained_var",
-                 "pre_ev": "pretrain/explained_var", "s": "time/step"}
+        shown = {
+            "score": "objective/scores",
+            "kl": "objective/kl_per_token",
+            "ppl": "rollout/ref_perplexity",
+            "len": "rollout/length",
+            "ent": "policy/entropy_avg",
+            "ev": "val/explained_var",
+            "pre_ev": "pretrain/explained_var",
+            "s": "time/step",
+        }
         figures = "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics)
         print(f"step {step}/{self.steps}  {figures}", flush=True)
         return None
@@ -91,7 +99,8 @@ class Progress:
 
 
 class Order:
-    """An endless order over n items: one seeded permutation after the other. Any stretch can be had from its position alone."""
+    """An endless order over n items: one seeded permutation after the other. Any stretch can be had from its position
+    alone."""
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed = n, seed
@@ -141,19 +150,36 @@ class Run:
         paths = model_paths(config)
         trust = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.tokenizer or paths["policy"], trust_remote_code=trust)
-        self.prompts, _ = load_prompts(paths["prompts"], self.tokenizer, config.data.max_prompt_tokens,
-                                       column=config.data.prompt_column, overlong=config.data.overlong)
-        self.fixed = self.prompts[:config.monitor.sample_prompts]
+        self.prompts, _ = load_prompts(
+            paths["prompts"],
+            self.tokenizer,
+            config.data.max_prompt_tokens,
+            column=config.data.prompt_column,
+            overlong=config.data.overlong,
+        )
+        self.fixed = self.prompts[: config.monitor.sample_prompts]
         if config.data.eval_prompts:
-            held_out, _ = load_prompts(config.data.eval_prompts, self.tokenizer, config.data.max_prompt_tokens,
-                                       column=config.data.prompt_column, overlong=config.data.overlong)
-            self.fixed = held_out[:config.monitor.sample_prompts]
+            held_out, _ = load_prompts(
+                config.data.eval_prompts,
+                self.tokenizer,
+                config.data.max_prompt_tokens,
+                column=config.data.prompt_column,
+                overlong=config.data.overlong,
+            )
+            self.fixed = held_out[: config.monitor.sample_prompts]
         reward = load_function(config.reward.function) if config.reward.function else paths["reward"]
         if not config.reward.function and (Path(paths["reward"]) / "tokenizer_config.json").is_file():
             check_same_vocabulary(self.tokenizer, load_tokenizer(paths["reward"], trust_remote_code=trust))
         critic = None if config.model.critic in ("reward_model", "policy") else config.model.critic
-        self.engine = Engine(paths["policy"], config.model.reference, critic, reward, config, tokenizer=self.tokenizer,
-                             texts=self.next_texts if config.ptx.coef else None)
+        self.engine = Engine(
+            paths["policy"],
+            config.model.reference,
+            critic,
+            reward,
+            config,
+            tokenizer=self.tokenizer,
+            texts=self.next_texts if config.ptx.coef else None,
+        )
         self.order = Order(len(self.prompts), config.run.seed)
         self.texts = self._load_texts() if config.ptx.coef else []
         self.text_order = Order(max(1, len(self.texts)), config.run.seed + 1)
@@ -179,7 +205,9 @@ class Run:
             began = time.perf_counter()
             metrics, self.progress.critic_ready = pretrain_critic(self.engine, self.next_prompts())
             self.progress.pretrained += 1
-            monitor.log(0, {**metrics, "pretrain/buffers": self.progress.pretrained, "time/step": time.perf_counter() - began})
+            monitor.log(
+                0, {**metrics, "pretrain/buffers": self.progress.pretrained, "time/step": time.perf_counter() - began}
+            )
             if every and self.progress.pretrained % every == 0:
                 self.save()
 
@@ -202,7 +230,9 @@ class Run:
         if self.saved_at != (progress.pretrained, progress.step):
             self.save()
         if stop.is_set():
-            log.warning("stopped by a signal after step %d; checkpoint written, go on with run.resume=true", progress.step)
+            log.warning(
+                "stopped by a signal after step %d; checkpoint written, go on with run.resume=true", progress.step
+            )
 
     def save(self) -> Path:
         """A checkpoint of now, older ones pruned."""
@@ -227,15 +257,23 @@ class Run:
     def sample_rows(self) -> list[dict[str, Any]]:
         """Responses to the fixed prompts, from the same random streams each time."""
         roll, scores = self.engine.preview(self.fixed)
-        return [{"prompt": self.tokenizer.decode(p, skip_special_tokens=True),
-                 "response": self.tokenizer.decode(r, skip_special_tokens=True), "score": score, "length": len(r),
-                 "finished": done}
-                for (p, r), score, done in zip(roll.sequences(), scores.tolist(), roll.finished.tolist(), strict=True)]
+        return [
+            {
+                "prompt": self.tokenizer.decode(p, skip_special_tokens=True),
+                "response": self.tokenizer.decode(r, skip_special_tokens=True),
+                "score": score,
+                "length": len(r),
+                "finished": done,
+            }
+            for (p, r), score, done in zip(roll.sequences(), scores.tolist(), roll.finished.tolist(), strict=True)
+        ]
 
     def _roll_back(self) -> None:
         path = newest(self.out / "checkpoints")
         if path is None:
-            raise CheckpointError("the collapse alarm asked for a rollback, but no checkpoint was written yet; lower run.checkpoint_every")
+            raise CheckpointError(
+                "the collapse alarm asked for a rollback, but no checkpoint was written yet; lower run.checkpoint_every"
+            )
         self.resume(path)
 
     def _load_texts(self) -> list[Text]:
@@ -244,19 +282,32 @@ class Run:
             return load_texts(ptx.texts, self.tokenizer, ptx.max_tokens, overlong="truncate")[0]
         prompts = [self.prompts[i % len(self.prompts)] for i in range(ptx.pool)]
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
-        given = decode(self.engine.reference, prompts, uids, eos_ids=self.engine.eos_ids, seed=config.run.seed,
-                       max_new_tokens=config.rollout.max_new_tokens, batch_size=config.rollout.batch_size)
+        given = decode(
+            self.engine.reference,
+            prompts,
+            uids,
+            eos_ids=self.engine.eos_ids,
+            seed=config.run.seed,
+            max_new_tokens=config.rollout.max_new_tokens,
+            batch_size=config.rollout.batch_size,
+            impl=config.impl,
+        )
         return [Text(list(p) + r, len(p)) for p, r in zip(prompts, given.tokens, strict=True)]
 
 
 def model_paths(config: TrainConfig) -> dict[str, str]:
-    """Policy, reward model and prompts of a run, the shipped ones where none is named; ConfigError if one is missing."""
+    """Policy, reward model and prompts of a run, the shipped ones where none is named; ConfigError if one is
+    missing."""
     model = config.model
     if model.policy is None:
         from ppomax.assets import default_assets
+
         shipped = default_assets()
-        return {"policy": str(shipped / "policy"), "reward": model.reward_model or str(shipped / "reward_model"),
-                "prompts": config.data.prompts or str(shipped / "prompts.jsonl")}
+        return {
+            "policy": str(shipped / "policy"),
+            "reward": model.reward_model or str(shipped / "reward_model"),
+            "prompts": config.data.prompts or str(shipped / "prompts.jsonl"),
+        }
     if model.reward_model is None and config.reward.function is None:
         raise ConfigError("config: model.policy is set, so model.reward_model or reward.function must be too")
     if config.data.prompts is None:
@@ -268,14 +319,18 @@ def run_folder(config: TrainConfig) -> Path:
     """The run's folder, made if need be. ConfigError if it holds another run and `run.resume` is off."""
     out = Path(config.run.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if not config.run.resume and (out / "checkpoints").is_dir() and any((out / "checkpoints").iterdir()):
-        raise ConfigError(f"config: run.out={out} holds checkpoints of a run; set run.resume=true to go on with it, or another run.out")
+        raise ConfigError(
+            f"config: run.out={out} holds checkpoints of a run; set run.resume=true to go on with it, or another "
+            "run.out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
 @contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once. Outside the main thread no signal is taken."""
+    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once. Outside the main thread no signal is
+    taken."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
