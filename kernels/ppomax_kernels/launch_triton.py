@@ -1,6 +1,7 @@
-"""How every Triton launcher starts its kernel: on the device of its tensors, in that device's current stream, whatever device is current
-(Triton itself takes the current one, and autograd's thread may have another). While kernels are compiled ahead of time, the same launchers run on
-meta tensors and each launch is handed to a recorder instead: so what is compiled is what is launched."""
+"""How every Triton launcher starts its kernel: on the device of its tensors, in that device's current stream, whatever
+device is current (Triton itself takes the current one, and autograd's thread may have another). While kernels are
+compiled ahead of time, the same launchers run on meta tensors and each launch is handed to a recorder instead: so what
+is compiled is what is launched."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

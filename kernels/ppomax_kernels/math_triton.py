@@ -1,6 +1,7 @@
 # mypy: allow-untyped-defs
-"""Small formulas that several Triton kernels share. They are written out, and not taken from libdevice, so that the same code runs on NVIDIA, on AMD
-and in the interpreter, and so that no digit is lost where a difference of near-equal numbers would cancel."""
+"""Small formulas that several Triton kernels share. They are written out, and not taken from libdevice, so that the
+same code runs on NVIDIA, on AMD and in the interpreter, and so that no digit is lost where a difference of near-equal
+numbers would cancel."""
 
 import triton
 import triton.language as tl
@@ -12,16 +13,19 @@ LOG_RATIO_LIMIT = tl.constexpr(20.0)
 
 @triton.jit
 def exp(x):
-    return tl.exp2(x * LOG2E)
+    """e^x, x finite. Whole powers of 2 are taken off first: at x = 20 the rounding of x*log2(e) alone would be 1e-6."""
+    whole = tl.floor(x * LOG2E + 0.5)
+    rest = (x - whole * 0.693145751953125) - whole * 1.4286068203094172e-6  # ln 2 in two parts, the first exact
+    return tl.exp2(rest * LOG2E) * tl.exp2(whole)
 
 
 @triton.jit
 def tanh(x):
-    """Near 0 an odd polynomial (Chebyshev fit on |x| < 0.64, relative error 2e-8), where 1 - 2 / (e^2x + 1) would cancel."""
+    """Near 0 an odd polynomial (Chebyshev fit on |x| < 0.64, to 2e-8), where 1 - 2 / (e^2x + 1) would cancel."""
     size = tl.abs(x)
     s = x * x
     near = (((-5.999644594e-3 * s + 2.092987663e-2) * s - 5.383667625e-2) * s + 1.333267667e-1) * s - 3.333332804e-1
-    far = 1.0 - 2.0 / (exp(2.0 * size) + 1.0)
+    far = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * size) + 1.0)
     return tl.where(size < 0.625, x + x * s * near, tl.where(x < 0.0, -far, far))
 
 
@@ -41,7 +45,7 @@ def expm1(x):
 
 @triton.jit
 def exp_minus_1_minus_x(x):
-    """e^x - 1 - x, never negative: k3 with x = -u, approx_kl with x = log ratio. Near 0 by its series, since the difference would cancel."""
+    """e^x - 1 - x, never negative: k3 with x = -u, approx_kl with x = log ratio; near 0 by its series."""
     series = 1.0 + x / 10.0
     series = 1.0 + x * series / 9.0
     series = 1.0 + x * series / 8.0
@@ -61,7 +65,8 @@ def clamp(x, low, high):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 to the dtype of a result, to nearest even. A GPU's cast does that; the interpreter's cuts bf16 off, so there the bits are rounded first."""
+    """fp32 to the dtype of a result, to nearest even. A GPU's cast does that; the interpreter's cuts bf16 off, so
+    there the bits are rounded first."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

@@ -2,17 +2,20 @@
 """Log-probability of each label and entropy of each row, from logits; one program a row, tokens on grid-x.
 
 x is the logit after the softcap, z = x/temperature, m = max x, d = x - m, e = exp(d/temperature):
-logprob = (x[y] - m)/temperature - log(sum e) ;  H = log(sum e) - (sum e*d)/(sum e)/temperature ;  lse = m/temperature + log(sum e).
+logprob = (x[y] - m)/temperature - log(sum e) ;  lse = m/temperature + log(sum e) ;
+H = log(sum e) - (sum e*d)/(sum e)/temperature ;
 dx = (g*(1[y] - p) - h*p*(z - (lse - H))) / temperature * (softcap: 1 - tanh^2), with p*z = 0 where p = 0.
 
-Forward, one read of the row (2 B a logit in bf16, 12 B a row out): maximum, sum and weighted sum are kept while walking blocks of the row, all
-relative to the running maximum, so a common offset of the logits costs no digits. One exp2 a logit, the scale log2(e)/temperature folded in.
-The sums stay one per lane until the end; only the maximum is reduced in each block. The next block is loaded before the present one is used, so
-that 8 KiB a program are under way at all times; three or more programs a multiprocessor cover what an H100 needs in flight (about 18 KiB).
-Backward, one read and one write of the row, from the saved lse and entropy. lse is a single float: where it is large its rounding alone would show
-in p, so such a row (|lse| > REDO: seldom in bf16, often in fp32) reads its logits once more for m and log(sum e) apart. `out` may be the logits themselves: each block is
-read before it is written, and by the same thread.
-Left out on purpose: autotuning and splitting a row over programs. Both would make a row's bits depend on the other rows."""
+Forward, one read of the row (2 B a logit in bf16, 12 B a row out): maximum, sum and weighted sum are kept while walking
+blocks of the row, all relative to the running maximum, so a common offset of the logits costs no digits. One exp2 a
+logit, the scale log2(e)/temperature folded in. The sums stay one per lane until the end; only the maximum is reduced
+in each block. The next block is loaded before the present one is used, so that 8 KiB a program are under way at all
+times; three or more programs a multiprocessor cover what an H100 needs in flight (about 18 KiB: 3 TB/s times 0.8 us).
+Backward, one read and one write of the row, from the saved lse and entropy. lse is a single float: where it is large
+its rounding alone would show in p, so such a row (|lse| > REDO: seldom in bf16, often in fp32) reads its logits once
+more, for m and log(sum e) apart. `out` may be the logits themselves: each block is read before it is written.
+Left out on purpose: autotuning, and splitting a row over programs; both would make a row's bits depend on the other
+rows."""
 
 import torch
 import triton
@@ -68,8 +71,8 @@ def row_stats(row_ptr, end, scale, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.con
 
 @triton.jit(do_not_specialize=[*ROWS, "ignore_index"], do_not_specialize_on_alignment=["labels_ptr"])
 def _token_logprobs_kernel(
-    logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, lse_ptr, V, inner, logits_outer, logits_inner, labels_outer, labels_inner,
-    temperature, softcap, ignore_index, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+    logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, lse_ptr, V, inner, logits_outer, logits_inner, labels_outer,
+    labels_inner, temperature, softcap, ignore_index, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_offset(row, inner, logits_outer, logits_inner)
@@ -97,9 +100,9 @@ def _token_logprobs_kernel(
     do_not_specialize_on_alignment=["labels_ptr", "dlogprobs_ptr", "dentropy_ptr", "lse_ptr", "entropy_ptr"],
 )
 def _token_logprobs_backward_kernel(
-    logits_ptr, out_ptr, labels_ptr, lse_ptr, entropy_ptr, dlogprobs_ptr, dentropy_ptr, V, inner, logits_outer, logits_inner,
-    out_outer, out_inner, labels_outer, labels_inner, dlogprobs_outer, dlogprobs_inner, dentropy_outer, dentropy_inner,
-    temperature, softcap, ignore_index, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, REDO: tl.constexpr,
+    logits_ptr, out_ptr, labels_ptr, lse_ptr, entropy_ptr, dlogprobs_ptr, dentropy_ptr, V, inner, logits_outer,
+    logits_inner, out_outer, out_inner, labels_outer, labels_inner, dlogprobs_outer, dlogprobs_inner, dentropy_outer,
+    dentropy_inner, temperature, softcap, ignore_index, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, REDO: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_offset(row, inner, logits_outer, logits_inner)
@@ -114,7 +117,7 @@ def _token_logprobs_backward_kernel(
     if dentropy_ptr is not None:
         h = tl.load(dentropy_ptr + row_offset(row, inner, dentropy_outer, dentropy_inner))
         entropy = tl.load(entropy_ptr + row)
-    live = (label != ignore_index) & (lse != float("-inf"))  # a row that is skipped, or all -inf, reads nothing and writes zeros
+    live = (label != ignore_index) & (lse != float("-inf"))  # else nothing is read, and zeros are written
     per_nat = 1.0 / temperature
     # z - lse = (x - center)/temperature - rest; exact for near-equal x and center
     center = tl.where(live, lse * temperature, 0.0)
@@ -124,7 +127,7 @@ def _token_logprobs_backward_kernel(
         top, total, _ = row_stats(row_ptr, V, per_nat * LOG2E, softcap, BLOCK, SOFTCAP, False)
         center = top
         rest = tl.log(total)
-    g = tl.where((label < 0) | (label >= V), float("nan"), g)  # not a label: NaN as in the forward (a skipped row is not live, and stays 0)
+    g = tl.where((label < 0) | (label >= V), float("nan"), g)  # no label of V: NaN, as in the forward
     end = tl.where(live, V, 0)
     lanes = tl.arange(0, BLOCK)
     ahead = tl.load(row_ptr + lanes, mask=lanes < end, other=0.0)
@@ -146,7 +149,7 @@ def _token_logprobs_backward_kernel(
 
 
 def constants(vocab: int, element_size: int) -> dict[str, int]:
-    """BLOCK and warps from V and the dtype alone: 8 KiB a step over 256 threads, so at least two 16 B loads a thread; less for small rows."""
+    """BLOCK and warps from V and the dtype alone: 8 KiB a step over 256 threads, two 16 B loads each; at least 1024."""
     if vocab <= 1024:
         return {"BLOCK": 1024, "num_warps": 4}
     return {"BLOCK": 8192 // element_size, "num_warps": 8}
@@ -168,8 +171,8 @@ def token_logprobs_triton(
     ent = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
     if labels.numel():
         launch(
-            _token_logprobs_kernel, (labels.numel(),), logits, labels, logprobs, ent if entropy else None, lse, vocab, inner,
-            *logits_strides, *labels_strides, temperature, softcap, ignore_index,
+            _token_logprobs_kernel, (labels.numel(),), logits, labels, logprobs, ent if entropy else None, lse, vocab,
+            inner, *logits_strides, *labels_strides, temperature, softcap, ignore_index,
             SOFTCAP=softcap > 0.0, **constants(vocab, logits.element_size()),
         )  # fmt: skip
     return logprobs, ent, lse
@@ -198,14 +201,14 @@ def token_logprobs_backward_triton(
         launch(
             _token_logprobs_backward_kernel, (labels.numel(),), logits, dlogits, labels, lse,
             entropy if dentropy is not None else None, dlogprobs, dentropy, vocab, inner, *logits_strides, *out_strides,
-            *labels_strides, *dlogprobs_strides, *dentropy_strides, temperature, softcap, ignore_index, SOFTCAP=softcap > 0.0,
-            REDO=redo_above(logits.dtype), **constants(vocab, logits.element_size()),
+            *labels_strides, *dlogprobs_strides, *dentropy_strides, temperature, softcap, ignore_index,
+            SOFTCAP=softcap > 0.0, REDO=redo_above(logits.dtype), **constants(vocab, logits.element_size()),
         )  # fmt: skip
     return dlogits
 
 
 def _walkable(grad: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
-    """The gradient with its two row strides. One of three or more dimensions that two strides cannot walk is copied (4 B a row, not a row)."""
+    """The gradient (one number a row) with its two strides; of three or more dimensions, made contiguous first."""
     if grad is None:
         return None, (0, 0)
     if grad.ndim > 2:
