@@ -8,6 +8,8 @@ the dtype of the input, as a careful user would write it (bfloat16 arithmetic wo
 largest scaled one in the tensor: element by element it may be 0 by luck. Where the truth is not finite, the result
 must be the same infinity or NaN; where it is finite, so must the result be."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,21 +32,22 @@ def scaled_error(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.abs(got - truth) / np.maximum(1.0, np.abs(truth))
 
 
-def bound(truth: np.ndarray, plain: Tensor, dtype: torch.dtype) -> float:
-    finite = np.isfinite(truth) & np.isfinite(f64(plain))
-    of_plain = scaled_error(f64(plain)[finite], truth[finite]).max(initial=0.0)
-    return FACTOR * max(float(of_plain), FLOOR_ULPS[dtype] * torch.finfo(dtype).eps)
+def bound(truth: np.ndarray, plain: Sequence[Tensor], dtype: torch.dtype) -> float:
+    errors = [FLOOR_ULPS[dtype] * torch.finfo(dtype).eps]
+    for yardstick in map(f64, plain):
+        assert yardstick.shape == truth.shape, f"the yardstick has shape {yardstick.shape}, the truth {truth.shape}"
+        finite = np.isfinite(truth) & np.isfinite(yardstick)
+        errors.append(float(scaled_error(yardstick[finite], truth[finite]).max(initial=0.0)))
+    return FACTOR * max(errors)
 
 
-def hold(what: str, got: Tensor, truth: np.ndarray, plain: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    """AssertionError unless `got` is of `dtype` and of the truth's shape, and within the contract."""
+def hold(what: str, got: Tensor, truth: np.ndarray, *plain: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """AssertionError unless `got` is of `dtype` and of the truth's shape, and within the contract. `plain` is the
+    yardstick, or several ways to write it."""
     truth = np.asarray(truth, dtype=np.float64)
     assert isinstance(got, Tensor), f"{what}: no tensor but {got!r}"
     assert got.dtype == dtype, f"{what}: dtype {got.dtype}, wanted {dtype}"
     assert tuple(got.shape) == truth.shape, f"{what}: shape {tuple(got.shape)}, wanted {truth.shape}"
-    assert tuple(plain.shape) == truth.shape, (
-        f"{what}: the yardstick has shape {tuple(plain.shape)}, the truth {truth.shape}"
-    )
     result, finite = f64(got), np.isfinite(truth)
     same = np.where(np.isnan(truth), np.isnan(result), result == truth)
     assert same[~finite].all(), (

@@ -42,8 +42,9 @@ def token_logprobs(run: Run, case: Logits, device: str = "cpu") -> None:
     up = [zero if u is None else f64(u) for u in (dlp, dent)]
     dlogits = oracle.token_logprobs_gradient(z, y, case.temperature, case.softcap, IGNORE, *up)
     by_lse = list(plain.token_logprobs_by_lse(theirs, labels, **options))
-    (d,), (d_yard,) = gradients(list(got), [dlp, dent], [mine]), gradients(by_lse, [dlp, dent], [theirs])
-    hold(f"{case}: dlogits", d, dlogits, d_yard, dtype_of(case.dtype))
+    (d,) = gradients(list(got), [dlp, dent], [mine])
+    d_yard = [gradients(list(way), [dlp, dent], [theirs])[0] for way in (by_lse, yard)]
+    hold(f"{case}: dlogits", d, dlogits, *d_yard, dtype=dtype_of(case.dtype))
     all_zero(f"{case}: dlogits of skipped rows", d[labels == IGNORE])
 
 
@@ -55,7 +56,7 @@ def kl_penalty(run: Run, case: Tokens, device: str = "cpu") -> None:
     hold(f"{case}: kl", got, value, yard)
     d, d_yard = gradients([got], [x["upstream"]], pairs[0]), gradients([yard], [x["upstream"]], pairs[1])
     for what, sign, *two in zip(("dlogprobs", "dref_logprobs"), (1.0, -1.0), d, d_yard, strict=True):
-        hold(f"{case}: {what}", two[0], sign * slope * f64(x["upstream"]), two[1], dtype_of(case.dtype))
+        hold(f"{case}: {what}", two[0], sign * slope * f64(x["upstream"]), two[1], dtype=dtype_of(case.dtype))
 
 
 def token_rewards(run: Run, lengths: tuple[int, ...], case: Tokens, device: str = "cpu") -> None:
@@ -155,11 +156,11 @@ def ppo_loss(run: Run, case: Tokens, device: str = "cpu") -> None:
     loss, metrics, dlogprobs, dentropy = oracle.ppo_loss_truth(
         f64(x["first"]), f64(x["old"]), f64(x["advantages"]), keep, **settings, **arrays, normalizer=value
     )
-    _hold_loss(case, sides, loss, metrics)
+    hold_loss(str(case), *sides[0][:2], loss, metrics, *sides[1][:2])
     for what, truth, got, yard in zip(
         ("dlogprobs", "dentropy"), (dlogprobs, dentropy), sides[0][2], sides[1][2], strict=False
     ):
-        hold(f"{case}: {what}", got, 1.5 * truth, yard, dtype_of(case.dtype))
+        hold(f"{case}: {what}", got, 1.5 * truth, yard, dtype=dtype_of(case.dtype))
         if keep is not None:
             all_zero(f"{case}: {what} of masked tokens", got[x["mask"] == 0])
 
@@ -176,15 +177,23 @@ def value_loss(run: Run, case: Tokens, device: str = "cpu") -> None:
     loss, metrics, dvalues = oracle.value_loss_truth(
         f64(x["first"]), f64(x["old"]), f64(x["returns"]), keep, clip=case.clip, normalizer=value
     )
-    _hold_loss(case, sides, loss, metrics)
-    hold(f"{case}: dvalues", sides[0][2][0], 1.5 * dvalues, sides[1][2][0], dtype_of(case.dtype))
+    hold_loss(str(case), *sides[0][:2], loss, metrics, *sides[1][:2])
+    hold(f"{case}: dvalues", sides[0][2][0], 1.5 * dvalues, sides[1][2][0], dtype=dtype_of(case.dtype))
     if keep is not None:
         all_zero(f"{case}: dvalues of masked tokens", sides[0][2][0][x["mask"] == 0])
 
 
-def _hold_loss(case: Tokens, sides: list[Any], loss: float, metrics: dict[str, float]) -> None:
-    hold(f"{case}: loss", sides[0][0], np.float64(loss), sides[1][0])
-    assert set(sides[0][1]) == set(metrics), f"{case}: metrics {sorted(sides[0][1])}, wanted {sorted(metrics)}"
-    for name, truth in metrics.items():
-        hold(f"{case}: {name}", sides[0][1][name], np.float64(truth), sides[1][1][name])
-        assert not sides[0][1][name].requires_grad, f"{case}: the metric {name} carries a gradient"
+def hold_loss(
+    case: str,
+    loss: Tensor,
+    metrics: Any,
+    loss_truth: float,
+    truth: dict[str, float],
+    loss_yard: Tensor,
+    yard: dict[str, Tensor],
+) -> None:
+    hold(f"{case}: loss", loss, np.float64(loss_truth), loss_yard)
+    assert set(metrics) == set(truth), f"{case}: metrics {sorted(metrics)}, wanted {sorted(truth)}"
+    for name, value in truth.items():
+        hold(f"{case}: {name}", metrics[name], np.float64(value), yard[name])
+        assert not metrics[name].requires_grad, f"{case}: the metric {name} carries a gradient"

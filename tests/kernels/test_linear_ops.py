@@ -1,0 +1,224 @@
+"""linear_token_logprobs, linear_ppo_loss and linear_nll against float64, and the pitfalls that are theirs."""
+
+import ppomax_kernels as K
+import pytest
+import torch
+from ppomax_kernels.chunks import default_chunk
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import linear
+from .backends import Backend
+from .cases import IGNORE
+from .contract import all_zero, same_bits
+from .linear import LINEAR_LOGPROBS, LINEAR_NLL, LINEAR_PPO, Linear
+from .verify import leaf
+
+OPS = ("linear_token_logprobs", "linear_ppo_loss", "linear_nll")
+
+
+@pytest.mark.parametrize("case", LINEAR_LOGPROBS, ids=str)
+def test_logprobs_oracle(impl: Backend, case: Linear) -> None:
+    linear.linear_token_logprobs(impl.bind(K.linear_token_logprobs), case, impl.device)
+
+
+@pytest.mark.parametrize("case", LINEAR_PPO, ids=str)
+def test_ppo_oracle(impl: Backend, case: Linear) -> None:
+    linear.linear_ppo_loss(impl.bind(K.linear_ppo_loss), case, impl.device)
+
+
+@pytest.mark.parametrize("case", LINEAR_NLL, ids=str)
+def test_nll_oracle(impl: Backend, case: Linear) -> None:
+    linear.linear_nll(impl.bind(K.linear_nll), case, impl.device)
+
+
+def outputs(op: str, impl: Backend, x: dict[str, Tensor], rows: slice = slice(None), **options: object) -> list[Tensor]:
+    """Results of each row first, gradient of hidden last."""
+    hidden = leaf(x["hidden"][rows])
+    head = (hidden, x["weight"], x["labels"][rows])
+    if op == "linear_token_logprobs":
+        out = list(K.linear_token_logprobs(*head, return_entropy=True, impl=impl.name, **options))
+        up = [x["dlogprobs"][rows], x["dentropy"][rows]]
+    else:
+        rest = (x["old"][rows], x["advantages"][rows]) if op == "linear_ppo_loss" else ()
+        more = dict(ent_coef=0.1) if op == "linear_ppo_loss" else {}
+        out = [getattr(K, op)(*head, *rest, normalizer=7.0, impl=impl.name, **more, **options)[0]]
+        up = [torch.ones_like(out[0])]
+    results = out if op == "linear_token_logprobs" else []
+    return [*results, torch.autograd.grad(out, hidden, up)[0]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_alone_or_among_many(impl: Backend, op: str, dtype: str) -> None:
+    """With batch_invariant=True a row's results are the same to the bit, whatever rows come with it and wherever
+    chunks are cut."""
+    if impl.name == "ref":
+        pytest.skip("ref: one GEMM of whatever shape comes; invariance is not its business")
+    x = Linear(rows=21, dtype=dtype, ignored=0.3, seed=3).draw(impl.device)
+    options = dict(batch_invariant=True, chunk_tokens=4)
+    every = outputs(op, impl, x, **options)
+    for rows in (slice(0, 1), slice(6, 7), slice(3, 15), slice(2, None, 5)):
+        for what, part, whole in zip(("a", "b", "c"), outputs(op, impl, x, rows, **options), every, strict=False):
+            same_bits(f"{op} {what} of rows {rows}", part, whole[rows])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_chunk_sizes_agree(impl: Backend, op: str) -> None:
+    """Cutting into chunks of 1, 5 or all rows is no more than a rounding; each is held to the oracle."""
+    from dataclasses import replace
+
+    case = Linear(rows=11, ignored=0.2, ent_coef=0.2 if op == "linear_ppo_loss" else 0.0, seed=2)
+    for chunk in (1, 5, 11, 4000):
+        getattr(linear, op)(impl.bind(getattr(K, op)), replace(case, chunk=chunk), impl.device)
+
+
+def test_default_chunk_is_a_pure_function_of_shapes() -> None:
+    for device in ("cpu", "cuda"):
+        sizes = [default_chunk(v, device) for v in (1, 1000, 32000, 151936, 10**6)]
+        assert sizes == [default_chunk(v, device) for v in (1, 1000, 32000, 151936, 10**6)]
+        assert sizes == sorted(sizes, reverse=True)
+        assert all(n >= 64 for n in sizes)
+
+
+class Products(TorchDispatchMode):
+    """Counts the work of matrix products, in multiplications, and the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.work += a.shape[0] * a.shape[1] * b.shape[1]
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and name not in ("t", "expand", "slice", "view", "detach", "transpose"):
+                self.largest = max(self.largest, t.numel())
+        return out
+
+
+def walk(
+    op: str, impl: Backend, x: dict[str, Tensor], wants: tuple[str, ...], **options: object
+) -> tuple[Products, Products]:
+    """Products of the forward and of the backward."""
+    y = {**x, **{n: leaf(x[n]) for n in wants}}
+    rest = (x["old"], x["advantages"]) if op == "linear_ppo_loss" else ()
+    with Products() as forward:
+        out = getattr(K, op)(y["hidden"], y["weight"], x["labels"], *rest, impl=impl.name, **options)
+    loss = out[0] if isinstance(out, tuple) else out.sum()
+    with Products() as backward:
+        if wants:
+            torch.autograd.grad(loss, [y[n] for n in wants])
+    return forward, backward
+
+
+N, V, D = 12, 150, 8
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("wants", [(), ("hidden",), ("weight",), ("hidden", "weight")], ids=str)
+def test_frozen_skips_its_gemm(impl: Backend, op: str, wants: tuple[str, ...]) -> None:
+    """Forward NVD; each wanted gradient NVD; the logprobs alone need their logits a second time."""
+    if impl.name == "ref":
+        pytest.skip("ref: torch's autograd decides")
+    x = Linear(N, V, D, bias=False).draw(impl.device)
+    forward, backward = walk(op, impl, x, wants, chunk_tokens=4)
+    one = N * V * D
+    if op == "linear_token_logprobs":
+        assert forward.work == one
+        assert backward.work == (len(wants) + 1) * one * bool(wants)
+    else:
+        assert forward.work == (1 + len(wants)) * one
+        assert backward.work == 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_skipped_rows_cost_no_gemm(impl: Backend, op: str) -> None:
+    if impl.name == "ref":
+        pytest.skip("ref: works on every row")
+    x = Linear(N, V, D, bias=False).draw(impl.device)
+    x["labels"][::2] = IGNORE
+    forward, backward = walk(op, impl, x, ("hidden", "weight"), chunk_tokens=4)
+    half = N * V * D // 2
+    assert forward.work + backward.work == half * (4 if op == "linear_token_logprobs" else 3)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_buffer_of_tokens_by_vocabulary(impl: Backend, op: str) -> None:
+    if impl.name == "ref":
+        pytest.skip("ref: holds all logits")
+    x = Linear(64, V, D, bias=False).draw(impl.device)
+    for p in walk(op, impl, x, ("hidden", "weight"), chunk_tokens=8):
+        assert p.largest <= 8 * V, f"a tensor of {p.largest} elements; a chunk has {8 * V}, N x V {64 * V}"
+
+
+@pytest.mark.parametrize("op", ["linear_ppo_loss", "linear_nll"])
+def test_second_backward_raises(impl: Backend, op: str) -> None:
+    if impl.name == "ref":
+        pytest.skip("ref: torch's autograd keeps what a second backward needs")
+    x = Linear().draw(impl.device)
+    hidden = leaf(x["hidden"])
+    rest = (x["old"], x["advantages"]) if op == "linear_ppo_loss" else ()
+    loss, _ = getattr(K, op)(hidden, x["weight"], x["labels"], *rest, impl=impl.name)
+    torch.autograd.grad(loss, hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: a second backward"):
+        torch.autograd.grad(loss, hidden)
+
+
+def test_weight_gradient_over_many_chunks_in_bfloat16(impl: Backend) -> None:
+    """64 chunks lose no more than one GEMM accumulated in float32 does (to 1.1 of it): the sum over chunks is
+    float32."""
+    if impl.name == "ref":
+        pytest.skip("ref: one GEMM")
+    from .contract import f64
+
+    x = Linear(rows=512, vocab=40, width=8, dtype="bfloat16", bias=False).draw(impl.device)
+    errors = []
+    for chunk in (8, 512):
+        weight = leaf(x["weight"])
+        loss, _ = K.linear_nll(x["hidden"], weight, x["labels"], normalizer=1.0, chunk_tokens=chunk, impl=impl.name)
+        (d,) = torch.autograd.grad(loss, weight)
+        full = x["hidden"].double().requires_grad_(False)
+        w = x["weight"].double().requires_grad_()
+        exact = torch.nn.functional.cross_entropy(full @ w.T, x["labels"], reduction="sum")
+        truth = torch.autograd.grad(exact, w)[0]
+        errors.append(abs(f64(d) - f64(truth)).max())
+    assert errors[0] <= 1.1 * errors[1], f"64 chunks: {errors[0]:.3g}, one: {errors[1]:.3g}"
+
+
+def test_nothing_counts(impl: Backend) -> None:
+    x = Linear(5, 30, ignored=1.0).draw(impl.device)
+    for op in ("linear_ppo_loss", "linear_nll"):
+        hidden, weight = leaf(x["hidden"]), leaf(x["weight"])
+        rest = (x["old"], x["advantages"]) if op == "linear_ppo_loss" else ()
+        loss, metrics = getattr(K, op)(hidden, weight, x["labels"], *rest, impl=impl.name)
+        all_zero(f"{op}: loss", loss)
+        all_zero(f"{op}: metrics", metrics.tensor)
+        for d in torch.autograd.grad(loss, [hidden, weight]):
+            all_zero(f"{op}: gradient", d)
+
+
+def test_equals_the_ops_it_fuses(impl: Backend) -> None:
+    """linear_ppo_loss is ppo_loss of linear_token_logprobs."""
+    from .contract import f64, hold
+
+    x = Linear(19, 90, ignored=0.2, seed=9).draw(impl.device)
+    keep = x["labels"] != IGNORE
+    sides = []
+    for fused in (True, False):
+        hidden = leaf(x["hidden"])
+        settings = dict(dual_clip=3.0, ref_logprobs=x["reference"], kl_coef=0.1, ent_coef=0.05, impl=impl.name)
+        if fused:
+            loss, m = K.linear_ppo_loss(
+                hidden, x["weight"], x["labels"], x["old"], x["advantages"], chunk_tokens=4, **settings
+            )
+        else:
+            logp, ent = K.linear_token_logprobs(hidden, x["weight"], x["labels"], return_entropy=True, impl=impl.name)
+            loss, m = K.ppo_loss(logp, x["old"], x["advantages"], keep, entropy=ent, **settings)
+        sides.append((loss, m.tensor, torch.autograd.grad(loss, hidden)[0]))
+    for what, a, b in zip(("loss", "metrics", "dhidden"), *sides, strict=True):
+        hold(what, a, f64(b), b)
