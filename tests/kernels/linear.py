@@ -223,10 +223,10 @@ def linear_nll(run: Run, case: Linear, device: str = "cpu") -> None:
 def _hold_loss_gradients(
     case: Linear, x: dict[str, Tensor], mine: dict[str, Tensor], loss: Tensor, plain_loss: Any, up: list[np.ndarray]
 ) -> None:
-    """With an upstream gradient of 4, so that gradients are of order 1."""
-    upstream = [torch.full_like(loss, 4.0)]
+    """With an upstream gradient of 1.5: one that is not 1."""
+    upstream = [torch.full_like(loss, 1.5)]
     d_yard = _by_all_ways(case, x, plain_loss, upstream)
-    _hold_gradients(case, x, mine, gradients([loss], upstream, list(mine.values())), d_yard, [4.0 * u for u in up])
+    _hold_gradients(case, x, mine, gradients([loss], upstream, list(mine.values())), d_yard, [1.5 * u for u in up])
 
 
 HEADS = (
