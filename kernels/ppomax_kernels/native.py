@@ -1,23 +1,280 @@
-"""The ctypes face of the C ABI on CPUs."""
+"""The ctypes face of the C ABI on CPUs (csrc/ppomax_kernels.h): each function allocates its results, hands over pointers, and turns a status
+into an error. A call costs some 5 us, so functions are bound once and nothing is computed that the C side can compute.
+Tensors come checked by the public functions; the C side repeats the checks that memory safety needs."""
 
-from collections.abc import Callable
-from typing import Any
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, empty, float32, get_num_threads
+
+from . import checks
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
+BAD_LABEL, BAD_SEQLENS, BAD_LOGITS = 5, 6, 7  # ppomax_status
+LIBRARY = "libppomax_kernels.dylib" if sys.platform == "darwin" else "libppomax_kernels.so"
+
+P, I, L, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double  # noqa: E741
+ARRAY, LOGITS, LABELS = [P, I], [P, I, L, L, L, L, L], [P, L, L]  # data and dtype; and outer, inner, V, strides; and strides
+SIGNATURES = {
+    "token_logprobs": [*LOGITS, *LABELS, D, D, L, P, P, P, I],
+    "token_logprobs_backward": [P, L, L, P, L, L, *LOGITS, *LABELS, P, P, D, D, L, P, I],
+    "kl_penalty": [*ARRAY, *ARRAY, L, I, P, I],
+    "kl_penalty_backward": [P, *ARRAY, *ARRAY, L, I, P, I],
+    "token_rewards": [*ARRAY, *ARRAY, *ARRAY, P, L, L, D, I, P, I],
+    "gae": [*ARRAY, L, *ARRAY, L, P, L, P, L, L, D, D, *ARRAY, *ARRAY, P, P, I],
+    "moments": [*ARRAY, P, L, P, I],
+    "whiten": [*ARRAY, P, L, P, I, D, P, I],
+    "ppo_loss": [*ARRAY, *ARRAY, *ARRAY, P, *ARRAY, *ARRAY, *ARRAY, L, P, D, D, D, D, D, I, D, P, P, P, P, I],
+    "value_loss": [*ARRAY, *ARRAY, *ARRAY, P, L, P, D, D, P, P, P, P, I],
+    "sample": [*ARRAY, L, L, L, P, P, D, L, D, P, P, P, P, I],
+}
 
 
-def _missing(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        raise RuntimeError(f"{name}: the compiled library is not there")
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library, loaded at the first call of an op. RuntimeError, naming where it was looked for, if it is not there."""
+    places = [Path(folder) / LIBRARY for folder in sys.modules[__package__].__path__]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise RuntimeError(
+            f"ppomax_kernels: impl='cpu' needs the compiled library, which is not at {' or '.join(map(str, places))}; build it with "
+            "`pip install .` (or `pip install -e .`) in the repository's root, which takes CMake and a C++ compiler; impl='ref' runs without"
+        )
+    lib = ctypes.CDLL(str(found))
+    for name, types in SIGNATURES.items():
+        function = getattr(lib, f"ppomax_{name}_cpu")
+        function.argtypes, function.restype = types, I
+    lib.ppomax_status_string.restype = lib.ppomax_isa_name.restype = ctypes.c_char_p
+    return lib
 
-    return call
+
+def _refuse(op: str, status: int) -> None:
+    raise RuntimeError(f"{op}: the compiled library refused the call: {library().ppomax_status_string(status).decode()} (status {status})")
 
 
-token_logprobs_cpu = _missing("token_logprobs")
-token_logprobs_backward_cpu = _missing("token_logprobs")
-kl_penalty_cpu = _missing("kl_penalty")
-kl_penalty_backward_cpu = _missing("kl_penalty")
-token_rewards_cpu = _missing("token_rewards")
-gae_cpu = _missing("gae")
-moments_cpu = _missing("whiten")
-whiten_cpu = _missing("whiten")
-ppo_loss_cpu = _missing("ppo_loss")
-value_loss_cpu = _missing("value_loss")
+def _array(x: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype])
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _upstream(op: str, name: str, x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A gradient of one number a row, and its two strides. One that two strides cannot walk is copied: it is small beside the logits."""
+    if x is None:
+        return None, 0, 0
+    try:
+        return x, *checks.rows(op, name, x.shape, x.stride())[2:]
+    except ValueError:
+        x = x.contiguous()
+        return x, *checks.rows(op, name, x.shape, x.stride())[2:]
+
+
+def token_logprobs_cpu(
+    logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, strides, vocab = labels.shape, logits.stride(), logits.shape[-1]
+    outer, inner, outer_stride, inner_stride = checks.rows("token_logprobs", "logits", shape, strides[:-1])
+    _, _, labels_outer, labels_inner = checks.rows("token_logprobs", "labels", shape, labels.stride())
+    logprobs, lse = empty(shape, dtype=float32), empty(shape, dtype=float32)
+    ent = empty(shape if entropy else (0,), dtype=float32)
+    status = library().ppomax_token_logprobs_cpu(
+        logits.data_ptr(), DTYPES[logits.dtype], outer, inner, vocab, outer_stride, inner_stride,
+        labels.data_ptr(), labels_outer, labels_inner, temperature, softcap, ignore_index,
+        logprobs.data_ptr(), ent.data_ptr() if entropy else None, lse.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        if status == BAD_LABEL:
+            checks.labels_values("token_logprobs", labels, vocab, ignore_index)
+        _refuse("token_logprobs", status)
+    return logprobs, ent, lse
+
+
+def token_logprobs_backward_cpu(
+    dlogprobs: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    op, shape, vocab = "token_logprobs", labels.shape, logits.shape[-1]
+    outer, inner, outer_stride, inner_stride = checks.rows(op, "logits", shape, logits.stride()[:-1])
+    _, _, labels_outer, labels_inner = checks.rows(op, "labels", shape, labels.stride())
+    dlogprobs, dl_outer, dl_inner = _upstream(op, "dlogprobs", dlogprobs)
+    dentropy, dh_outer, dh_inner = _upstream(op, "dentropy", dentropy)
+    dlogits = empty(logits.shape, dtype=logits.dtype) if out is None else out
+    status = library().ppomax_token_logprobs_backward_cpu(
+        _at(dlogprobs), dl_outer, dl_inner, _at(dentropy), dh_outer, dh_inner,
+        logits.data_ptr(), DTYPES[logits.dtype], outer, inner, vocab, outer_stride, inner_stride,
+        labels.data_ptr(), labels_outer, labels_inner, lse.data_ptr(), entropy.data_ptr() if dentropy is not None else None,
+        temperature, softcap, ignore_index, dlogits.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        if status == BAD_LABEL:
+            checks.labels_values(op, labels, vocab, ignore_index)
+        _refuse(op, status)
+    return dlogits
+
+
+def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    kl = empty(logprobs.shape, dtype=float32)
+    status = library().ppomax_kl_penalty_cpu(
+        logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype],
+        kl.numel(), ESTIMATORS[estimator], kl.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        _refuse("kl_penalty", status)
+    return kl
+
+
+def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    dlogprobs = empty(logprobs.shape, dtype=float32)
+    status = library().ppomax_kl_penalty_backward_cpu(
+        dkl.data_ptr(), logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype],
+        dlogprobs.numel(), ESTIMATORS[estimator], dlogprobs.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        _refuse("kl_penalty", status)
+    return dlogprobs
+
+
+def token_rewards_cpu(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str) -> Tensor:
+    tokens = logprobs.shape[0]
+    rewards = empty(tokens, dtype=float32)
+    status = library().ppomax_token_rewards_cpu(
+        scores.data_ptr(), DTYPES[scores.dtype], logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(),
+        DTYPES[ref_logprobs.dtype], cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, tokens, kl_coef, ESTIMATORS[estimator],
+        rewards.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        if status == BAD_SEQLENS:
+            checks.cu_seqlens_values("token_rewards", cu_seqlens, tokens)
+        _refuse("token_rewards", status)
+    return rewards
+
+
+def gae_cpu(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    gamma: float,
+    lam: float,
+    lams: Tensor | None,
+    bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = rewards.shape
+    advantages, returns = empty(shape, dtype=float32), empty(shape, dtype=float32)
+    tokens = shape[-1]
+    padded = cu_seqlens is None
+    sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    status = library().ppomax_gae_cpu(
+        rewards.data_ptr(), DTYPES[rewards.dtype], rewards.stride(0) if padded else 0,
+        values.data_ptr(), DTYPES[values.dtype], values.stride(0) if padded else 0,
+        _at(mask), mask.stride(0) if mask is not None and padded else 0,
+        _at(cu_seqlens), sequences, tokens, gamma, lam, *_array(lams), *_array(bootstrap),
+        advantages.data_ptr(), returns.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        if status == BAD_SEQLENS and cu_seqlens is not None:
+            checks.cu_seqlens_values("gae", cu_seqlens, tokens)
+        _refuse("gae", status)
+    return advantages, returns
+
+
+def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
+    moments = empty(3, dtype=torch.float64)
+    status = library().ppomax_moments_cpu(*_array(x), _at(mask), x.numel(), moments.data_ptr(), get_num_threads())
+    if status:
+        _refuse("whiten", status)
+    return moments
+
+
+def whiten_cpu(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
+    y = empty(x.shape, dtype=float32)
+    status = library().ppomax_whiten_cpu(
+        *_array(x), _at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads()
+    )
+    if status:
+        _refuse("whiten", status)
+    return y
+
+
+def ppo_loss_cpu(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    is_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    norm_value: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    estimator: str,
+    ent_coef: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(9, dtype=float32)
+    dlogprobs = empty(logprobs.shape if need_grad else (0,), dtype=float32)
+    status = library().ppomax_ppo_loss_cpu(
+        *_array(logprobs), *_array(old_logprobs), *_array(advantages), _at(mask), *_array(is_weights), *_array(ref_logprobs),
+        *_array(entropy), logprobs.numel(), _at(normalizer), norm_value, clip_low, clip_high, dual_clip, kl_coef,
+        ESTIMATORS[estimator], ent_coef, loss.data_ptr(), metrics.data_ptr(), dlogprobs.data_ptr() if need_grad else None,
+        scale.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        _refuse("ppo_loss", status)
+    return loss, metrics, dlogprobs, scale
+
+
+def value_loss_cpu(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    norm_value: float,
+    clip: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(6, dtype=float32)
+    dvalues = empty(values.shape if need_grad else (0,), dtype=float32)
+    status = library().ppomax_value_loss_cpu(
+        *_array(values), *_array(old_values), *_array(returns), _at(mask), values.numel(), _at(normalizer), norm_value, clip,
+        loss.data_ptr(), metrics.data_ptr(), dvalues.data_ptr() if need_grad else None, scale.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        _refuse("value_loss", status)
+    return loss, metrics, dvalues, scale
+
+
+def sample_cpu(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, vocab = logits.shape
+    token = empty(rows, dtype=torch.int64)
+    logprob, plain_logprob, entropy = empty(rows, dtype=float32), empty(rows, dtype=float32), empty(rows, dtype=float32)
+    status = library().ppomax_sample_cpu(
+        *_array(logits), rows, vocab, logits.stride(0), seeds.data_ptr(), positions.data_ptr(), temperature, top_k, top_p,
+        token.data_ptr(), logprob.data_ptr(), plain_logprob.data_ptr(), entropy.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        if status == BAD_LOGITS:
+            row = int((token < 0).nonzero()[0])
+            raise ValueError(f"sample: row {row} of logits holds NaN or +inf, or nothing above -inf; no token can be drawn from it")
+        _refuse("sample", status)
+    return token, logprob, plain_logprob, entropy

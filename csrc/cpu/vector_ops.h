@@ -1,0 +1,96 @@
+// The loops that are compiled once per instruction set, and the table through which the ops reach the copy that suits the machine.
+#pragma once
+
+#include <stdint.h>
+
+namespace ppomax {
+
+struct TypedArray {
+    const void *data;  // may be NULL
+    int dtype;
+};
+
+struct LogitRow {
+    const void *data;
+    int dtype;
+    int64_t vocab;
+    double temperature, softcap;
+};
+
+struct RowUpstream {
+    float dlogprob, dentropy, lse, entropy;
+    int64_t label;
+};
+
+struct GaeSequence {
+    TypedArray rewards, values;
+    const uint8_t *mask;
+    int64_t rewards_at, values_at, mask_at, out_at, steps;
+    float gamma, step, bootstrap;
+    float *advantages, *returns;
+};
+
+struct PpoArrays {
+    TypedArray logprobs, old_logprobs, advantages, is_weights, ref_logprobs, entropy;
+    const uint8_t *mask;
+    float clip_low, clip_high, dual_clip, kl_coef;
+    int estimator;
+    float *dlogprobs;  // may be NULL
+};
+
+struct PpoSums {
+    double pg, approx_kl, clipped, dual, ratio, kl, entropy, tokens;
+    float ratio_max;
+};
+
+struct ValueArrays {
+    TypedArray values, old_values, returns;
+    const uint8_t *mask;
+    float clip;
+    float *dvalues;  // may be NULL
+};
+
+struct ValueSums {
+    double loss, clipped, value, target, squared, tokens;
+};
+
+struct Moments {
+    double count, mean, m2;
+};
+
+struct SampleRow {
+    const void *logits;
+    int dtype;
+    int64_t vocab;
+    double temperature;  // 0 is greedy
+    int64_t top_k;       // 0 is off
+    double top_p;        // 1 is off
+    double uniform;      // in (0, 1)
+    float *scratch;      // SAMPLE_SCRATCH arrays of vocab + SAMPLE_PAD floats
+};
+constexpr int SAMPLE_SCRATCH = 4, SAMPLE_PAD = 64;
+
+struct SampleResult {
+    int64_t token;  // -1 if the row cannot be drawn from
+    float logprob, plain_logprob, entropy;
+};
+
+struct VectorOps {
+    void (*logprob_row)(const LogitRow &, int64_t label, float *logprob, float *entropy, float *lse);
+    void (*logits_gradient)(const LogitRow &, const RowUpstream &, void *out);
+    void (*kl)(TypedArray logprobs, TypedArray ref, int64_t at, int64_t n, int estimator, float scale, float *out);
+    void (*kl_gradient)(const float *dkl, TypedArray logprobs, TypedArray ref, int64_t at, int64_t n, int estimator, float *out);
+    void (*gae)(const GaeSequence &);
+    void (*moments)(TypedArray x, const uint8_t *mask, int64_t at, int64_t n, Moments *out);
+    void (*whiten)(TypedArray x, const uint8_t *mask, int64_t at, int64_t n, double mean, double scale, double shift, float *out);
+    void (*ppo)(const PpoArrays &, int64_t at, int64_t n, PpoSums *out);
+    void (*value)(const ValueArrays &, int64_t at, int64_t n, ValueSums *out);
+    void (*sample)(const SampleRow &, SampleResult *out);
+    float (*one_float)(TypedArray, int64_t at);
+    const char *name;
+};
+
+// The table of the instruction set in use.
+const VectorOps &vector_ops();
+
+}  // namespace ppomax
