@@ -82,6 +82,14 @@ def undot(flat: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"reward": {"clip": 1}} -> {"reward.clip": 1}; undoes `undot`."""
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a mapping; ConfigError names the file if it is missing, unreadable, or no mapping."""
     import yaml
