@@ -1,0 +1,167 @@
+"""Collapse alarm: signs that a run leaves the healthy state of its first steps.
+
+    start = mean over the first `alarm_baseline_steps` steps ;  now = mean over the newest `alarm_window` steps
+    (a) length    now > 2 x start, or the truncated share rose by more than alarm_truncated
+    (b) entropy   entropy or response NLL < alarm_entropy x start
+    (c) kl        KL per token > alarm_kl, or doubled within 50 steps and above alarm_kl / 2
+Two of the three raise the alarm. Rewards and losses do not show a collapse (Secrets of RLHF I, section 5). More signs
+are named by a report but raise nothing: the scores' right tail, distinct bigrams, perplexity, a useless critic.
+A pure function of the metrics of a run so far, so a resumed run and a report see what the run saw."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ppomax.config import MonitorConfig
+
+DOUBLING_STEPS = 50
+LENGTH_FACTOR = 2.0
+TAIL_FACTOR = 2.0
+"""Growth of p99 - p50 of the scores that counts as a long right tail."""
+DRIFT = 0.3
+"""Relative change of perplexity and fall of distinct-2 that counts as drift."""
+COUNTED = ("length", "entropy", "kl")
+KL, ENTROPY, LENGTH, TRUNCATED = "objective/kl_per_token", "policy/entropy_avg", "rollout/length", "rollout/truncated"
+PERPLEXITY, REF_PERPLEXITY, DISTINCT = "rollout/perplexity", "rollout/ref_perplexity", "rollout/distinct_2"
+P50, P99, EXPLAINED = "objective/scores_p50", "objective/scores_p99", "val/explained_var"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One sign that holds at a step."""
+
+    kind: str
+    """`length`, `entropy` or `kl`, which count for the alarm; or `tail`, `distinct`, `perplexity`, `critic`."""
+    metric: str
+    """The metric that shows it."""
+    text: str
+    """What is seen, with the start's and the present figure."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether it counts for the alarm."""
+        return self.kind in COUNTED
+
+
+@dataclass
+class CollapseAlarm:
+    """Feed it each step's metrics: `signs` are those that hold now, `raised` says whether two counted kinds do."""
+
+    config: MonitorConfig
+    signs: list[Sign] = field(default_factory=list)
+    raised: bool = False
+
+    def __post_init__(self) -> None:
+        self._first: list[dict[str, float]] = []
+        self._window: deque[dict[str, float]] = deque(maxlen=self.config.alarm_window)
+        self._kl: deque[float] = deque(maxlen=DOUBLING_STEPS)
+
+    def update(self, metrics: dict[str, float]) -> bool:
+        """Take one step's metrics; True if the alarm is raised by this step (it was not before)."""
+        before = self.raised
+        self._window.append(metrics)
+        now = means(self._window)
+        if len(self._first) < self.config.alarm_baseline_steps:
+            self._first.append(metrics)
+        else:
+            start = means(self._first)
+            counted = [*self._length(start, now), *self._entropy(start, now), *self._kl_signs(now)]
+            self.signs = [*counted, *further(start, now)]
+            self.raised = len({s.kind for s in counted}) >= 2
+        if KL in now:
+            self._kl.append(now[KL])
+        return self.raised and not before
+
+    def _length(self, start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
+        if _both(LENGTH, start, now) and now[LENGTH] > LENGTH_FACTOR * start[LENGTH]:
+            yield Sign("length", LENGTH, f"mean length {now[LENGTH]:.1f} tokens, {start[LENGTH]:.1f} at the start")
+        if _both(TRUNCATED, start, now) and now[TRUNCATED] > start[TRUNCATED] + self.config.alarm_truncated:
+            yield Sign(
+                "length", TRUNCATED, f"{now[TRUNCATED]:.0%} of responses truncated, {start[TRUNCATED]:.0%} at the start"
+            )
+
+    def _entropy(self, start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
+        share = self.config.alarm_entropy
+        if _both(ENTROPY, start, now) and now[ENTROPY] < share * start[ENTROPY]:
+            yield Sign("entropy", ENTROPY, f"entropy {now[ENTROPY]:.2f} nats, {start[ENTROPY]:.2f} at the start")
+        if _both(PERPLEXITY, start, now) and math.log(now[PERPLEXITY]) < share * math.log(start[PERPLEXITY]):
+            yield Sign(
+                "entropy",
+                PERPLEXITY,
+                f"NLL of own responses {math.log(now[PERPLEXITY]):.2f} nats a token, "
+                f"{math.log(start[PERPLEXITY]):.2f} at the start",
+            )
+
+    def _kl_signs(self, now: dict[str, float]) -> Iterable[Sign]:
+        limit = self.config.alarm_kl
+        if KL not in now:
+            return
+        if now[KL] > limit:
+            yield Sign("kl", KL, f"KL {now[KL]:.3f} nats a token, over {limit:g}")
+        elif self._kl and now[KL] > limit / 2 and now[KL] > 2 * min(self._kl):
+            yield Sign(
+                "kl",
+                KL,
+                f"KL {now[KL]:.3f} nats a token, doubled within {DOUBLING_STEPS} steps from {min(self._kl):.3f}",
+            )
+
+
+def further(start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
+    """Signs that do not count for the alarm."""
+    if all(_both(m, start, now) for m in (P50, P99)):
+        tail, was = now[P99] - now[P50], start[P99] - start[P50]
+        if was > 0 and tail > TAIL_FACTOR * was:
+            yield Sign("tail", P99, f"right tail of the scores (p99 - p50) {tail:.2f}, {was:.2f} at the start")
+    if _both(DISTINCT, start, now) and now[DISTINCT] < (1 - DRIFT) * start[DISTINCT]:
+        yield Sign("distinct", DISTINCT, f"distinct bigrams {now[DISTINCT]:.2f}, {start[DISTINCT]:.2f} at the start")
+    if _both(REF_PERPLEXITY, start, now) and abs(now[REF_PERPLEXITY] / start[REF_PERPLEXITY] - 1) > DRIFT:
+        yield Sign(
+            "perplexity",
+            REF_PERPLEXITY,
+            f"perplexity under the start model {now[REF_PERPLEXITY]:.1f}, {start[REF_PERPLEXITY]:.1f} at the start",
+        )
+    if EXPLAINED in now and now[EXPLAINED] < 0:
+        yield Sign("critic", EXPLAINED, f"the critic explains nothing: explained variance {now[EXPLAINED]:.2f}")
+
+
+def means(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the rows that have it, as finite numbers."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                found.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+@dataclass(frozen=True)
+class History:
+    """What went wrong in a run, in order."""
+
+    first: list[tuple[int, Sign]]
+    """The first step at which each (kind, metric) showed, oldest first."""
+    alarms: list[int]
+    """Steps at which the alarm was raised."""
+
+
+def history(rows: Iterable[dict[str, Any]], config: MonitorConfig) -> History:
+    """Replay the rows of metrics.jsonl (PPO steps alone) through the alarm."""
+    alarm, seen, first, alarms = CollapseAlarm(config), set(), [], []
+    for row in rows:
+        if row["step"] < 1:
+            continue
+        if alarm.update(row):
+            alarms.append(int(row["step"]))
+        for sign in alarm.signs:
+            if (sign.kind, sign.metric) not in seen:
+                seen.add((sign.kind, sign.metric))
+                first.append((int(row["step"]), sign))
+    return History(first, alarms)
+
+
+def _both(metric: str, start: dict[str, float], now: dict[str, float]) -> bool:
+    return metric in start and metric in now

@@ -1,0 +1,254 @@
+"""What is watched while a run goes on: progress line, metrics, TensorBoard, sample texts, scores, the collapse alarm.
+
+    <run>/metrics.jsonl   a row a step, under TRL's names; critic pre-training has step 0
+          samples.jsonl   responses to the fixed prompts as training goes on
+          scores.jsonl    all raw scores of a step's buffer, at the steps that have samples
+          alarms.jsonl    each alarm with its signs
+          tensorboard/    the same metrics, under TRL's names and verl's
+A resumed run appends; rows of steps that are done again are cut first, so no step is there twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from ppomax.alarm import CollapseAlarm
+from ppomax.config import TrainConfig
+from ppomax.stages.ppo import Verdict
+
+log = logging.getLogger(__name__)
+
+METRICS, SAMPLES, SCORES, ALARMS = "metrics.jsonl", "samples.jsonl", "scores.jsonl", "alarms.jsonl"
+
+VERL_NAMES = {
+    "loss/policy_avg": "actor/pg_loss",
+    "policy/clipfrac_avg": "actor/pg_clipfrac",
+    "policy/approxkl_avg": "actor/ppo_kl",
+    "policy/entropy_avg": "actor/entropy",
+    "policy/grad_norm": "actor/grad_norm",
+    "lr": "actor/lr",
+    "policy/dual_clipfrac_avg": "actor/pg_clipfrac_lower",
+    "objective/kl_per_token": "actor/reward_kl_penalty",
+    "objective/kl_coef": "actor/reward_kl_penalty_coeff",
+    "loss/value_avg": "critic/vf_loss",
+    "val/clipfrac_avg": "critic/vf_clipfrac",
+    "critic/values": "critic/vpred_mean",
+    "val/explained_var": "critic/vf_explained_var",
+    "objective/scores": "critic/score/mean",
+    "objective/rlhf_reward": "critic/rewards/mean",
+    "policy/advantages": "critic/advantages/mean",
+    "critic/returns": "critic/returns/mean",
+    "rollout/length": "response_length/mean",
+    "rollout/length_max": "response_length/max",
+    "rollout/truncated": "response_length/clip_ratio",
+    "time/rollout": "timing_s/gen",
+    "time/update": "timing_s/update",
+    "time/step": "timing_s/step",
+    "perf/tokens_per_second": "perf/throughput",
+}
+"""verl's name of a metric where it differs from TRL's, which is the one in metrics.jsonl."""
+
+STABILITY = {
+    "score": "objective/scores",
+    "kl": "objective/kl_per_token",
+    "ppl": "rollout/ref_perplexity",
+    "len": "rollout/length",
+    "ent": "policy/entropy_avg",
+}
+"""The progress line: mean raw score, k3 per token, response perplexity under the start model, tokens, nats."""
+
+
+class RunMonitor:
+    """Watches one PPO run in folder `out`; a Monitor of stages/ppo.py. `console`: a rich one; None: standard output."""
+
+    def __init__(self, out: Path, config: TrainConfig, console: Any = None):
+        self.out, self.config, self.settings = Path(out), config, config.monitor
+        self.alarm = CollapseAlarm(self.settings)
+        self.line = progress_line(config.run.steps, config.critic.pretrain_steps, console)
+        self._begun = False
+        self._board: Any = None
+
+    def log(self, step: int, metrics: dict[str, float]) -> Verdict | None:
+        """Take one step's metrics; the verdict of the collapse alarm if it is raised by this step."""
+        self._begin(step, metrics.get("pretrain/buffers"))
+        self._append(METRICS, {"step": step, **metrics})
+        self._scalars(step, metrics)
+        self.line.show(step, metrics)
+        if step < 1 or self.settings.alarm == "off" or not self.alarm.update(metrics):
+            return None
+        return self._alarm(step)
+
+    def scores(self, step: int, scores: list[float]) -> None:
+        """Take all raw scores of a step's buffer; kept at the steps that have samples, and at the first and last."""
+        every = self.settings.samples_every
+        if step in (1, self.config.run.steps) or (every and step % every == 0):
+            self._append(SCORES, {"step": step, "scores": [float(f"{s:.5g}") for s in scores]})
+            if self.settings.tensorboard:
+                import torch
+
+                self._writer(step).add_histogram("objective/scores_histogram", torch.tensor(scores), step)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Take sample texts."""
+        self._begin(step, None)
+        for row in rows:
+            self._append(SAMPLES, {"step": step, **row})
+        if self.settings.tensorboard:
+            text = "\n\n".join(f"**{row['prompt']}** {row['response']}  _(score {row['score']:.2f})_" for row in rows)
+            self._writer(step).add_text("samples", text, step)
+
+    def close(self) -> None:
+        """End the progress line and flush TensorBoard."""
+        self.line.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _begin(self, step: int, buffers: float | None) -> None:
+        """Before the first row: cut what an interrupted run left of `step` and later; the alarm sees the rest."""
+        if self._begun:
+            return
+        self._begun = True
+        kept = {}
+        for name in (METRICS, SAMPLES, SCORES, ALARMS):
+            kept[name] = cut_rows(self.out / name, step, buffers if name == METRICS else None)
+        for row in kept[METRICS]:
+            if row["step"] >= 1:
+                self.alarm.update(row)
+
+    def _alarm(self, step: int) -> Verdict | None:
+        signs = self.alarm.signs
+        self._append(ALARMS, {"step": step, "action": self.settings.alarm, "signs": [vars(s) for s in signs]})
+        verdicts: dict[str, tuple[str, Verdict | None]] = {
+            "warn": ("going on", None),
+            "stop": ("stopping", "stop"),
+            "rollback": ("stopping at the last checkpoint", "rollback"),
+        }
+        words, verdict = verdicts[self.settings.alarm]
+        log.warning("COLLAPSE ALARM at step %d: %s; %s", step, "; ".join(s.text for s in signs), words)
+        return verdict
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with open(self.out / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _scalars(self, step: int, metrics: dict[str, float]) -> None:
+        if not self.settings.tensorboard:
+            return
+        board = self._writer(step)
+        at = step if step else int(metrics.get("pretrain/buffers", 0))
+        for name, value in metrics.items():
+            if step or name.startswith("pretrain/"):  # the rest of pre-training has no axis here
+                board.add_scalar(name, value, at)
+            if step and name in VERL_NAMES:
+                board.add_scalar(VERL_NAMES[name], value, at)
+
+    def _writer(self, step: int) -> Any:
+        """TensorBoard's writer; what an interrupted run wrote for `step` and later is hidden."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step or None)
+        return self._board
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that a run wrote; [] if there is none. A last line cut short by a kill is left out, logged."""
+    if not path.is_file():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not JSON ({error}); the file was changed or damaged") from error
+            log.warning("%s: the last line was cut short and is left out", path)
+    return rows
+
+
+def cut_rows(path: Path, step: int, buffers: float | None = None) -> list[dict[str, Any]]:
+    """Leave the rows before `step` in `path` and return them; at step 0, those before pre-training buffer `buffers`."""
+    if not path.is_file():
+        return []
+    rows = read_jsonl(path)
+    if step == 0 and buffers is not None:
+        kept = [r for r in rows if r["step"] == 0 and r.get("pretrain/buffers", math.inf) < buffers]
+    elif step == 0 and path.name == METRICS:
+        kept = [r for r in rows if r["step"] == 0]  # pre-training is over
+    else:
+        kept = [r for r in rows if r["step"] < step]
+    if len(kept) < len(rows):
+        log.info("%s: %d rows of steps that are done again are cut", path.name, len(rows) - len(kept))
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    new.replace(path)
+    return kept
+
+
+# ---- the progress line ----------------------------------------------------------------------------------------------
+
+
+def figures(metrics: dict[str, float]) -> str:
+    """The figures that tell stability, as words: `score 0.31  kl 0.012 ...`."""
+    shown = STABILITY | {"critic ev": "pretrain/explained_var"}
+    return "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics)
+
+
+def progress_line(steps: int, pretrain: int, console: Any = None) -> PlainLine | RichLine:
+    """A moving line on a terminal, a plain line a step elsewhere."""
+    from rich.console import Console
+
+    console = console or Console()
+    return RichLine(steps, pretrain, console) if console.is_terminal else PlainLine(steps, pretrain)
+
+
+class PlainLine:
+    """One printed line a step, for logs and pipes."""
+
+    def __init__(self, steps: int, pretrain: int):
+        self.steps, self.pretrain = steps, pretrain
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        buffers = metrics.get("pretrain/buffers", 0)
+        where = f"step {step}/{self.steps}" if step else f"critic {buffers:.0f}/{self.pretrain}"
+        print(f"{where}  {figures(metrics)}  {metrics.get('time/step', 0):.1f} s", flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class RichLine:
+    """One line that moves: bar, step, figures, time left."""
+
+    def __init__(self, steps: int, pretrain: int, console: Any):
+        from rich import progress as rich
+
+        self.steps, self.pretrain = steps, pretrain
+        self.progress = rich.Progress(
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(bar_width=20),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("{task.fields[figures]}"),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("left"),
+            rich.TimeRemainingColumn(),
+            console=console,
+        )
+        self.task: Any = None
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        if self.task is None:
+            self.task = self.progress.add_task("", total=None, figures="")
+            self.progress.start()
+        buffers = int(metrics.get("pretrain/buffers", 0))
+        done, total, name = (step, self.steps, "ppo") if step else (buffers, self.pretrain, "critic")
+        self.progress.update(self.task, description=name, completed=done, total=total, figures=figures(metrics))
+
+    def close(self) -> None:
+        self.progress.stop()
