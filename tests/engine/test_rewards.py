@@ -1,0 +1,135 @@
+"""Scores and what is made of them: sources that fail loudly, shaping, KL controllers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from ppomax.rewards import KLController, RewardError, RunningMoments, checked_scores, load_function, shape_scores
+
+from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
+
+
+def function_engine(function):
+    return tiny_engine(small_config(model__critic="policy"), reward=function, tokenizer=tiny_tokenizer())
+
+
+def test_function_reward_sees_texts_and_its_scores_arrive() -> None:
+    seen: list[tuple[list[str], list[str]]] = []
+
+    def count_words(asked: list[str], given: list[str]) -> list[float]:
+        seen.append((asked, given))
+        return [float(len(r.split())) for r in given]
+
+    engine = function_engine(count_words)
+    experience = engine.experience(engine.rollout(prompts(8)))
+    roll = experience.rollout
+    asked, given = seen[0]
+    tokenizer = tiny_tokenizer()
+    assert asked == [tokenizer.decode(p[1:]) for p in prompts(8)]
+    assert given == [tokenizer.decode(r, skip_special_tokens=True) for _, r in roll.sequences()]
+    assert experience.scores.tolist() == [len(g.split()) for g in given]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda p, r: 1 / 0, "reward function <lambda> raised ZeroDivisionError"),
+        (lambda p, r: [1.0] * (len(r) - 1), "gave 7 scores for 8 responses"),
+        (lambda p, r: [1.0] * (len(r) - 1) + [math.nan], "gave nan for response 7"),
+        (lambda p, r: [math.inf] * len(r), "gave inf for response 0"),
+        (lambda p, r: ["good"] * len(r), "must return one number for each response"),
+        (lambda p, r: None, "must return one number for each response"),
+    ],
+)
+def test_bad_reward_functions_are_named(function, message: str) -> None:
+    engine = function_engine(function)
+    with pytest.raises(RewardError, match=message):
+        engine.experience(engine.rollout(prompts(8)))
+
+
+def test_reward_model_is_read_at_the_last_token() -> None:
+    engine = tiny_engine()
+    roll = engine.rollout(prompts(8))
+    scores = engine.reward(roll)
+    for i, (p, r) in enumerate(roll.sequences()):
+        ids = torch.tensor(p + r)
+        alone = engine.reward_model.scores(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
+        torch.testing.assert_close(scores[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_load_function(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def f(prompts, responses):\n    return [3.0 for _ in responses]\n", encoding="utf-8")
+    assert load_function(f"{path}:f")([], ["a"]) == [3.0]
+    assert load_function("math:sqrt") is math.sqrt
+    for spec in (f"{path}:g", f"{tmp_path}/none.py:f", "no_such_module_xyz:f", "justaname"):
+        with pytest.raises(RewardError, match=r"reward\.function"):
+            load_function(spec)
+
+
+def test_checked_scores_pass_through() -> None:
+    x = torch.randn(4)
+    assert checked_scores(x, 4, "x") is x
+
+
+@pytest.mark.parametrize(
+    ("how", "want"), [("norm", [-1.0, 0.0, 1.0]), ("scale", [1.0, 2.0, 3.0]), ("none", [2.0, 4.0, 6.0])]
+)
+def test_standardising(how: str, want: list[float]) -> None:
+    scores, moments = torch.tensor([2.0, 4.0, 6.0]), RunningMoments()
+    moments.update(scores)
+    config = small_config(reward__standardize=how).reward
+    torch.testing.assert_close(
+        shape_scores(scores, torch.ones(3, dtype=torch.bool), moments, config), torch.tensor(want)
+    )
+
+
+@pytest.mark.parametrize("scores", [[5.0], [5.0, 5.0, 5.0]])
+def test_equal_scores_stay_finite(scores: list[float]) -> None:
+    moments = RunningMoments()
+    moments.update(torch.tensor(scores))
+    shaped = shape_scores(
+        torch.tensor(scores), torch.ones(len(scores), dtype=torch.bool), moments, small_config().reward
+    )
+    assert shaped.tolist() == [0.0] * len(scores)
+
+
+def test_moments_survive_a_round_trip() -> None:
+    a, b = RunningMoments(), RunningMoments()
+    a.update(torch.randn(9))
+    b.load(a.state())
+    assert (a.count, a.mean, a.std) == (b.count, b.mean, b.std)
+
+
+def test_kl_controllers() -> None:
+    fixed = KLController(small_config().kl)
+    fixed.update(9.0, 100)
+    assert fixed.coef == small_config().kl.coef
+    config = small_config(kl__controller="adaptive", kl__target=0.1, kl__horizon=1000, kl__coef=1.0).kl
+    high, low, near = (KLController(config) for _ in range(3))
+    high.update(9.0, 100)
+    low.update(-1.0, 100)
+    near.update(0.11, 100)
+    assert high.coef == pytest.approx(1 + 0.2 * 0.1)
+    assert low.coef == pytest.approx(1 - 0.2 * 0.1)
+    assert near.coef == pytest.approx(1 + 0.1 * 0.1)
+
+
+def test_a_function_reward_needs_another_critic_and_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="model.critic is reward_model, but the reward is a function"):
+        tiny_engine(reward=lambda p, r: [0.0], tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="tokenizer is needed"):
+        tiny_engine(small_config(model__critic="policy"), reward=lambda p, r: [0.0])
+    with pytest.raises(TypeError, match="reward must be a reward model"):
+        tiny_engine(reward=3)
+
+
+def test_reward_model_of_another_vocabulary_is_refused() -> None:
+    from ppomax.models import make_reward_model
+
+    other = tiny_policy()
+    other.resize_token_embeddings(80)
+    with pytest.raises(ValueError, match=r"the policy has 64 tokens, the .* has 80"):
+        tiny_engine(reward=make_reward_model(other))
