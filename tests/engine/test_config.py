@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from ppomax import config as config_module
@@ -113,7 +114,7 @@ def test_unknown_preset_names_the_nearest() -> None:
 
 def test_every_knob_has_a_doc_line() -> None:
     """The text under a field is what --help shows."""
-    source = open(config_module.__file__, encoding="utf-8").read().splitlines()
+    source = Path(config_module.__file__).read_text(encoding="utf-8").splitlines()
     for owner in vars(config_module).values():
         if not (dataclasses.is_dataclass(owner) and isinstance(owner, type)) or owner is TrainConfig:
             continue
