@@ -2,8 +2,9 @@
 // one map (gae_scan.cuh), the maps of a warp are joined by shuffles, those of the warps are applied one after another to the state that comes
 // from the right, and each thread then walks its own steps again from the state that is really after them.
 // Reads r, V once, writes A, R once: 16 B a token in fp32; with some 10^4 tokens the time is launch and latency, one launch whatever T.
-// Bits do not depend on the block's size (the state passes warp by warp from the end in any case), nor on where the sequence lies: so the
-// launcher may pick the size from N and S. Left out on purpose: splitting one sequence over blocks, and whitening.
+// Bits do not depend on the block's size (the state passes warp by warp from the end in any case), so the launcher may pick it from N and S;
+// nor on where the sequence lies, nor on masked steps after its last kept one, so packed and right-padded rows agree to the bit.
+// Left out on purpose: splitting one sequence over blocks, and whitening.
 #include "../ppomax_kernels.h"
 #include "gae_scan.cuh"
 
@@ -31,7 +32,7 @@ struct Gae {
     int64_t mask_stride;
     const int32_t* cu_seqlens;  // NULL: padded rows of `tokens` steps
     int64_t tokens;
-    float gamma, lam;
+    double gamma, lam;
     float *advantages, *returns;
 };
 
@@ -80,17 +81,43 @@ __device__ __forceinline__ void walk(const Steps& steps, float gamma, float deca
     }
 }
 
-__device__ __forceinline__ GaeRun run_of(const Steps& steps, float gamma, float decay) {
+__device__ __forceinline__ GaeRun run_of(const Steps& steps, float gamma, double decay) {
     GaeState state = {0.0f, 0.0f};
-    float a = 1.0f, b = 0.0f;
+    double a = 1.0;
+    float b = 0.0f;
     int any = 0;
-    walk(steps, gamma, decay, state, [&](int, bool kept) {
+    walk(steps, gamma, static_cast<float>(decay), state, [&](int, bool kept) {
         if (!kept) return;
+        b = any ? b * static_cast<float>(decay) : gamma;
         a *= decay;
-        b = any ? b * decay : gamma;
         any = 1;
     });
     return {a, b, state.advantage, state.value, any};
+}
+
+// The end of the sequence without the masked steps that close it, the same in all threads: where tiles are counted from.
+__device__ __forceinline__ int64_t kept_end(const Gae& g, const Span& at, int64_t tile) {
+    __shared__ int of_warp[2][MOST_THREADS / WARP];
+    if (!g.mask) return at.end;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    int turn = 0;
+    for (int64_t right = at.end; right > at.start; right -= tile, turn ^= 1) {
+        int kept = 0;  // one past the last kept step, counted from the tile's begin
+        for (int i = threadIdx.x * ITEMS; i < static_cast<int>(threadIdx.x + 1) * ITEMS; ++i) {
+            const int64_t t = right - tile + i;
+            if (t >= at.start && g.mask[at.mask + t]) kept = i + 1;
+        }
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            const int other = __shfl_down_sync(ALL_LANES, kept, step);
+            kept = other > kept ? other : kept;
+        }
+        if (lane == 0) of_warp[turn][warp] = kept;
+        __syncthreads();
+        for (int w = 0; w < warps; ++w) kept = of_warp[turn][w] > kept ? of_warp[turn][w] : kept;
+        if (kept) return right - tile + kept;
+    }
+    return at.start;
 }
 
 __global__ void __launch_bounds__(MOST_THREADS) gae_kernel(Gae g) {
@@ -98,11 +125,14 @@ __global__ void __launch_bounds__(MOST_THREADS) gae_kernel(Gae g) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int64_t s = blockIdx.x;
     const Span at = span_of(g, s);
-    const float gamma = g.gamma, decay = gamma * (g.lams.data ? g.lams.at(s) : g.lam);
+    const float gamma = static_cast<float>(g.gamma);
+    const double decay = g.gamma * (g.lams.data ? g.lams.at(s) : g.lam);
     GaeState carry = {0.0f, g.bootstrap.data ? g.bootstrap.at(s) : 0.0f};
     const int64_t tile = static_cast<int64_t>(blockDim.x) * ITEMS;
+    const int64_t end = kept_end(g, at, tile);
+    for (int64_t t = end + threadIdx.x; t < at.end; t += blockDim.x) g.advantages[at.out + t] = g.returns[at.out + t] = 0.0f;
     int turn = 0;
-    for (int64_t right = at.end; right > at.start; right -= tile, turn ^= 1) {
+    for (int64_t right = end; right > at.start; right -= tile, turn ^= 1) {
         const int64_t first = right - tile + static_cast<int64_t>(threadIdx.x) * ITEMS;
         Steps steps;
         steps.load(g, at, first);
@@ -121,7 +151,7 @@ __global__ void __launch_bounds__(MOST_THREADS) gae_kernel(Gae g) {
             if (w == warp) state = before(above, carry);
             carry = before(of_warp[turn][w], carry);
         }
-        walk(steps, gamma, decay, state, [&](int j, bool kept) {
+        walk(steps, gamma, static_cast<float>(decay), state, [&](int j, bool kept) {
             const int64_t t = first + j;
             if (t < at.start) return;
             g.advantages[at.out + t] = kept ? state.advantage : 0.0f;
@@ -163,8 +193,8 @@ extern "C" int ppomax_gae_cuda(const void* rewards, int rewards_dtype, int64_t r
                    mask_stride,
                    cu_seqlens,
                    tokens,
-                   static_cast<float>(gamma),
-                   static_cast<float>(lam),
+                   gamma,
+                   lam,
                    advantages,
                    returns};
     PPOMAX_LAUNCH(gae_kernel, sequences, threads_for(tokens, sequences, cu_seqlens != nullptr), stream, g);

@@ -37,7 +37,7 @@ struct Block {
     std::vector<ucontext_t> context;
     std::vector<std::vector<char>> stack;
     std::vector<char> done;
-    std::vector<uint32_t> slot;  // what each thread holds out to a shuffle
+    std::vector<uint64_t> slot;  // what each thread holds out to a shuffle
     std::vector<Barrier> of_warp;
     Barrier of_block;
     ucontext_t scheduler;
@@ -46,8 +46,8 @@ struct Block {
     long events = 0;
 };
 
-static Block block;
-static Index thread_index, block_index, block_size;
+inline Block block;
+inline Index thread_index, block_index, block_size;
 
 inline void enter() {
     block.body();
@@ -116,13 +116,13 @@ inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::block.of_block, c
 
 template <typename T>
 T __shfl_down_sync(unsigned, T x, int step) {
-    static_assert(sizeof(T) == 4, "one register");
+    static_assert(sizeof(T) <= 8, "one register or two");
     auto& block = cuda_on_host::block;
     const int me = block.current, lane = me % 32;
     auto& warp = block.of_warp[me / 32];
-    memcpy(&block.slot[me], &x, 4);
+    memcpy(&block.slot[me], &x, sizeof(T));
     cuda_on_host::wait(warp, 32);
-    memcpy(&x, &block.slot[lane + step < 32 ? me + step : me], 4);
+    memcpy(&x, &block.slot[lane + step < 32 ? me + step : me], sizeof(T));
     cuda_on_host::wait(warp, 32);
     return x;
 }
@@ -173,6 +173,7 @@ inline __half __float2half_rn(float x) {
     const uint16_t sign = signbit(x) ? 0x8000 : 0;
     const float size = fabsf(x);
     if (x != x) return {0x7fff};
+    if (size == 0.0f) return {sign};
     if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
     int exponent;
     frexpf(size, &exponent);                             // size < 2^exponent
