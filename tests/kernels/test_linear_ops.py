@@ -1,16 +1,20 @@
 """linear_token_logprobs, linear_ppo_loss and linear_nll against float64, and the pitfalls that are theirs."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
 import ppomax_kernels as K
 import pytest
 import torch
 from ppomax_kernels.chunks import default_chunk
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 from . import linear
 from .backends import Backend
 from .cases import IGNORE
-from .contract import all_zero, same_bits
+from .contract import all_zero, f64, hold, same_bits
 from .linear import LINEAR_LOGPROBS, LINEAR_NLL, LINEAR_PPO, Linear
 from .verify import leaf
 
@@ -58,7 +62,7 @@ def test_alone_or_among_many(impl: Backend, op: str, dtype: str) -> None:
     x = Linear(rows=21, dtype=dtype, ignored=0.3, seed=3).draw(impl.device)
     options = dict(batch_invariant=True, chunk_tokens=4)
     every = outputs(op, impl, x, **options)
-    for rows in (slice(0, 1), slice(6, 7), slice(3, 15), slice(2, None, 5)):
+    for rows in (slice(0, 1), slice(6, 7), slice(3, 15), slice(20, 21)):
         for what, part, whole in zip(("a", "b", "c"), outputs(op, impl, x, rows, **options), every, strict=False):
             same_bits(f"{op} {what} of rows {rows}", part, whole[rows])
 
@@ -66,8 +70,6 @@ def test_alone_or_among_many(impl: Backend, op: str, dtype: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_chunk_sizes_agree(impl: Backend, op: str) -> None:
     """Cutting into chunks of 1, 5 or all rows is no more than a rounding; each is held to the oracle."""
-    from dataclasses import replace
-
     case = Linear(rows=11, ignored=0.2, ent_coef=0.2 if op == "linear_ppo_loss" else 0.0, seed=2)
     for chunk in (1, 5, 11, 4000):
         getattr(linear, op)(impl.bind(getattr(K, op)), replace(case, chunk=chunk), impl.device)
@@ -81,38 +83,38 @@ def test_default_chunk_is_a_pure_function_of_shapes() -> None:
         assert all(n >= 64 for n in sizes)
 
 
-class Products(TorchDispatchMode):
-    """Counts the work of matrix products, in multiplications, and the largest tensor that is made."""
+@dataclass(frozen=True)
+class Work:
+    """What the profiler saw: multiplications in matrix products, and the largest piece of memory asked for, in
+    bytes."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.work = 0
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
-            self.work += a.shape[0] * a.shape[1] * b.shape[1]
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor) and name not in ("t", "expand", "slice", "view", "detach", "transpose"):
-                self.largest = max(self.largest, t.numel())
-        return out
+    products: int
+    largest: int
 
 
-def walk(
-    op: str, impl: Backend, x: dict[str, Tensor], wants: tuple[str, ...], **options: object
-) -> tuple[Products, Products]:
-    """Products of the forward and of the backward."""
+def work_of(run: Callable[[], Any]) -> tuple[Any, Work]:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as seen:
+        result = run()
+    products = 0
+    for event in seen.events():
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            (n, k), (_, m) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
+            products += n * k * m
+    pieces = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return result, Work(products, max(pieces, default=0))
+
+
+def walk(op: str, impl: Backend, x: dict[str, Tensor], wants: tuple[str, ...], **options: object) -> tuple[Work, Work]:
+    """Work of the forward and of the backward."""
     y = {**x, **{n: leaf(x[n]) for n in wants}}
     rest = (x["old"], x["advantages"]) if op == "linear_ppo_loss" else ()
-    with Products() as forward:
-        out = getattr(K, op)(y["hidden"], y["weight"], x["labels"], *rest, impl=impl.name, **options)
+    out, forward = work_of(
+        lambda: getattr(K, op)(y["hidden"], y["weight"], x["labels"], *rest, impl=impl.name, **options)
+    )
     loss = out[0] if isinstance(out, tuple) else out.sum()
-    with Products() as backward:
-        if wants:
-            torch.autograd.grad(loss, [y[n] for n in wants])
+    if not wants:
+        return forward, Work(0, 0)
+    _, backward = work_of(lambda: torch.autograd.grad(loss, [y[n] for n in wants]))
     return forward, backward
 
 
@@ -129,11 +131,11 @@ def test_frozen_skips_its_gemm(impl: Backend, op: str, wants: tuple[str, ...]) -
     forward, backward = walk(op, impl, x, wants, chunk_tokens=4)
     one = N * V * D
     if op == "linear_token_logprobs":
-        assert forward.work == one
-        assert backward.work == (len(wants) + 1) * one * bool(wants)
+        assert forward.products == one
+        assert backward.products == (len(wants) + 1) * one * bool(wants)
     else:
-        assert forward.work == (1 + len(wants)) * one
-        assert backward.work == 0
+        assert forward.products == (1 + len(wants)) * one
+        assert backward.products == 0
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -144,7 +146,7 @@ def test_skipped_rows_cost_no_gemm(impl: Backend, op: str) -> None:
     x["labels"][::2] = IGNORE
     forward, backward = walk(op, impl, x, ("hidden", "weight"), chunk_tokens=4)
     half = N * V * D // 2
-    assert forward.work + backward.work == half * (4 if op == "linear_token_logprobs" else 3)
+    assert forward.products + backward.products == half * (4 if op == "linear_token_logprobs" else 3)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -153,7 +155,7 @@ def test_no_buffer_of_tokens_by_vocabulary(impl: Backend, op: str) -> None:
         pytest.skip("ref: holds all logits")
     x = Linear(64, V, D, bias=False).draw(impl.device)
     for p in walk(op, impl, x, ("hidden", "weight"), chunk_tokens=8):
-        assert p.largest <= 8 * V, f"a tensor of {p.largest} elements; a chunk has {8 * V}, N x V {64 * V}"
+        assert p.largest <= 4 * 8 * V, f"{p.largest} bytes at once; a chunk has {4 * 8 * V}, N x V {4 * 64 * V}"
 
 
 @pytest.mark.parametrize("op", ["linear_ppo_loss", "linear_nll"])
@@ -174,8 +176,6 @@ def test_weight_gradient_over_many_chunks_in_bfloat16(impl: Backend) -> None:
     float32."""
     if impl.name == "ref":
         pytest.skip("ref: one GEMM")
-    from .contract import f64
-
     x = Linear(rows=512, vocab=40, width=8, dtype="bfloat16", bias=False).draw(impl.device)
     errors = []
     for chunk in (8, 512):
@@ -204,8 +204,6 @@ def test_nothing_counts(impl: Backend) -> None:
 
 def test_equals_the_ops_it_fuses(impl: Backend) -> None:
     """linear_ppo_loss is ppo_loss of linear_token_logprobs."""
-    from .contract import f64, hold
-
     x = Linear(19, 90, ignored=0.2, seed=9).draw(impl.device)
     keep = x["labels"] != IGNORE
     sides = []
