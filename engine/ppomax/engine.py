@@ -98,6 +98,8 @@ class Engine:
         self.critic: Trained[Critic] = Trained(value_model, self.config.critic_optim, steps)
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
         self.buffers, self.episodes = 0, 0
+        self.last_scores: Tensor | None = None
+        """(S,) raw scores of the newest buffer that `step` made; for histograms, not part of the state."""
 
     def rollout(self, prompts: Sequence[Sequence[int] | str]) -> Rollout:
         """One scored response to each prompt (token ids, or text if there is a tokenizer)."""
@@ -147,6 +149,7 @@ class Engine:
         roll = self.rollout(prompts)
         times.append(time.perf_counter())
         experience = self.experience(roll)
+        self.last_scores = experience.scores
         metrics = experience_metrics(experience, self.config.impl)
         times.append(time.perf_counter())
         metrics.update(self.update(experience))

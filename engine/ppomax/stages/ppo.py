@@ -38,6 +38,9 @@ class Monitor(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> Verdict | None:
         """Take one step's metrics. `stop` ends the run here; `rollback` ends it at the newest checkpoint's weights."""
 
+    def scores(self, step: int, scores: list[float]) -> None:
+        """Take the raw scores of a step's buffer."""
+
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Take sample texts: prompt, response, score, length, finished."""
 
@@ -69,6 +72,9 @@ class PlainMonitor:
         figures = "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics)
         print(f"step {step}/{self.steps}  {figures}", flush=True)
         return None
+
+    def scores(self, step: int, scores: list[float]) -> None:
+        pass
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -221,6 +227,8 @@ class Run:
             metrics = self.engine.step(self.next_prompts())
             progress.step += 1
             verdict = monitor.log(progress.step, metrics)
+            if self.engine.last_scores is not None:
+                monitor.scores(progress.step, self.engine.last_scores.tolist())
             if every and (progress.step % every == 0 or progress.step == run.steps):
                 monitor.samples(progress.step, self.sample_rows())
             if verdict == "rollback":
