@@ -278,7 +278,8 @@ def usage() -> str:
 
 def expected(error: Exception) -> bool:
     """Whether the input is to blame, as our own checks and the file system say; anything else is a bug."""
-    return isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, TypeError))
+    ours = type(error).__module__.startswith("ppomax.")
+    return ours or isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
 
 
 def one_line(error: Exception) -> str:

@@ -1,0 +1,302 @@
+"""Win / tie / lose of one checkpoint against another on given prompts.
+
+    both answer each prompt from the same random stream -> a judge compares -> win rate = (wins + ties / 2) / judged
+with a 95 % Wilson interval, which for ties counted half is on the wide side. Two equal checkpoints tie everywhere.
+Judges: a reward model, a Python function as in training, or an OpenAI-compatible endpoint (judges.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ppomax.config_io import ConfigError, require, to_dict
+from ppomax.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key, score_by_function
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One comparison of two checkpoints."""
+
+    policy: str
+    """Checkpoint that is judged: folder of a run, one of its checkpoints, HF directory or hub name; `default`: what
+    ships with ppomax."""
+    baseline: str = "default"
+    """Checkpoint that it is held against, named likewise."""
+    prompts: str | None = None
+    """JSONL, Parquet or HF dataset with a `prompt` column. None: the prompts that ship with ppomax."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt."""
+    limit: int = 256
+    """Use the first so many prompts. 0: all."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are an error."""
+    judge: Literal["reward_model", "function", "endpoint"] = "reward_model"
+    """Who judges."""
+    reward_model: str | None = None
+    """Reward model that judges. None: the one that ships with ppomax."""
+    function: str | None = None
+    """Python function that judges: `file.py:name` or `package.module:name`, called as f(prompts, responses) -> one
+    number each, higher is better."""
+    tie_margin: float = 0.0
+    """Scores that differ by no more than this are a tie."""
+    endpoint: str | None = None
+    """Base address of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1. It judges both orders."""
+    endpoint_model: str | None = None
+    """Model that the endpoint shall use."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the endpoint's key; it is read from nowhere else and never written."""
+    criterion: str = "it is the better written, more fitting and more helpful continuation"
+    """What the endpoint's model is asked to judge by."""
+    workers: int = 4
+    """Questions to the endpoint at once."""
+    timeout: float = 60.0
+    """Seconds to wait for an answer of the endpoint."""
+    max_new_tokens: int = 48
+    """Response limit in tokens, EOS included."""
+    temperature: float = 1.0
+    """Sampling temperature of both. 0: greedy."""
+    top_p: float = 1.0
+    """Nucleus of both; 1: off."""
+    batch_size: int = 128
+    """Responses decoded together."""
+    seed: int = 0
+    """Seeds the responses."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`."""
+    out: str | None = None
+    """Folder for evaluation.json. None: a dated one under runs/."""
+    trust_remote_code: bool = False
+    """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
+        require(self.tie_margin >= 0, "tie_margin", "0 or more", self.tie_margin)
+        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+        require(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        require(self.workers >= 1, "workers", "at least 1", self.workers)
+        if self.judge == "function" and not self.function:
+            raise ConfigError(
+                "config: judge is function, so function must be given (file.py:name or package.module:name)"
+            )
+        if self.judge == "endpoint" and not (self.endpoint and self.endpoint_model):
+            raise ConfigError(
+                "config: judge is endpoint, so endpoint (its base address) and endpoint_model must be given"
+            )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One checkpoint's response to one prompt."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    prompt: str
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome, seen from `policy`."""
+
+    win: int
+    tie: int
+    lose: int
+    unjudged: int
+    """Prompts without a usable verdict; they are in no rate."""
+    path: Path
+    """evaluation.json, with a row a prompt."""
+
+    @property
+    def win_rate(self) -> float:
+        """(wins + ties / 2) / judged."""
+        return (self.win + self.tie / 2) / (self.win + self.tie + self.lose)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the win rate."""
+        return wilson(self.win_rate, self.win + self.tie + self.lose)
+
+    def sentence(self) -> str:
+        low, high = self.interval
+        lost = f", {self.unjudged} not judged" if self.unjudged else ""
+        return (
+            f"win {self.win}  tie {self.tie}  lose {self.lose}{lost}  win rate {self.win_rate:.1%} "
+            f"(95 %: {low:.1%} to {high:.1%})\nwritten: {self.path}"
+        )
+
+
+def wilson(rate: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share `rate` of `n` trials (Wilson 1927)."""
+    centre = rate + z * z / (2 * n)
+    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def run_evaluation(config: EvaluateConfig) -> Evaluation:
+    """Sample, judge, write evaluation.json. JudgeError if no prompt could be judged."""
+    judge = (
+        EndpointJudge(
+            config.endpoint or "",
+            config.endpoint_model or "",
+            config.criterion,
+            endpoint_key(config.api_key_env),
+            config.timeout,
+            workers=config.workers,
+        )
+        if config.judge == "endpoint"
+        else None
+    )
+    (ours, our_tokenizer), (theirs, their_tokenizer) = answers(config.policy, config), answers(config.baseline, config)
+    prompts = [a.prompt for a in ours]
+    if judge:
+        judged = judge(prompts, [a.text for a in ours], [a.text for a in theirs])
+    else:
+        found = scores(ours, our_tokenizer, config), scores(theirs, their_tokenizer, config)
+        judged = compare_scores(*found, config.tie_margin)
+    counts = Counter(j.verdict for j in judged)
+    if counts[None] == len(judged):
+        raise JudgeError(
+            f"evaluate: none of {len(judged)} prompts could be judged; the first reply was {judged[0].detail}"
+        )
+    out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-evaluate")
+    out.mkdir(parents=True, exist_ok=True)
+    result = Evaluation(counts["win"], counts["tie"], counts["lose"], counts[None], out / "evaluation.json")
+    result.path.write_text(json.dumps(as_json(result, config, ours, theirs, judged), indent=1), encoding="utf-8")
+    return result
+
+
+def as_json(
+    result: Evaluation,
+    config: EvaluateConfig,
+    ours: Sequence[Answer],
+    theirs: Sequence[Answer],
+    judged: Sequence[Judgement],
+) -> dict[str, Any]:
+    """What evaluation.json holds: the outcome, the configuration, and a row a prompt."""
+    rows = [
+        {"prompt": a.prompt, "policy": a.text, "baseline": b.text, "verdict": j.verdict, **j.detail}
+        for a, b, j in zip(ours, theirs, judged, strict=True)
+    ]
+    return {
+        "win": result.win,
+        "tie": result.tie,
+        "lose": result.lose,
+        "unjudged": result.unjudged,
+        "win_rate": result.win_rate,
+        "win_rate_95": list(result.interval),
+        "config": to_dict(config),
+        "rows": rows,
+    }
+
+
+def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]:
+    """This checkpoint's responses to the prompts, and its tokenizer."""
+    from ppomax.data import load_prompts
+    from ppomax.engine import eos_ids_of, pick_device
+    from ppomax.rollout import decode
+
+    model, tokenizer = load_checkpoint(checkpoint, config.trust_remote_code)
+    source = config.prompts or str(shipped("prompts.jsonl"))
+    prompts, _ = load_prompts(source, tokenizer, config.max_prompt_tokens, column=config.prompt_column)
+    prompts = prompts[: config.limit or None]
+    given = decode(
+        model.to(pick_device(config.device)).eval(),
+        prompts,
+        range(len(prompts)),
+        eos_ids=eos_ids_of(model, tokenizer),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    rows = zip(prompts, given.tokens, given.finished, strict=True)
+    return [Answer(list(p), r, text(p), text(r), done) for p, r, done in rows], tokenizer
+
+
+def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list[float]:
+    """The judge's score of each answer; `theirs`: the tokenizer that the answers were made with."""
+    if config.judge == "function":
+        from ppomax.rewards import load_function
+
+        return score_by_function(
+            load_function(str(config.function)), [a.prompt for a in given], [a.text for a in given]
+        )
+    from ppomax.data import Text, encode_prompt, encode_response
+    from ppomax.engine import pick_device
+    from ppomax.models import freeze, load_reward_model, load_tokenizer
+    from ppomax.stages.reward_model import score_texts
+
+    path = config.reward_model or str(shipped("reward_model"))
+    model = load_reward_model(path, trust_remote_code=config.trust_remote_code)
+    freeze(model.to(pick_device(config.device)))
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    same = tokenizer.get_vocab() == theirs.get_vocab()
+    rows = []
+    for a in given:
+        prompt, response = a.prompt_ids, a.response_ids
+        if not same:  # the judge reads the text by its own tokenizer; a response that was cut gets no end
+            prompt, response = encode_prompt(a.prompt, tokenizer), encode_response(a.text, tokenizer)
+            response = response if a.finished else response[:-1]
+        rows.append(Text(prompt + response, len(prompt)))
+    return [float(x) for x in score_texts(model, rows)]
+
+
+def load_checkpoint(name: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Policy and tokenizer of a run's folder, a checkpoint in one, an HF directory, a hub name, or `default`."""
+    from ppomax.checkpoint import newest
+    from ppomax.models import load_policy, load_tokenizer
+
+    path = shipped("policy") if name == "default" else Path(name)
+    if (path / "policy" / "config.json").is_file():
+        path = path / "policy"
+    elif (path / "checkpoints").is_dir():
+        found = newest(path / "checkpoints")
+        if found is None:
+            raise FileNotFoundError(f"{name}: the run has neither an exported policy nor a checkpoint yet")
+        path = found
+    if (path / "engine.json").is_file():
+        return load_saved(path, trust_remote_code)
+    where = str(path) if path.is_dir() else name
+    return load_policy(where, trust_remote_code=trust_remote_code), load_tokenizer(
+        where, trust_remote_code=trust_remote_code
+    )
+
+
+def load_saved(path: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Policy and tokenizer of a full-state checkpoint."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ppomax.checkpoint import CheckpointError, read_state
+    from ppomax.models import load_policy, load_tokenizer
+    from ppomax.sharding import copy_into
+
+    state = read_state(path)
+    tokenizer = state["config"]["model"]["tokenizer"] or state["sources"]["tokenizer"]
+    if not tokenizer:
+        raise CheckpointError(f"{path} records no tokenizer; evaluate the exported policy (engine.export) instead")
+    config = AutoConfig.from_pretrained(path / "policy_config", trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float()
+    copy_into(model, load_file(path / "policy.safetensors"))
+    return load_policy(model), load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+
+
+def shipped(name: str) -> Path:
+    """A part of what ships with ppomax."""
+    from ppomax.assets import default_assets
+
+    return default_assets() / name
