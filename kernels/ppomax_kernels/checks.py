@@ -87,7 +87,7 @@ def rows(op: str, name: str, shape: Sequence[int], strides: Sequence[int]) -> tu
 
 
 def unit_stride(op: str, name: str, x: Tensor) -> None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.stride()[-1] != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"{op}: the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}; pass "
             f"{name}.contiguous()"
@@ -111,6 +111,13 @@ def number(op: str, name: str, x: float, low: float, high: float, *, open_low: b
             else f"in {'(' if open_low else '['}{low:g}, {high:g}]"
         )
         raise ValueError(f"{op}: {name} must be {wanted}, got {x}")
+
+
+def fractions(op: str, name: str, x: Tensor) -> None:
+    """Values of a tensor in [0, 1]; read on a CPU only, and inside the computation (while tracing there are none)."""
+    if x.device.type == "cpu" and not bool(((x >= 0.0) & (x <= 1.0)).all()):
+        at = int((~((x >= 0.0) & (x <= 1.0))).nonzero()[0])
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {float(x[at])} at {at}; clamp it")
 
 
 def one_of(op: str, name: str, x: str, allowed: Sequence[str]) -> None:

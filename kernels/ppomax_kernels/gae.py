@@ -30,6 +30,8 @@ def _forward(
     bootstrap: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    if lams is not None:
+        checks.fractions("gae", "lam", lams)
     return FORWARD[impl](rewards, values, cu_seqlens, mask, gamma, lam, lams, bootstrap)  # type: ignore[no-any-return]
 
 
@@ -114,7 +116,7 @@ def gae(
     choice = pick(op, impl, rewards.device, FORWARD)
     scalar = 0.0 if isinstance(lam, Tensor) else float(lam)
     if choice == "ref":
-        return reference.gae(rewards, values, cu_seqlens, mask, gamma, scalar, lams, bootstrap)
+        return _forward(rewards, values, cu_seqlens, mask, gamma, scalar, lams, bootstrap, choice)
     return gae_op(rewards, values, cu_seqlens, mask, gamma, scalar, lams, bootstrap, choice)  # type: ignore[no-any-return]
 
 
