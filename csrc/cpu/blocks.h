@@ -13,7 +13,7 @@ constexpr int64_t REDUCTION_BLOCK = 1024;  // as BLOCK in convert.h: what the lo
 // compute(at, count, &part) for each block, on several threads; then combine(part) for each in order. False if out of memory.
 template <class Part, class Compute, class Combine>
 bool over_blocks(int threads, int64_t n, const Compute &compute, const Combine &combine) {
-    constexpr int64_t ON_STACK = 64, CHUNK = 16;  // 16 blocks are some 20 us of work
+    constexpr int64_t ON_STACK = 64;
     const int64_t blocks = (n + REDUCTION_BLOCK - 1) / REDUCTION_BLOCK;
     Part few[ON_STACK];
     std::unique_ptr<Part[]> many(blocks > ON_STACK ? new (std::nothrow) Part[(size_t)blocks] : nullptr);
@@ -25,7 +25,7 @@ bool over_blocks(int threads, int64_t n, const Compute &compute, const Combine &
             compute(at, n - at < REDUCTION_BLOCK ? n - at : REDUCTION_BLOCK, parts + b);
         }
     };
-    parallel_for(threads, blocks, CHUNK, body);
+    parallel_for(threads, blocks, chunk_for(REDUCTION_BLOCK), body);
     for (int64_t b = 0; b < blocks; ++b) combine(parts[b]);
     return true;
 }

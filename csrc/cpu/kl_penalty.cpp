@@ -6,8 +6,6 @@ using namespace ppomax;
 
 namespace {
 
-constexpr int64_t TOKENS = 32768;  // a chunk: some 20 us
-
 int check_pair(const void *logprobs, int logprobs_dtype, const void *ref, int ref_dtype, int64_t n, int estimator, const float *out) {
     if (n < 0) return PPOMAX_BAD_SIZE;
     if (!known_dtype(logprobs_dtype) || !known_dtype(ref_dtype)) return PPOMAX_BAD_DTYPE;
@@ -19,7 +17,7 @@ int check_pair(const void *logprobs, int logprobs_dtype, const void *ref, int re
 void kl_over(TypedArray logprobs, TypedArray ref, int64_t n, int estimator, float scale, float *out, int threads) {
     const VectorOps &ops = vector_ops();
     auto body = [&](int64_t begin, int64_t end) { ops.kl(logprobs, ref, begin, end - begin, estimator, scale, out); };
-    parallel_for(threads, n, TOKENS, body);
+    parallel_for(threads, n, chunk_for(1), body);
 }
 
 }  // namespace
@@ -41,7 +39,7 @@ extern "C" int ppomax_kl_penalty_backward_cpu(const float *dkl, const void *logp
     auto body = [&](int64_t begin, int64_t end) {
         ops.kl_gradient(dkl, {logprobs, logprobs_dtype}, {ref_logprobs, ref_dtype}, begin, end - begin, estimator, dlogprobs);
     };
-    parallel_for(threads, n, TOKENS, body);
+    parallel_for(threads, n, chunk_for(1), body);
     return PPOMAX_OK;
 }
 

@@ -98,18 +98,21 @@ static inline float logit_at(const LogitRow &row, int64_t at) {
 }
 
 static void logprob_row(const LogitRow &row, int64_t label, float *logprob, float *entropy, float *lse) {
-    const float picked = logit_at(row, label);
+    const bool here = label >= 0;  // else it lies in another shard of the vocabulary
+    const float picked = here ? logit_at(row, label) : 0.0f;
     const RowResult result = finish_row(row_stats(row), picked, row.temperature);
-    *logprob = result.logprob;
+    *logprob = here ? result.logprob : 0.0f;
     if (entropy) *entropy = result.entropy;
     *lse = result.lse;
 }
 
-// A saved lse far from 0 has lost digits (half an ulp is 1e-6 at 16): sum the row's probabilities again and mend it.
+// A saved lse far from 0 has lost digits (half an ulp is 1e-6 at 16): sum the row's probabilities again and mend it. A saved lse that is
+// not this row's own, rounded, is that of a vocabulary of which the row is one shard: it stays.
 static inline double mended_lse(const LogitRow &row, float lse) {
     if (!(lse >= 16.0f || lse <= -16.0f)) return (double)lse;
     const RowStats stats = row_stats(row);
-    return (double)stats.max / row.temperature + log((double)stats.sum);
+    const double own = (double)stats.max / row.temperature + log((double)stats.sum);
+    return (float)own == lse ? own : (double)lse;
 }
 
 static void logits_gradient(const LogitRow &row, const RowUpstream &up, void *out) {

@@ -15,9 +15,10 @@ void parallel_for(int threads, int64_t items, int64_t chunk, Body &body) {
         threads, items, chunk, [](void *context, int64_t begin, int64_t end) { (*static_cast<Body *>(context))(begin, end); }, &body);
 }
 
-// Chunk of items that each cost `cost` (about nanoseconds), so that a chunk is worth waking a thread for.
+// Chunk of items that each cost `cost` (about nanoseconds), so that a chunk is worth waking a thread for: waking costs some 10 us, and on a busy
+// machine a thread that was woken may lose its core for milliseconds with the chunk in its hands.
 inline int64_t chunk_for(int64_t cost) {
-    constexpr int64_t WORTH = 20000;
+    constexpr int64_t WORTH = 100000;
     return cost >= WORTH ? 1 : WORTH / (cost < 1 ? 1 : cost);
 }
 

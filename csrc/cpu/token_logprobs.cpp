@@ -16,6 +16,10 @@ int check_rows(const void *logits, int dtype, int64_t outer, int64_t inner, int6
     return PPOMAX_OK;
 }
 
+bool counts(int64_t label, int64_t vocab, int64_t ignore_index) {
+    return label != ignore_index && ((label >= 0 && label < vocab) || label == PPOMAX_FOREIGN_LABEL);
+}
+
 }  // namespace
 
 extern "C" int ppomax_token_logprobs_cpu(const void *logits, int dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
@@ -33,7 +37,7 @@ extern "C" int ppomax_token_logprobs_cpu(const void *logits, int dtype, int64_t 
             const int64_t o = r / inner, i = r % inner;
             const int64_t label = labels[o * labels_outer_stride + i * labels_inner_stride];
             float *h = entropy ? entropy + r : nullptr;
-            if (label >= 0 && label < vocab && label != ignore_index) {
+            if (counts(label, vocab, ignore_index)) {
                 const LogitRow row = {element_at(logits, dtype, o * outer_stride + i * inner_stride), dtype, vocab, temperature, softcap};
                 ops.logprob_row(row, label, logprobs + r, h, lse + r);
                 continue;
@@ -64,14 +68,14 @@ extern "C" int ppomax_token_logprobs_backward_cpu(const float *dlogprobs, int64_
         for (int64_t r = begin; r < end; ++r) {
             const int64_t o = r / inner, i = r % inner;
             const int64_t label = labels[o * labels_outer_stride + i * labels_inner_stride];
-            const bool counts = label >= 0 && label < vocab && label != ignore_index;
+            const bool counted = counts(label, vocab, ignore_index);
             RowUpstream up = {0.0f, 0.0f, lse[r], 0.0f, label};  // without a token the upstream gradient is 0, and so is the row
-            if (counts && dlogprobs) up.dlogprob = dlogprobs[o * dlogprobs_outer_stride + i * dlogprobs_inner_stride];
-            if (counts && dentropy) {
+            if (counted && dlogprobs) up.dlogprob = dlogprobs[o * dlogprobs_outer_stride + i * dlogprobs_inner_stride];
+            if (counted && dentropy) {
                 up.dentropy = dentropy[o * dentropy_outer_stride + i * dentropy_inner_stride];
                 up.entropy = entropy[r];
             }
-            if (!counts && label != ignore_index) outcome.store(PPOMAX_BAD_LABEL, std::memory_order_relaxed);
+            if (!counted && label != ignore_index) outcome.store(PPOMAX_BAD_LABEL, std::memory_order_relaxed);
             const LogitRow row = {element_at(logits, dtype, o * outer_stride + i * inner_stride), dtype, vocab, temperature, softcap};
             ops.logits_gradient(row, up, static_cast<char *>(dlogits) + r * vocab * bytes_of(dtype));
         }

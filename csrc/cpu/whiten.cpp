@@ -39,6 +39,6 @@ extern "C" int ppomax_whiten_cpu(const void *x, int dtype, const uint8_t *mask, 
     const double count = moments[0] > 1.0 ? moments[0] : 1.0, mean = moments[1];
     const double scale = 1.0 / __builtin_sqrt(moments[2] / count + eps);
     auto body = [&](int64_t begin, int64_t end) { ops.whiten({x, dtype}, mask, begin, end - begin, mean, scale, shift_mean ? 0.0 : mean, y); };
-    parallel_for(threads, n, 32768, body);
+    parallel_for(threads, n, chunk_for(1), body);
     return PPOMAX_OK;
 }

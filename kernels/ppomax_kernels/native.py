@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, empty, float32, get_num_threads
+from torch import Tensor, contiguous_format, empty, empty_like, float32, get_num_threads
 
 from . import checks
 
@@ -56,6 +56,11 @@ def _refuse(op: str, status: int) -> None:
     raise RuntimeError(f"{op}: the compiled library refused the call: {library().ppomax_status_string(status).decode()} (status {status})")
 
 
+def _new(like: Tensor) -> Tensor:
+    """An fp32 result of the shape of `like`: half the cost of torch.empty(like.shape), which parses the shape."""
+    return empty_like(like, dtype=float32, memory_format=contiguous_format)
+
+
 def _array(x: Tensor | None) -> tuple[int | None, int]:
     return (None, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype])
 
@@ -81,8 +86,8 @@ def token_logprobs_cpu(
     shape, strides, vocab = labels.shape, logits.stride(), logits.shape[-1]
     outer, inner, outer_stride, inner_stride = checks.rows("token_logprobs", "logits", shape, strides[:-1])
     _, _, labels_outer, labels_inner = checks.rows("token_logprobs", "labels", shape, labels.stride())
-    logprobs, lse = empty(shape, dtype=float32), empty(shape, dtype=float32)
-    ent = empty(shape if entropy else (0,), dtype=float32)
+    logprobs, lse = _new(labels), _new(labels)
+    ent = _new(labels) if entropy else empty(0, dtype=float32)
     status = library().ppomax_token_logprobs_cpu(
         logits.data_ptr(), DTYPES[logits.dtype], outer, inner, vocab, outer_stride, inner_stride,
         labels.data_ptr(), labels_outer, labels_inner, temperature, softcap, ignore_index,
@@ -112,7 +117,7 @@ def token_logprobs_backward_cpu(
     _, _, labels_outer, labels_inner = checks.rows(op, "labels", shape, labels.stride())
     dlogprobs, dl_outer, dl_inner = _upstream(op, "dlogprobs", dlogprobs)
     dentropy, dh_outer, dh_inner = _upstream(op, "dentropy", dentropy)
-    dlogits = empty(logits.shape, dtype=logits.dtype) if out is None else out
+    dlogits = empty_like(logits, memory_format=contiguous_format) if out is None else out
     status = library().ppomax_token_logprobs_backward_cpu(
         _at(dlogprobs), dl_outer, dl_inner, _at(dentropy), dh_outer, dh_inner,
         logits.data_ptr(), DTYPES[logits.dtype], outer, inner, vocab, outer_stride, inner_stride,
@@ -127,7 +132,7 @@ def token_logprobs_backward_cpu(
 
 
 def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    kl = empty(logprobs.shape, dtype=float32)
+    kl = _new(logprobs)
     status = library().ppomax_kl_penalty_cpu(
         logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype],
         kl.numel(), ESTIMATORS[estimator], kl.data_ptr(), get_num_threads(),
@@ -138,7 +143,7 @@ def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Te
 
 
 def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    dlogprobs = empty(logprobs.shape, dtype=float32)
+    dlogprobs = _new(logprobs)
     status = library().ppomax_kl_penalty_backward_cpu(
         dkl.data_ptr(), logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype],
         dlogprobs.numel(), ESTIMATORS[estimator], dlogprobs.data_ptr(), get_num_threads(),
@@ -150,7 +155,7 @@ def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor,
 
 def token_rewards_cpu(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str) -> Tensor:
     tokens = logprobs.shape[0]
-    rewards = empty(tokens, dtype=float32)
+    rewards = _new(logprobs)
     status = library().ppomax_token_rewards_cpu(
         scores.data_ptr(), DTYPES[scores.dtype], logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(),
         DTYPES[ref_logprobs.dtype], cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, tokens, kl_coef, ESTIMATORS[estimator],
@@ -174,14 +179,14 @@ def gae_cpu(
     bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = rewards.shape
-    advantages, returns = empty(shape, dtype=float32), empty(shape, dtype=float32)
+    advantages, returns = _new(rewards), _new(rewards)
     tokens = shape[-1]
     padded = cu_seqlens is None
     sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     status = library().ppomax_gae_cpu(
-        rewards.data_ptr(), DTYPES[rewards.dtype], rewards.stride(0) if padded else 0,
-        values.data_ptr(), DTYPES[values.dtype], values.stride(0) if padded else 0,
-        _at(mask), mask.stride(0) if mask is not None and padded else 0,
+        rewards.data_ptr(), DTYPES[rewards.dtype], rewards.stride()[0] if padded else 0,
+        values.data_ptr(), DTYPES[values.dtype], values.stride()[0] if padded else 0,
+        _at(mask), mask.stride()[0] if mask is not None and padded else 0,
         _at(cu_seqlens), sequences, tokens, gamma, lam, *_array(lams), *_array(bootstrap),
         advantages.data_ptr(), returns.data_ptr(), get_num_threads(),
     )  # fmt: skip
@@ -201,7 +206,7 @@ def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def whiten_cpu(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
-    y = empty(x.shape, dtype=float32)
+    y = _new(x)
     status = library().ppomax_whiten_cpu(
         *_array(x), _at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads()
     )
@@ -229,7 +234,7 @@ def ppo_loss_cpu(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(9, dtype=float32)
-    dlogprobs = empty(logprobs.shape if need_grad else (0,), dtype=float32)
+    dlogprobs = _new(logprobs) if need_grad else empty(0, dtype=float32)
     status = library().ppomax_ppo_loss_cpu(
         *_array(logprobs), *_array(old_logprobs), *_array(advantages), _at(mask), *_array(is_weights), *_array(ref_logprobs),
         *_array(entropy), logprobs.numel(), _at(normalizer), norm_value, clip_low, clip_high, dual_clip, kl_coef,
@@ -252,7 +257,7 @@ def value_loss_cpu(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(6, dtype=float32)
-    dvalues = empty(values.shape if need_grad else (0,), dtype=float32)
+    dvalues = _new(values) if need_grad else empty(0, dtype=float32)
     status = library().ppomax_value_loss_cpu(
         *_array(values), *_array(old_values), *_array(returns), _at(mask), values.numel(), _at(normalizer), norm_value, clip,
         loss.data_ptr(), metrics.data_ptr(), dvalues.data_ptr() if need_grad else None, scale.data_ptr(), get_num_threads(),
@@ -269,7 +274,7 @@ def sample_cpu(
     token = empty(rows, dtype=torch.int64)
     logprob, plain_logprob, entropy = empty(rows, dtype=float32), empty(rows, dtype=float32), empty(rows, dtype=float32)
     status = library().ppomax_sample_cpu(
-        *_array(logits), rows, vocab, logits.stride(0), seeds.data_ptr(), positions.data_ptr(), temperature, top_k, top_p,
+        *_array(logits), rows, vocab, logits.stride()[0], seeds.data_ptr(), positions.data_ptr(), temperature, top_k, top_p,
         token.data_ptr(), logprob.data_ptr(), plain_logprob.data_ptr(), entropy.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
