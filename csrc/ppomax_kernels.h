@@ -70,11 +70,15 @@ PPOMAX_API const char *ppomax_isa_name(int isa);
  * PPOMAX_BAD_ISA if the machine does not have it. */
 PPOMAX_API int ppomax_force_isa(int isa);
 
+/* The label of a row whose true label lies in another shard of the vocabulary (vocabulary-parallel heads). */
+#define PPOMAX_FOREIGN_LABEL INT64_MIN
+
 /* Log-probability of each row's label and, if asked for, each row's entropy.
  * z = logits / temperature (softcap * tanh(logits / softcap) first if softcap > 0), L = logsumexp(z), p = softmax(z):
  *     logprobs = z[label] - L ;  entropy = L - sum p*z ;  lse = L.
  * logits: `outer` x `inner` rows of `vocab` elements next to one another; row (o, i) starts at o*outer_stride + i*inner_stride.
  * labels: (o, i) at o*labels_outer_stride + i*labels_inner_stride. Outputs: outer*inner floats each, contiguous; `entropy` may be NULL.
+ * A row whose label is PPOMAX_FOREIGN_LABEL gives logprob 0, entropy and lse as usual; its gradient lacks the term 1[label].
  * A row whose label is ignore_index is not read and gives 0, 0, 0. A row of nothing but -inf (without softcap) gives -inf, 0, -inf.
  * NaN or +inf in a row gives NaN. temperature > 0; softcap 0 is none. */
 PPOMAX_API int ppomax_token_logprobs_cpu(const void *logits, int dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,

@@ -1,127 +1,87 @@
-"""Run by torchrun on 2 gloo ranks: the vocabulary-parallel ops against the same ops on the whole weight, which each
-rank holds too. Prints one line of `ok <what>` a check on rank 0; any difference raises."""
+"""Run by torchrun on 2 gloo ranks: the vocabulary-parallel ops on all cases of the linear ops, each rank with its rows
+of weight and bias, held against the same oracle. Rank 0 prints `ok <what>` after each part; a difference raises."""
 
-import sys
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import ppomax_kernels as K
+import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from tests.kernels.contract import hold
-
-N, D, V, SPLIT = 37, 24, 101, 33  # shards of 33 and 68 rows
-
-
-def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(5)
-    labels = torch.randint(0, V, (N,), generator=g)
-    labels[4] = labels[20] = -100
-    labels[0], labels[1], labels[2] = SPLIT - 1, SPLIT, V - 1
-    return {
-        "hidden": (torch.randn(N, D, generator=g) * 2).to(dtype),
-        "weight": torch.randn(V, D, generator=g).to(dtype),
-        "bias": torch.randn(V, generator=g).to(dtype),
-        "labels": labels,
-        "mask": torch.rand(N, generator=g) > 0.25,
-        "old": torch.randn(N, generator=g) - 5,
-        "advantages": torch.randn(N, generator=g),
-        "ref": torch.randn(N, generator=g) - 5,
-        "dentropy": torch.randn(N, generator=g),
-    }
+from tests.kernels import linear
 
 
-def run(x: dict[str, torch.Tensor], op: str, shard: K.VocabShard | None) -> list[torch.Tensor]:
-    """Outputs, then gradients of hidden, and of this rank's rows of weight and bias."""
-    rows = slice(None) if shard is None else slice(shard.start, shard.start + shard.size)
-    hidden, weight, bias = (t.detach().requires_grad_() for t in (x["hidden"], x["weight"][rows], x["bias"][rows]))
-    common = dict(bias=bias, temperature=0.7, softcap=15.0, chunk_tokens=8, shard=shard)
-    if op == "linear_token_logprobs":
-        logprobs, entropy = K.linear_token_logprobs(hidden, weight, x["labels"], return_entropy=True, **common)
-        outputs, loss = [logprobs, entropy], (logprobs * x["advantages"] + entropy * x["dentropy"]).sum()
-    elif op == "linear_nll":
-        loss, metrics = K.linear_nll(hidden, weight, x["labels"], **common)
-        outputs = [loss, metrics.tensor]
-    else:
-        loss, metrics = K.linear_ppo_loss(
-            hidden, weight, x["labels"], x["old"], x["advantages"], x["mask"], ent_coef=0.05, ref_logprobs=x["ref"],
-            kl_coef=0.1, dual_clip=3.0, **common,
-        )  # fmt: skip
-        outputs = [loss, metrics.tensor]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, (hidden, weight, bias)))
+class OwnRows(torch.autograd.Function):
+    """This rank's rows; backward puts the ranks' gradients together, so that each sees that of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        ctx.place = x.shape, start, stop
+        return x[start:stop].clone()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        shape, start, stop = ctx.place
+        whole = d.new_zeros(shape)
+        whole[start:stop] = d
+        dist.all_reduce(whole)
+        return whole, None, None
 
 
-def compare(op: str, dtype: torch.dtype) -> None:
-    x = inputs(dtype)
-    mine = slice(0, SPLIT) if dist.get_rank() == 0 else slice(SPLIT, V)
-    shard = K.VocabShard.of(x["weight"][mine], dist.group.WORLD)
-    assert (shard.start, shard.size, shard.total) == (mine.start, mine.stop - mine.start, V)
-    whole = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
-    yard, got = run(x, op, None), run(x, op, shard)
-    truth = reference(whole, op)
-    for i, name in enumerate(["output 0", "output 1", "dhidden", "dweight", "dbias"]):
-        cut = (lambda t: t[mine]) if i > 2 else (lambda t: t)
-        hold(f"{op} {dtype} {name}", got[i].float(), cut(truth[i]).numpy(), cut(yard[i]).float())
+def sharded(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` as the checks call it, on shards of a third and two thirds."""
+
+    @functools.wraps(op)
+    def run(hidden: Tensor, weight: Tensor, *rest: Any, bias: Tensor | None = None, **options: Any) -> Any:
+        cut = max(1, len(weight) // 3)
+        start, stop = (0, cut) if dist.get_rank() == 0 else (cut, len(weight))
+        mine = OwnRows.apply(weight, start, stop)
+        own_bias = None if bias is None else OwnRows.apply(bias, start, stop)
+        shard = K.VocabShard.of(mine, dist.group.WORLD)
+        assert (shard.start, shard.size, shard.total) == (start, stop - start, len(weight))
+        return op(hidden, mine, *rest, bias=own_bias, shard=shard, **options)
+
+    return run
 
 
-def reference(x: dict[str, torch.Tensor], op: str) -> list[torch.Tensor]:
-    """The plain-torch form in float64 on the whole weight."""
-    hidden, weight, bias = (x[k].detach().requires_grad_() for k in ("hidden", "weight", "bias"))
-    common = dict(bias=bias, temperature=0.7, softcap=15.0, impl="ref")
-    if op == "linear_token_logprobs":
-        logprobs, entropy = K.linear_token_logprobs(hidden, weight, x["labels"], return_entropy=True, **common)
-        outputs, loss = [logprobs, entropy], (logprobs * x["advantages"] + entropy * x["dentropy"]).sum()
-    elif op == "linear_nll":
-        loss, metrics = K.linear_nll(hidden, weight, x["labels"], **common)
-        outputs = [loss, metrics.tensor]
-    else:
-        loss, metrics = K.linear_ppo_loss(
-            hidden, weight, x["labels"], x["old"], x["advantages"], x["mask"], ent_coef=0.05, ref_logprobs=x["ref"],
-            kl_coef=0.1, dual_clip=3.0, **common,
-        )  # fmt: skip
-        outputs = [loss, metrics.tensor]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, (hidden, weight, bias)))
+def refused(what: str, call: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(w in str(error.value) for w in words), f"{what}: {error.value}"
 
 
 def bad_input() -> None:
-    x = inputs(torch.float32)
-    rank = dist.get_rank()
-    try:
-        K.VocabShard.of(x["weight"][:, : D - rank], dist.group.WORLD)
-    except ValueError as e:
-        assert "hidden size" in str(e) and f"[{D - 1}, {D}]" in str(e), e
-    else:
-        raise AssertionError("shards of different hidden sizes were taken")
-    shard = K.VocabShard.of(x["weight"][:SPLIT], dist.group.WORLD)
-    for op in ("linear_token_logprobs", "linear_nll"):
-        try:
-            getattr(K, op)(x["hidden"], x["weight"], x["labels"], shard=shard)
-        except ValueError as e:
-            assert op in str(e) and f"{SPLIT} rows" in str(e) and f"got {V}" in str(e), e
-        else:
-            raise AssertionError(f"{op}: a weight that is not the shard was taken")
-    labels = x["labels"].clone()
-    labels[7] = 2 * SPLIT
-    try:
-        K.linear_nll(x["hidden"], x["weight"][:SPLIT], labels, shard=shard)
-    except ValueError as e:
-        assert f"[0, {2 * SPLIT})" in str(e), e
-    else:
-        raise AssertionError("a label outside the whole vocabulary was taken")
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(12, 8), torch.arange(5)
+    rank, group = dist.get_rank(), dist.group.WORLD
+    refused("hidden sizes", lambda: K.VocabShard.of(weight[:, : 8 - rank], group), "hidden size", "[7, 8]")
+    refused("an empty shard", lambda: K.VocabShard.of(weight[: 12 * rank], group), "at least one row", "[0, 12]")
+    shard = K.VocabShard.of(weight[:4], group)
+    for op in (K.linear_token_logprobs, K.linear_nll):
+        refused(op.__name__, lambda op=op: op(hidden, weight, labels, shard=shard), op.__name__, "4 rows", "got 12")
+    refused("a label", lambda: K.linear_nll(hidden, weight[:4], labels + 4, shard=shard), "linear_nll", "[0, 8)")
+    refused("ref", lambda: K.linear_nll(hidden, weight[:4], labels, shard=shard, impl="ref"), "impl='ref'")
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        for op in ("linear_token_logprobs", "linear_nll", "linear_ppo_loss"):
-            compare(op, dtype)
-            if dist.get_rank() == 0:
-                print(f"ok {op} {dtype}")
+    say = print if dist.get_rank() == 0 else lambda *_: None
+    for name, cases in (
+        ("linear_token_logprobs", linear.LINEAR_LOGPROBS),
+        ("linear_nll", linear.LINEAR_NLL),
+        ("linear_ppo_loss", linear.LINEAR_PPO),
+    ):
+        whole = [case for case in cases if case.vocab > 1]
+        for case in whole:
+            getattr(linear, name)(sharded(getattr(K, name)), case)
+        say(f"ok {name}: {len(whole)} cases")
     bad_input()
-    if dist.get_rank() == 0:
-        print("ok bad input")
+    say("ok bad input")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
