@@ -4,13 +4,13 @@ delta_t = r_t + gamma*V_next - V_t ;  A_t = delta_t + gamma*lam*A_next ;  R_t = 
 after the end V_next is bootstrap (or 0) and A_next 0.
 
 A step is the affine map A -> a*A + b with (a, b) = (gamma*lam, delta), or (1, 0) where the mask is off; maps compose
-associatively, so a block of 4096 steps takes about log2(4096) dependent steps instead of 4096. The advantage at the
+associatively, so a block of 2048 steps takes about log2(2048) dependent steps instead of 2048. The advantage at the
 block's far end is carried to the next block. V_next of a masked sequence is the value of the next kept step: a second
 scan, "the last one seen", over the values one step later.
 Reads r, V (mask) once, writes A, R once: 16 B a token in fp32; the second read of V and mask, one step later, comes
-from L1. Small tensors, so what counts is latency: one launch, and 512 threads a sequence, so that 32768 tokens in one
-sequence are 8 blocks. The block is fixed, so a sequence's bits do not depend on the other sequences. Ends from
-cu_seqlens are cut to [0, N] before use.
+from L1. Small tensors, so what counts is latency: one launch, and blocks as large as registers allow (8 steps a thread,
+some 90 registers; 512 threads of as many steps spilled). The block is fixed, so a sequence's bits do not depend on the
+other sequences. Ends from cu_seqlens are cut to [0, N] before use.
 Left out on purpose: several programs a sequence (look-back between them), which only one very long sequence would gain
 from."""
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .launch_triton import launch, mask_bytes
 
-BLOCK = 4096
-WARPS = 16
+BLOCK = 2048
+WARPS = 8
 INTERPRETED_BLOCK = 128  # the interpreter walks a scan lane by lane in Python
 
 
@@ -46,9 +46,9 @@ def _at_end(x, lanes, BLOCK: tl.constexpr):
 @triton.jit
 def _kept(mask_ptr, at, inside):
     """1 where a step counts, as int32."""
-    if mask_ptr is None:
-        return inside.to(tl.int32)
-    return (tl.load(mask_ptr + at, mask=inside, other=0) != 0).to(tl.int32)
+    if mask_ptr is not None:
+        inside = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+    return inside.to(tl.int32)
 
 
 @triton.jit(

@@ -4,7 +4,7 @@ u = clamp(logprob - old, +-20), w = e^u: l = max(-A*w, -A*clip(w, 1-clip_low, 1+
 -A*dual_clip) ; times the importance weight. dl/dlogprob = -A*w where neither clip decides and u was not clamped, else
 0. A KL term is added with its gradient, the entropy bonus without (its gradient is one constant, see ppo_loss.py).
 Reads 12 to 25 B a token in fp32 and writes 4 B if a gradient is wanted, instead of eager torch's thirty launches or so.
-Sums: see reduce_triton.py (one launch up to 16384 tokens, two beyond). The gradient written is that of the masked sum;
+Sums: see reduce_triton.py (one launch up to 8192 tokens, two beyond). The gradient written is that of the masked sum;
 the backward scales it by `scale`, which only the end of this pass knows.
 Left out on purpose: atomics (order), and reading anything back."""
 

@@ -1,22 +1,23 @@
 # mypy: allow-untyped-defs
 """How losses and moments are summed over tokens: deterministic, whatever the number of multiprocessors.
 
-Up to ONE_PROGRAM tokens one program of 512 threads walks them all, 2048 at a time, and finishes: one launch, nothing
-to combine, no scratch. 16384 tokens of a loss are some 300 KB, a few microseconds for one multiprocessor, which is what
-a launch costs anyway. Beyond that each program sums one block of 2048 tokens into a row of scratch (torch.empty, never
-cleared), and a second launch of one program adds the rows in a fixed order. A counter with which the last program
-finishes would save that launch, but it must be zero beforehand: clearing it is a launch too, and one that resets itself
-is hidden state, shared by streams and left wrong by a kernel that was killed."""
+Up to ONE_PROGRAM tokens one program of 512 threads walks them all, 1024 at a time, and finishes: one launch, nothing
+to combine, no scratch. 8192 tokens of a loss are some 150 KB, a few microseconds for one multiprocessor, which is what
+a launch costs anyway. (2048 at a time would need more than the 128 registers that 512 threads may have.) Beyond that
+each program sums one block of 1024 tokens into a column of scratch (torch.empty, never cleared), and a second launch of
+one program adds the columns in a fixed order. A counter with which the last program finishes would save that launch,
+but it must be zero beforehand: clearing it is a launch too, and one that resets itself is hidden state, shared by
+streams and left wrong by a kernel that was killed."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
+BLOCK = 1024
 WARPS = 16
-ONE_PROGRAM = 16384
-ROWS = 256  # of scratch, at a time, in the second launch
+ONE_PROGRAM = 8192
+ROWS = 256  # programs whose results the second launch adds at a time
 
 
 def programs(n: int) -> tuple[int, int]:
@@ -25,7 +26,7 @@ def programs(n: int) -> tuple[int, int]:
 
 
 def scratch(like: Tensor, columns: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    """One row of partial results for each of `count` programs; None where one program finishes by itself."""
+    """A column of partial results for each of `count` programs; None where one program finishes by itself."""
     return None if count == 1 else like.new_empty((columns, count), dtype=dtype)
 
 
@@ -33,19 +34,19 @@ def scratch(like: Tensor, columns: int, count: int, dtype: torch.dtype = torch.f
 def kept(mask_ptr, at, stop):
     """Which of the tokens `at` count."""
     inside = at < stop
-    if mask_ptr is None:
-        return inside
-    return tl.load(mask_ptr + at, mask=inside, other=0) != 0
+    if mask_ptr is not None:
+        inside = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+    return inside
 
 
 @triton.jit
-def total(scratch_ptr, column, count, ROWS: tl.constexpr):
-    """Sum of a column of scratch, rows in order."""
+def total(scratch_ptr, result, count, ROWS: tl.constexpr):
+    """Sum of one of the results over programs, in order."""
     lanes = tl.arange(0, ROWS)
     sums = tl.zeros((ROWS,), tl.float32)
     for start in range(0, count, ROWS):
         at = start + lanes
-        sums += tl.load(scratch_ptr + column * count + at, mask=at < count, other=0.0)
+        sums += tl.load(scratch_ptr + result * count + at, mask=at < count, other=0.0)
     return tl.sum(sums, 0)
 
 

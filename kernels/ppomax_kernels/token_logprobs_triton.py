@@ -25,7 +25,9 @@ from torch import Tensor
 from . import checks
 from .launch_triton import launch
 from .math_triton import LOG2E, narrow, tanh
+from .vocab_shard import FOREIGN as FOREIGN_LABEL
 
+FOREIGN = tl.constexpr(FOREIGN_LABEL)  # a label in another rank's shard: the row counts, without a label here
 ROWS = ["inner", "labels_outer", "labels_inner"]
 
 
@@ -87,12 +89,12 @@ def _token_logprobs_kernel(
     total = tl.where(dead, 1.0, total)  # dead: -inf throughout, or skipped
     log_total = tl.log(total)
     logprob = tl.where(dead, float("-inf"), (picked - tl.where(dead, 0.0, top)) * per_nat - log_total)
-    logprob = tl.where(valid, logprob, float("nan"))
+    logprob = tl.where(valid, logprob, tl.where(label == FOREIGN, 0.0, float("nan")))
     tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
     tl.store(lse_ptr + row, tl.where(keep, tl.where(dead, float("-inf"), top * per_nat + log_total), 0.0))
     if entropy_ptr is not None:
         entropy = log_total - weighted / total * per_nat
-        tl.store(entropy_ptr + row, tl.where(keep, tl.where(dead, 0.0, tl.where(valid, entropy, float("nan"))), 0.0))
+        tl.store(entropy_ptr + row, tl.where(keep, tl.where(dead, 0.0, entropy), 0.0))
 
 
 @triton.jit(
@@ -125,9 +127,10 @@ def _token_logprobs_backward_kernel(
     redo = live & (tl.abs(lse) > REDO)
     if redo:
         top, total, _ = row_stats(row_ptr, V, per_nat * LOG2E, softcap, BLOCK, SOFTCAP, False)
-        center = top
-        rest = tl.log(total)
-    g = tl.where((label < 0) | (label >= V), float("nan"), g)  # no label of V: NaN, as in the forward
+        whole = tl.abs(top * per_nat + tl.log(total) - lse) <= 1e-6 * tl.abs(lse)  # else lse is of all shards of V
+        center = tl.where(whole, top, center)
+        rest = tl.where(whole, tl.log(total), rest)
+    g = tl.where(((label < 0) & (label != FOREIGN)) | (label >= V), float("nan"), g)  # no label: NaN as in the forward
     end = tl.where(live, V, 0)
     lanes = tl.arange(0, BLOCK)
     ahead = tl.load(row_ptr + lanes, mask=lanes < end, other=0.0)

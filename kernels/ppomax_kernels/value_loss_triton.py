@@ -2,7 +2,7 @@
 """Clipped value loss, all its metrics and each token's gradient, in one pass over the tokens.
 l = 1/2 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) ; dl/dV = V - R, or 0 where the clipped error is
 the larger one. Reads 12 B a token in fp32 (13 with a mask), writes 4 B if a gradient is wanted. Sums: see
-reduce_triton.py (one launch up to 16384 tokens, two beyond). The gradient written is that of the masked sum; the
+reduce_triton.py (one launch up to 8192 tokens, two beyond). The gradient written is that of the masked sum; the
 backward scales it by `scale`.
 Inside the clip interval V_old + (V - V_old) is V itself, not its rounding: else rounding would count as clipping."""
 

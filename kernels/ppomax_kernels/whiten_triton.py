@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """Masked moments (count, mean, sum of squared deviations), and the map (x - mean) / sqrt(var + eps) with them.
-Moments read x once, 4 B an element, in fp64 from the first sum on: each block of 2048 has its own mean and deviations
-from it, and blocks are combined in order by Chan's rule, so a large mean costs no digits. One launch up to 16384
+Moments read x once, 4 B an element, in fp64 from the first sum on: each block of 1024 has its own mean and deviations
+from it, and blocks are combined in order by Chan's rule, so a large mean costs no digits. One launch up to 8192
 elements, two beyond (see reduce_triton.py). The map reads x again and writes it: one launch, no read-back of moments.
 Left out on purpose: one kernel for both, which would need every program to wait for all others."""
 

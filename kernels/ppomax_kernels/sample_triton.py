@@ -1,0 +1,182 @@
+# mypy: allow-untyped-defs
+"""One token a row from softmax(logits/temperature), cut to the top k and then to the top p; one program a row.
+
+Nothing is sorted. Logits x keep the order of z = x/temperature, so both cuts are thresholds on x, found by halving the
+interval of values: each pass over the row sums the weight (1 for top k, e for top p) at or above the middle, and the
+new bound is the nearest logit itself, so the search ends, on a logit, after some 15 to 20 passes of a 32000-word row.
+Then a pass for the total, one for the block in which the cumulative weight passes u * total, and a scan of that block
+alone. Statistics of softmax(logits) come with the first pass.
+HBM reads V once (2 B a logit in bf16); all further passes find the row in L2 (64 rows of 152k bf16 logits are 20 MB).
+Sums are fp32 a lane and fp64 across lanes. u is Philox4x32-10 with the seed as key and the position as counter, so a
+row's draw does not depend on its batch. Rows with NaN, +inf or nothing above -inf give token -1 and NaN.
+Left out on purpose: several programs a row, which would pay for few rows only."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch_triton import launch
+from .math_triton import LOG2E
+from .token_logprobs_triton import row_stats
+
+
+@triton.jit
+def _uniform(seed, position):
+    """(first word of Philox4x32-10 >> 8, plus 1/2) / 2^24, as fp64: exact, and in (0, 1)."""
+    low = 0xFFFFFFFF
+    k0 = seed & low
+    k1 = (seed >> 32) & low
+    c0 = (position & low).to(tl.uint64)
+    c1 = ((position >> 32) & low).to(tl.uint64)
+    c2 = c0 * 0
+    c3 = c0 * 0
+    k0 = k0.to(tl.uint64)
+    k1 = k1.to(tl.uint64)
+    for _ in tl.static_range(10):
+        product0 = c0 * 0xD2511F53
+        product1 = c2 * 0xCD9E8D57
+        c0 = (product1 >> 32) ^ c1 ^ k0
+        c2 = (product0 >> 32) ^ c3 ^ k1
+        c1 = product1 & low
+        c3 = product0 & low
+        k0 = (k0 + 0x9E3779B9) & low
+        k1 = (k1 + 0xBB67AE85) & low
+    return ((c0 >> 8).to(tl.int32).to(tl.float64) + 0.5) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _weight(x, top, scale):
+    return tl.exp2((x - top) * scale)
+
+
+@triton.jit
+def _at_or_above(row_ptr, end, middle, top, scale, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """(weight of the logits >= middle, the lowest of them, the highest logit below)."""
+    lanes = tl.arange(0, BLOCK)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    above = tl.full((BLOCK,), float("inf"), tl.float32)
+    below = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, end, BLOCK):
+        x = tl.load(row_ptr + start + lanes, mask=start + lanes < end, other=float("-inf")).to(tl.float32)
+        inside = x >= middle
+        if COUNT:
+            weight += tl.where(inside, 1.0, 0.0)
+        else:
+            weight += tl.where(inside, _weight(x, top, scale), 0.0)
+        above = tl.minimum(above, tl.where(inside, x, float("inf")))
+        below = tl.maximum(below, tl.where(inside, float("-inf"), x))
+    return tl.sum(weight.to(tl.float64), 0), tl.min(above, 0), tl.max(below, 0)
+
+
+@triton.jit
+def _threshold(row_ptr, end, wanted, low, top, scale, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest logit t >= low such that the logits >= t weigh `wanted` or more; low, a logit, if there is none."""
+    high = top
+    while low < high:
+        middle = 0.5 * low + 0.5 * high
+        middle = tl.where(middle > low, middle, high)
+        weight, above, below = _at_or_above(row_ptr, end, middle, top, scale, COUNT, BLOCK)
+        enough = weight >= wanted
+        low = tl.where(enough, above, low)
+        high = tl.where(enough, high, below)
+    return low
+
+
+@triton.jit
+def _draw(row_ptr, end, threshold, u, top, scale, BLOCK: tl.constexpr):
+    """(token, total weight): the first token whose cumulative weight passes u * total."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((), tl.float64)
+    for start in range(0, end, BLOCK):
+        x = tl.load(row_ptr + start + lanes, mask=start + lanes < end, other=float("-inf")).to(tl.float32)
+        total += tl.sum(tl.where(x >= threshold, _weight(x, top, scale), 0.0).to(tl.float64), 0)
+    goal = u * total
+    so_far = tl.zeros((), tl.float64)
+    before = tl.zeros((), tl.float64)
+    block = tl.zeros((), tl.int32)
+    for start in range(0, end, BLOCK):
+        x = tl.load(row_ptr + start + lanes, mask=start + lanes < end, other=float("-inf")).to(tl.float32)
+        here = tl.sum(tl.where(x >= threshold, _weight(x, top, scale), 0.0).to(tl.float64), 0)
+        passes = (so_far <= goal) & (so_far + here > goal)  # once: sums are those of `total`, in its order
+        block = tl.where(passes, start, block)
+        before = tl.where(passes, so_far, before)
+        so_far += here
+    x = tl.load(row_ptr + block + lanes, mask=block + lanes < end, other=float("-inf")).to(tl.float32)
+    weight = tl.where(x >= threshold, _weight(x, top, scale), 0.0)
+    hit = (weight > 0.0) & (before + tl.cumsum(weight.to(tl.float64), 0) > goal)
+    first = tl.min(tl.where(hit, lanes, BLOCK), 0)
+    last = tl.max(tl.where(weight > 0.0, lanes, 0), 0)  # the scan may round to just under the block's sum
+    return block + tl.minimum(first, last), total
+
+
+@triton.jit
+def _first_of(row_ptr, end, value, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    first = tl.zeros((), tl.int32) + end
+    for start in range(0, end, BLOCK):
+        x = tl.load(row_ptr + start + lanes, mask=start + lanes < end, other=float("-inf")).to(tl.float32)
+        first = tl.minimum(first, tl.min(tl.where(x == value, start + lanes, end), 0))
+    return first
+
+
+@triton.jit(do_not_specialize=["top_k"], do_not_specialize_on_alignment=["seeds_ptr", "positions_ptr"])
+def _sample_kernel(
+    logits_ptr, seeds_ptr, positions_ptr, token_ptr, logprob_ptr, plain_ptr, entropy_ptr, V, stride, temperature, top_k,
+    top_p, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    top, plain_total, weighted = row_stats(row_ptr, V, LOG2E, 1.0, BLOCK, False, True)
+    good = plain_total > 0.0  # NaN: a NaN or +inf logit; 0: nothing above -inf
+    end = tl.where(good, V, 0)
+    top = tl.where(good, top, 0.0)
+    logprob = tl.zeros((), tl.float32)
+    if GREEDY:
+        token = _first_of(row_ptr, end, top, BLOCK)
+    else:
+        scale = LOG2E / temperature
+        threshold = tl.full((), float("-inf"), tl.float32)
+        if TOP_K or TOP_P:
+            least = -3.4028234663852886e38  # of finite floats: the first pass gives the lowest logit, and all weight
+            everything, threshold, _ = _at_or_above(row_ptr, end, least, top, scale, False, BLOCK)
+            threshold = tl.where(good, threshold, top)
+            if TOP_K:
+                threshold = _threshold(row_ptr, end, top_k, threshold, top, scale, True, BLOCK)
+                everything, threshold, _ = _at_or_above(row_ptr, end, threshold, top, scale, False, BLOCK)
+                threshold = tl.where(good, threshold, top)
+            if TOP_P:
+                threshold = _threshold(row_ptr, end, top_p * everything, threshold, top, scale, False, BLOCK)
+        u = _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+        token, total = _draw(row_ptr, end, threshold, u, top, scale, BLOCK)
+        total = tl.where(good, total, 1.0).to(tl.float32)
+        picked = tl.load(row_ptr + token, mask=good, other=0.0).to(tl.float32)
+        logprob = tl.minimum((picked - top) / temperature - tl.log(total), 0.0)
+    plain_total = tl.where(good, plain_total, 1.0)
+    picked = tl.load(row_ptr + token, mask=good, other=0.0).to(tl.float32)
+    plain = picked - top - tl.log(plain_total)
+    entropy = tl.log(plain_total) - weighted / plain_total
+    tl.store(token_ptr + row, tl.where(good, token.to(tl.int64), -1))
+    tl.store(logprob_ptr + row, tl.where(good, logprob, float("nan")))
+    tl.store(plain_ptr + row, tl.where(good, plain, float("nan")))
+    tl.store(entropy_ptr + row, tl.where(good, entropy, float("nan")))
+
+
+def constants(vocab: int) -> dict[str, int]:
+    """Few rows and many dependent passes: as many threads a row as can keep 16 logits each in registers."""
+    return {"BLOCK": 8192, "num_warps": 16} if vocab > 2048 else {"BLOCK": 2048, "num_warps": 4}
+
+
+def sample_triton(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, vocab = logits.shape
+    token = logits.new_empty((rows,), dtype=torch.int64)
+    logprob, plain_logprob, entropy = (logits.new_empty((rows,), dtype=torch.float32) for _ in range(3))
+    if rows:
+        launch(
+            _sample_kernel, (rows,), logits, seeds, positions, token, logprob, plain_logprob, entropy, vocab,
+            logits.stride(0), temperature, top_k, top_p, GREEDY=temperature == 0.0, TOP_K=0 < top_k < vocab,
+            TOP_P=top_p < 1.0, **constants(vocab),
+        )  # fmt: skip
+    return token, logprob, plain_logprob, entropy
