@@ -209,6 +209,7 @@ def linear_ppo_loss(
     )  # fmt: skip
     if name == "ref":
         chunks.refuse_shard(op, shard)
+        chunks.check_labels(op, labels, weight, ignore_index, None)
         keep = labels != ignore_index if mask is None else (labels != ignore_index) & mask.bool()
         counted = labels.masked_fill(~keep, ignore_index)
         logprobs, entropy, _ = reference.linear_token_logprobs(

@@ -262,6 +262,7 @@ def linear_token_logprobs(
     name = pick(op, impl, hidden.device, FORWARD)
     if name == "ref":
         chunks.refuse_shard(op, shard)
+        chunks.check_labels(op, labels, weight, ignore_index, None)
         logprobs, entropy, _ = reference.linear_token_logprobs(
             hidden, weight, labels, bias, temperature, cap, return_entropy, ignore_index
         )

@@ -140,8 +140,8 @@ def token_logprobs(
     of each row.
 
     logits: (..., V) float32, bfloat16 or float16; the last dimension contiguous, rows may be strided (a slice such as
-    `logits[:, :-1]` needs no
-        copy). labels: (...) int64, 0 <= label < V; `ignore_index` marks rows to skip.
+    `logits[:, :-1]` needs no copy). labels: (...) int64, 0 <= label < V; `ignore_index` marks rows to skip. (The label
+    -2**63 is taken: in a shard of the vocabulary it means a word of another shard, and gives logprob 0.)
     softcap: replaces logits by `softcap * tanh(logits / softcap)` before the temperature.
     Returns logprobs (...) float32 in nats, or (logprobs, entropy) with `return_entropy`; both differentiable with
     respect to logits. Skipped rows give 0, and gradient 0. A label whose logit is -inf gives -inf. A row of nothing
