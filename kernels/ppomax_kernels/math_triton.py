@@ -25,7 +25,7 @@ def tanh(x):
     size = tl.abs(x)
     s = x * x
     near = (((-5.999644594e-3 * s + 2.092987663e-2) * s - 5.383667625e-2) * s + 1.333267667e-1) * s - 3.333332804e-1
-    far = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * size) + 1.0)
+    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
     return tl.where(size < 0.625, x + x * s * near, tl.where(x < 0.0, -far, far))
 
 
