@@ -67,13 +67,14 @@ class CollapseAlarm:
         now = means(self._window)
         if len(self._first) < self.config.alarm_baseline_steps:
             self._first.append(metrics)
+            full = len(self._window) == self.config.alarm_window
+            self.signs = list(self._kl_signs(now)) if full else []  # the KL alone has a limit that needs no start
         else:
             start = means(self._first)
             counted = [*self._length(start, now), *self._entropy(start, now), *self._kl_signs(now)]
             self.signs = [*counted, *further(start, now)]
-            self.raised = len({s.kind for s in counted}) >= 2
-        if KL in now:
-            self._kl.append(now[KL])
+            self._kl.extend([now[KL]] if KL in now else [])
+        self.raised = len({sign.kind for sign in self.signs if sign.counted}) >= 2
         return self.raised and not before
 
     def _length(self, start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:

@@ -33,7 +33,7 @@ GLANCE = {
     "val/explained_var": "critic's explained variance",
 }
 STABILITY = {
-    "objective/scores": "Score (band: p5 to p95)",
+    "objective/scores": "Score",
     "objective/kl_per_token": "KL to the start model, nats a token",
     "rollout/ref_perplexity": "Response perplexity, start model",
     "rollout/length": "Response length, tokens",
@@ -57,6 +57,10 @@ LEARNING = {
     "lr": "Learning rate, policy",
     "perf/tokens_per_second": "Response tokens a second in the rollout",
 }
+
+
+FLOORS = {"val/explained_var": -1.0}
+"""Below this a panel shows nothing: an untrained critic would squeeze the rest."""
 
 
 @dataclass(frozen=True)
@@ -221,11 +225,16 @@ def panels(runs: Sequence[Run], metrics: dict[str, str]) -> str:
     for metric, title in metrics.items():
         curves = [curve(run, metric, band=len(runs) == 1) for run in runs]
         drawn = [c for c in curves if c.values]
-        if not drawn:
-            continue
+        if not any(value for c in drawn for value in c.values):
+            continue  # not there, or switched off in all runs
         monitor = runs[0].config.get("monitor") or {}
         limit = monitor.get("alarm_kl") if metric == "objective/kl_per_token" else None
-        out.append(figure(title, plots.curve_panel(drawn, limit=limit)))
+        out.append(
+            figure(
+                title + (" (band: p5 to p95)" if drawn[0].low else ""),
+                plots.curve_panel(drawn, limit=limit, floor=FLOORS.get(metric)),
+            )
+        )
     return f"{legend(runs)}<div class=grid>{''.join(out)}</div>"
 
 
@@ -244,16 +253,18 @@ def curve(run: Run, metric: str, *, band: bool) -> plots.Curve:
 
 
 def score_histograms(runs: Sequence[Run]) -> str:
-    """Score distribution of the first and the last buffer that was kept."""
+    """Score distribution of the first and the last buffer that was kept, on one axis for all runs."""
+    kept = [run for run in runs if run.scores]
+    if not kept:
+        return section("Scores of one buffer", "<p class=faint>The runs kept no scores.</p>")
+    everything = [x for run in kept for row in (run.scores[0], run.scores[-1]) for x in row["scores"]]
     out = []
-    for run in runs:
-        if run.scores:
-            first, last = run.scores[0], run.scores[-1]
-            groups = [(f"step {first['step']}", first["scores"], plots.FAINT)]
-            groups += [(f"step {last['step']}", last["scores"], run.colour)] if last is not first else []
-            out.append(figure(run.name, plots.histogram(groups)))
-    body = f"<div class='grid wide'>{''.join(out)}</div>" if out else "<p class=faint>The runs kept no scores.</p>"
-    return section("Scores of one buffer", body)
+    for run in kept:
+        first, last = run.scores[0], run.scores[-1]
+        groups = [(f"step {first['step']}", first["scores"], plots.FAINT)]
+        groups += [(f"step {last['step']}", last["scores"], run.colour)] if last is not first else []
+        out.append(figure(run.name, plots.histogram(groups, (min(everything), max(everything)))))
+    return section("Scores of one buffer", f"<div class='grid wide'>{''.join(out)}</div>")
 
 
 def phase_times(runs: Sequence[Run]) -> str:
@@ -289,14 +300,14 @@ def sample_table(runs: Sequence[Run]) -> str:
         return section("Samples", "<p class=faint>The run kept no samples (monitor.samples_every: 0).</p>")
     first = by_prompt(runs[0].samples, last=False)
     ends = [by_prompt(run.samples, last=True) for run in runs]
-    heads = "".join(f"<th>{tag(run)} at step {max((r['step'] for r in run.samples), default=0)}" for run in runs)
+    heads = "".join(f"<th>{tag(run)} after step {max((r['step'] for r in run.samples), default=0)}" for run in runs)
     rows = ""
     for prompt, start in first.items():
         cells = "".join(f"<td>{response(end.get(prompt))}" for end in ends)
         rows += f"<tr><td class=prompt>{esc(prompt)}<td>{response(start)}{cells}"
     return section(
         "Samples",
-        f"<table class=texts><tr><th>prompt<th>at step {runs[0].samples[0]['step']}{heads}{rows}</table>"
+        f"<table class=texts><tr><th>prompt<th>start, step {runs[0].samples[0]['step']}{heads}{rows}</table>"
         + "".join(sample_history(run) for run in runs),
     )
 
@@ -327,7 +338,8 @@ def response(row: dict[str, Any] | None) -> str:
     if row is None:
         return "<span class=faint>–</span>"
     cut = "" if row.get("finished", True) else " <span class=faint>[cut]</span>"
-    return f"{esc(row['response'])}{cut} <span class=score>{row['score']:.2f}</span>"
+    text = esc(row["response"]) if row["response"].strip() else "<span class=faint>(empty)</span>"
+    return f"{text}{cut} <span class=score>{row['score']:.2f}</span>"
 
 
 def configuration(runs: Sequence[Run]) -> str:

@@ -51,13 +51,16 @@ class Curve:
     """Steps of alarms, drawn as dashed verticals."""
 
 
-def curve_panel(curves: Sequence[Curve], *, limit: float | None = None) -> str:
-    """Lines over steps; `limit`: a dotted horizontal where the alarm's threshold lies, drawn if it is near the data."""
+def curve_panel(curves: Sequence[Curve], *, limit: float | None = None, floor: float | None = None) -> str:
+    """Lines over steps; `limit`: a dotted horizontal where the alarm's threshold lies, drawn if it is near the data;
+    `floor`: nothing below it is shown."""
 
     def draw(axes: Any) -> None:
         for curve in curves:
             _draw_curve(axes, curve)
         low, high = axes.get_ylim()
+        if floor is not None and low < floor:
+            axes.set_ylim(bottom=floor)
         if limit is not None and low <= limit <= high + 0.5 * (high - low):
             axes.axhline(limit, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set_xlabel("step")
@@ -89,10 +92,9 @@ def moving_mean(values: Sequence[float], width: int) -> list[float]:
     return out
 
 
-def histogram(groups: Sequence[tuple[str, Sequence[float], str]], bins: int = 28) -> str:
-    """Distributions of scores on shared bins: (label, scores, colour) each, as shares of the responses."""
-    everything = [x for _, scores, _ in groups for x in scores]
-    low, high = min(everything), max(everything)
+def histogram(groups: Sequence[tuple[str, Sequence[float], str]], span: tuple[float, float], bins: int = 28) -> str:
+    """Distributions of scores on shared bins over `span`: (label, scores, colour) each, as shares of the responses."""
+    low, high = span
     width = (high - low) / bins or 1.0
     edges = [low + i * width for i in range(bins + 1)]
 
@@ -121,7 +123,7 @@ def phase_bars(runs: Sequence[tuple[str, dict[str, float]]]) -> str:
                 seconds = times.get(metric, 0.0)
                 axes.barh(row, seconds, left=left, height=0.55, color=colour, label=label if row == 0 else None)
                 left += seconds
-            axes.text(left, row, f"  {left:.2g} s", va="center", color=INK, fontsize=8)
+            axes.annotate(f"{left:.2f} s", (left, row), (6, 0), textcoords="offset points", va="center", color=INK)
         axes.set_yticks(range(len(runs)), [name for name, _ in runs], color=INK)
         axes.set_ylim(len(runs) - 0.4, -0.6)
         axes.set_xlabel("seconds a step, mean")
