@@ -5,7 +5,6 @@ summed over chunks in float32."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,36 +82,50 @@ class Logits:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
         return out[:n]
 
+    def full(self, dlogits: Tensor) -> Tensor:
+        """`dlogits`, which were made in place, in the shape of every GEMM: with `invariant` the rows of padding too."""
+        return dlogits if self.padded is None else self.buffer
+
 
 class Gradients:
-    """dhidden, dweight (float32) and dbias (float32), each only if wanted, gathered chunk by chunk."""
+    """dhidden, dweight (float32) and dbias (float32), each only if wanted, gathered chunk by chunk from the `n` rows
+    that count."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool], complete: bool) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool], n: int) -> None:
         self.weight = weight
-        empty = hidden.new_empty(0)
-        fresh: Any = torch.empty_like if complete else torch.zeros_like
-        self.dhidden = fresh(hidden, memory_format=torch.contiguous_format) if need[0] else empty
-        self.dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if need[1] else empty
-        self.dbias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if need[2] else empty
         self.need = need
+        empty = hidden.new_empty(0)
+        every_row = n == hidden.shape[0]
+        self.dhidden = (hidden.new_empty if every_row else hidden.new_zeros)(hidden.shape) if need[0] else empty
+        f32 = torch.float32
+        self.dweight = (weight.new_empty if n else weight.new_zeros)(weight.shape, dtype=f32) if need[1] else empty
+        self.dbias = weight.new_zeros(weight.shape[0], dtype=f32) if need[2] else empty
+        self.first = True
 
-    def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows) -> None:
+    def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows, logits: Logits) -> None:
         if self.need[0]:
-            rows.put(self.dhidden, torch.mm(dlogits, self.weight))
+            rows.put(self.dhidden, torch.mm(logits.full(dlogits), self.weight)[: dlogits.shape[0]])
         if self.need[1]:
-            add_product(self.dweight, dlogits, hidden)
+            add_product(self.dweight, dlogits, hidden, self.first)
         if self.need[2]:
             self.dbias += dlogits.sum(0, dtype=torch.float32)
+        self.first = False
 
 
-def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """`total += dlogits.T @ hidden`, accumulated and added in float32 whatever the inputs are."""
-    if dlogits.dtype == torch.float32:
-        total.addmm_(dlogits.t(), hidden)
-    elif dlogits.device.type == "cuda":
-        torch.addmm(total, dlogits.t(), hidden, out_dtype=torch.float32, out=total)
-    else:  # CPU GEMMs in bfloat16 round their result to bfloat16: chunk after chunk that would add up
-        total.addmm_(dlogits.float().t(), hidden.float())
+def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+    """`total += dlogits.T @ hidden` (`=` for the first), accumulated and added in float32 whatever the inputs are."""
+    if dlogits.device.type == "cuda" and dlogits.dtype != torch.float32:
+        if first:
+            torch.mm(dlogits.t(), hidden, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, dlogits.t(), hidden, out_dtype=torch.float32, out=total)
+        return
+    # CPU GEMMs in bfloat16 round their result to bfloat16: chunk after chunk that would add up.
+    a, b = dlogits.float().t(), hidden.float()
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 def check(

@@ -36,7 +36,7 @@ def loss_and_gradients(
 ) -> tuple[list[Tensor], list[Tensor], Gradients]:
     """Losses and figures of each chunk, and the gradients. `head` is temperature, softcap, ignore_index; `walk`
     tokens per chunk, invariant."""
-    grads = Gradients(hidden, weight, need, index is None)
+    grads = Gradients(hidden, weight, need, n)
     logits = Logits(weight, bias, walk[0], n, walk[1])
     local = labels if shard is None else shard.local_labels(labels, head[2])
     losses, figures = [], []
@@ -51,7 +51,7 @@ def loss_and_gradients(
             losses.append(loss)
             figures.append(figure)
             if any(need):
-                grads.add(BACKWARD[impl](dlogprobs, dentropy, z, y, lse, entropy, *head, z), h, rows)
+                grads.add(BACKWARD[impl](dlogprobs, dentropy, z, y, lse, entropy, *head, z), h, rows, logits)
     if shard is not None and need[0]:
         shard.sum(grads.dhidden)
     return losses, figures, grads

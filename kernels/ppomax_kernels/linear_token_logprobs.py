@@ -78,7 +78,7 @@ def rows_backward(
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index, n = chunks.kept_rows(labels != ignore_index, kept)
-    grads = Gradients(hidden, weight, (need_hidden, need_weight, need_bias), index is None)
+    grads = Gradients(hidden, weight, (need_hidden, need_weight, need_bias), n)
     logits = Logits(weight, bias, chunk, n, invariant)
     local = labels if shard is None else shard.local_labels(labels, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -89,7 +89,7 @@ def rows_backward(
                 rows.of_maybe(dlogprobs), rows.of_maybe(dentropy), z, y, rows.of(lse), rows.of(entropy) if dentropy is
                 not None else entropy, temperature, softcap, ignore_index, z,
             )  # fmt: skip
-            grads.add(dz, h, rows)
+            grads.add(dz, h, rows, logits)
     if shard is not None and need_hidden:
         shard.sum(grads.dhidden)
     return grads.dhidden, grads.dweight, grads.dbias
