@@ -3,6 +3,7 @@ from."""
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +98,18 @@ class Call:
         given = {**arguments(self.impl.device, self.n)[self.op], **changed}
         return flat((function or getattr(K, self.op))(**given, impl=self.impl.name))
 
-    def both(self, function: Callable[..., Any] | None = None, **changed: Any) -> list[Tensor]:
-        """Outputs and gradients of the differentiable arguments, upstream gradients being 1, 2, 3 ... for each
-        output."""
+    def both(
+        self,
+        function: Callable[..., Any] | None = None,
+        within: AbstractContextManager[Any] | None = None,
+        **changed: Any,
+    ) -> list[Tensor]:
+        """Outputs and gradients of the differentiable arguments, upstream gradients being 1, 2, 3 ... for each output.
+        The forward runs within the given context."""
         given = {**arguments(self.impl.device, self.n)[self.op], **changed}
         wanted = {name: leaf(given[name]) for name in WANTS.get(self.op, ()) if given.get(name) is not None}
-        out = flat((function or getattr(K, self.op))(**{**given, **wanted}, impl=self.impl.name))
+        with within or nullcontext():
+            out = flat((function or getattr(K, self.op))(**{**given, **wanted}, impl=self.impl.name))
         if not wanted:
             return out
         live = [x for x in out if x.requires_grad]
