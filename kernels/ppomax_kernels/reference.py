@@ -63,7 +63,8 @@ def linear_token_logprobs(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keep = labels != ignore_index  # an ignored row is not read: NaN there is harmless
-    logits = torch.where(keep.unsqueeze(-1), _f(hidden), 0.0) @ _f(weight).T
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to its dtype
+        logits = torch.where(keep.unsqueeze(-1), _f(hidden), 0.0) @ _f(weight).T
     if bias is not None:
         logits = logits + _f(bias)
     return token_logprobs(logits, labels, temperature, softcap, entropy, ignore_index)
