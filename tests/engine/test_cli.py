@@ -237,3 +237,17 @@ def test_build_default_s_steps_reach_each_of_its_stages(monkeypatch, tmp_path):
     assert (seen[0].lm_steps, seen[0].sft_steps, seen[0].reward_steps) == (7, 7, 7)
     assert seen[0].out.startswith("runs/")
     assert seen[0].out.endswith("-build-default")
+
+
+@pytest.mark.parametrize(("command", "names"), [("sft", ["paper"]), ("reward-model", ["paper", "released"])])
+def test_the_stages_have_presets_of_their_own(command, names):
+    from ppomax.options import stage_presets
+    from ppomax.stages.reward_model import RewardModelConfig
+
+    cls = {"sft": SftConfig, "reward-model": RewardModelConfig}[command]
+    assert stage_presets(command) == names
+    for name in names:
+        config = Options(command, cls, RUN_FLAGS).parse(["--preset", name, "--model", "m", "--data", "d"])
+        assert config.optim.lr == pytest.approx({"sft": 9.5e-6, "reward-model": 5e-6}[command])
+    with pytest.raises(ConfigError, match=r"unknown preset 'papr'; did you mean paper\?"):
+        Options(command, cls, RUN_FLAGS).parse(["--preset", "papr"])

@@ -57,6 +57,8 @@ class EvaluateConfig:
     """Questions to the endpoint at once."""
     timeout: float = 60.0
     """Seconds to wait for an answer of the endpoint."""
+    retries: int = 4
+    """How often a question is asked again after a failure that may pass, 1, 2, 4 ... seconds later."""
     max_new_tokens: int = 48
     """Response limit in tokens, EOS included."""
     temperature: float = 1.0
@@ -81,6 +83,8 @@ class EvaluateConfig:
         require(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         require(self.workers >= 1, "workers", "at least 1", self.workers)
+        require(self.retries >= 0, "retries", "0 or more", self.retries)
+        require(self.timeout > 0, "timeout", "above 0", self.timeout)
         if self.judge == "function" and not self.function:
             raise ConfigError(
                 "config: judge is function, so function must be given (file.py:name or package.module:name)"
@@ -143,18 +147,7 @@ def wilson(rate: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def run_evaluation(config: EvaluateConfig) -> Evaluation:
     """Sample, judge, write evaluation.json. JudgeError if no prompt could be judged."""
-    judge = (
-        EndpointJudge(
-            config.endpoint or "",
-            config.endpoint_model or "",
-            config.criterion,
-            endpoint_key(config.api_key_env),
-            config.timeout,
-            workers=config.workers,
-        )
-        if config.judge == "endpoint"
-        else None
-    )
+    judge = endpoint_judge(config) if config.judge == "endpoint" else None  # before sampling: its address may be wrong
     (ours, our_tokenizer), (theirs, their_tokenizer) = answers(config.policy, config), answers(config.baseline, config)
     prompts = [a.prompt for a in ours]
     if judge:
@@ -172,6 +165,19 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     result = Evaluation(counts["win"], counts["tie"], counts["lose"], counts[None], out / "evaluation.json")
     result.path.write_text(json.dumps(as_json(result, config, ours, theirs, judged), indent=1), encoding="utf-8")
     return result
+
+
+def endpoint_judge(config: EvaluateConfig) -> EndpointJudge:
+    """The endpoint of the configuration, with the key of the environment."""
+    return EndpointJudge(
+        str(config.endpoint),
+        str(config.endpoint_model),
+        config.criterion,
+        endpoint_key(config.api_key_env),
+        config.timeout,
+        config.retries,
+        workers=config.workers,
+    )
 
 
 def as_json(

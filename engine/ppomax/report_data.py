@@ -1,0 +1,71 @@
+"""What a report reads of a run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppomax.alarm import History, history, means
+from ppomax.config import ConfigError, MonitorConfig, build
+from ppomax.config_io import read_yaml
+from ppomax.monitor import METRICS, SAMPLES, SCORES, read_jsonl
+
+END_STEPS = 5
+"""The end's figures are means over so many last steps; the start's are step 1, which the start policy sampled."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder."""
+
+    name: str
+    colour: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    """Rows of metrics.jsonl from step 1 on."""
+    pretraining: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+    history: History
+
+    @property
+    def start(self) -> dict[str, float]:
+        return means(self.rows[:1])
+
+    @property
+    def end(self) -> dict[str, float]:
+        return means(self.rows[-END_STEPS:])
+
+
+def read_run(folder: Path, name: str, colour: str) -> Run:
+    """Everything that the report says of the run in `folder`."""
+    rows = read_jsonl(folder / METRICS)
+    steps = [row for row in rows if row.get("step", 0) >= 1]
+    if not steps:
+        raise ConfigError(
+            f"report: {folder} holds no {METRICS} with a step in it; give the folder of a run that has begun"
+        )
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    monitor = build(MonitorConfig, config.get("monitor", {}))
+    return Run(
+        name,
+        colour,
+        config,
+        steps,
+        [row for row in rows if row.get("step") == 0],
+        read_jsonl(folder / SAMPLES),
+        read_jsonl(folder / SCORES),
+        history(steps, monitor),
+    )
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' last parts, with as many parents as tell them apart."""
+    paths = [Path(f).resolve().parts for f in folders]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(p[-depth:]) for p in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError("report: the same folder is given twice; name each run once")

@@ -1,0 +1,329 @@
+"""Win / tie / lose: scores, a Python function, and an endpoint that is a local HTTP server."""
+
+import json
+import math
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from ppomax.cli import main
+from ppomax.config_io import ConfigError
+from ppomax.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
+from ppomax.models import save_model
+from ppomax.rewards import RewardError
+from ppomax.stages.evaluate import EvaluateConfig, load_checkpoint, run_evaluation, wilson
+
+from tests.engine.tiny import tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Two policies, a reward model and prompts in the working directory; the flags that they make."""
+    monkeypatch.chdir(tmp_path)
+    tiny_assets(tmp_path)
+    save_model(tiny_policy(seed=3), tiny_tokenizer(), tmp_path / "other")
+    return {
+        "policy": "policy",
+        "baseline": "other",
+        "prompts": "prompts.jsonl",
+        "reward_model": "reward",
+        "max_new_tokens": 8,
+        "out": "out",
+    }
+
+
+def rows_of(folder="out"):
+    return json.loads((Path(folder) / "evaluation.json").read_text())
+
+
+# ---- the rates ------------------------------------------------------------------------------------------------------
+
+
+def test_wilson_interval_has_its_published_values():
+    # Newcombe 1998, table I, method 3: 81 of 263 gives 0.2553 to 0.3662, 0 of 20 gives 0 to 0.1611
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1.0, 20)[1] == 1.0
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    draws = torch.rand(4000, 50, generator=torch.Generator().manual_seed(0)) < 0.7
+    inside = sum(low <= 0.7 <= high for low, high in (wilson(float(x), 50) for x in draws.double().mean(1)))
+    assert inside / 4000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_scores_within_the_margin_tie():
+    verdicts = [j.verdict for j in compare_scores([1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 1.05], tie_margin=0.1)]
+    assert verdicts == ["win", "lose", "tie", "tie"]
+
+
+# ---- reward model and function --------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_judges_and_swapping_the_sides_swaps_the_outcome(job):
+    one = run_evaluation(EvaluateConfig(**job))
+    saved = rows_of()
+    two = run_evaluation(EvaluateConfig(**{**job, "policy": "other", "baseline": "policy"}))
+    assert (one.win, one.tie, one.lose) == (two.lose, two.tie, two.win)
+    assert one.win + one.tie + one.lose == len(saved["rows"]) == 12
+    for row in saved["rows"]:
+        better = row["score_policy"] - row["score_baseline"]
+        assert row["verdict"] == ("win" if better > 0 else "lose" if better < 0 else "tie")
+    assert saved["win_rate_95"] == pytest.approx(wilson(saved["win_rate"], 12))
+
+
+def test_a_checkpoint_ties_with_itself(job):
+    result = run_evaluation(EvaluateConfig(**{**job, "baseline": "policy"}))
+    assert (result.win, result.tie, result.lose, result.win_rate) == (0, 12, 0, 0.5)
+
+
+def test_the_score_is_the_reward_model_s_own(job):
+    from ppomax.models import load_reward_model
+    from ppomax.stages.evaluate import answers
+
+    run_evaluation(EvaluateConfig(**job))
+    given, _ = answers("policy", EvaluateConfig(**job))
+    model = load_reward_model("reward")
+    for answer, row in zip(given, rows_of()["rows"], strict=True):
+        tokens = torch.tensor(answer.prompt_ids + answer.response_ids)
+        score = model.scores(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+        assert row["score_policy"] == pytest.approx(float(score.detach()), abs=1e-4)
+
+
+def test_a_function_judges_as_it_scores(job):
+    Path("judge.py").write_text("def words(prompts, responses):\n    return [len(r.split()) for r in responses]\n")
+    run_evaluation(EvaluateConfig(**job, judge="function", function="judge.py:words"))
+    for row in rows_of()["rows"]:
+        assert (row["score_policy"], row["score_baseline"]) == (
+            len(row["policy"].split()),
+            len(row["baseline"].split()),
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('x')", "raised KeyError"),
+        ("return [1.0]", "gave 1 scores for 12"),
+        ("return [float('nan')] * 12", "nan"),
+        ("return ['a'] * 12", "one number for each"),
+    ],
+)
+def test_a_function_that_fails_is_named(job, body, said):
+    Path("judge.py").write_text(f"def bad(prompts, responses):\n    {body}\n")
+    with pytest.raises(RewardError, match=said):
+        run_evaluation(EvaluateConfig(**job, judge="function", function="judge.py:bad"))
+
+
+def test_a_run_s_checkpoint_is_read_whole(job):
+    engine = tiny_engine(tokenizer=tiny_tokenizer())
+    engine.sources["tokenizer"] = "policy"
+    with torch.no_grad():
+        engine.policy.module.lm_head.weight.mul_(1.5)
+    engine.save("run/checkpoints/step-000003")
+    model, tokenizer = load_checkpoint("run")
+    assert torch.equal(model.lm_head.weight, engine.policy.module.lm_head.weight)
+    assert tokenizer.eos_token_id == 2
+    assert torch.equal(load_checkpoint("run/checkpoints/step-000003")[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_the_command_prints_the_outcome(job, capsys):
+    flags = [f"--{name}={value}" for name, value in job.items()]
+    assert main(["evaluate", *flags]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"win \d+ +tie \d+ +lose \d+ +win rate \d+\.\d%", said)
+    assert "out/evaluation.json" in said
+    assert main(["evaluate", "--policy", "./gone", "--baseline", "policy", "--prompts", "prompts.jsonl"]) == 2
+    assert "gone" in capsys.readouterr().err
+
+
+def test_a_judge_without_its_parts_is_refused():
+    for knobs in ({"judge": "function"}, {"judge": "endpoint"}, {"judge": "endpoint", "endpoint": "http://x"}):
+        with pytest.raises(ConfigError, match="must be given"):
+            EvaluateConfig(policy="p", **knobs)
+
+
+# ---- the endpoint ---------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A chat endpoint on 127.0.0.1 that answers by `reply(question)`: text, or (status, text)."""
+
+    def __init__(self, reply):
+        self.questions, self.headers, lock = [], [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler):
+                question = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                with lock:
+                    self.questions.append(question)
+                    self.headers.append(dict(handler.headers) | {"path": handler.path})
+                given = reply(question["messages"][0]["content"])
+                status, text = given if isinstance(given, tuple) else (200, given)
+                body = (
+                    json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+                    if status == 200
+                    else text.encode()
+                )
+                handler.send_response(status)
+                if status == 302:
+                    handler.send_header("Location", "http://127.0.0.1:1/elsewhere")
+                handler.send_header("Content-Length", str(len(body)))
+                handler.end_headers()
+                handler.wfile.write(body)
+
+            def log_message(handler, *unused):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *unused):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def sides(question):
+    return [re.search(rf"<continuation_{x}>\n(.*?)\n</continuation_{x}>", question, re.S)[1] for x in "ab"]
+
+
+def longer(question):
+    a, b = map(len, sides(question))
+    return "VERDICT: " + ("A" if a > b else "B" if b > a else "C")
+
+
+def ask(server, **options):
+    judge = EndpointJudge(server.url, "m", "length", wait=0.01, **options)
+    return judge(["p1", "p2", "p3"], ["long one", "x", "same"], ["s", "longer", "emas"])
+
+
+def test_an_endpoint_judges_each_pair_in_both_orders():
+    with Server(longer) as server:
+        assert [j.verdict for j in ask(server)] == ["win", "lose", "tie"]
+    asked = sorted(tuple(sides(q["messages"][0]["content"])) for q in server.questions)
+    assert asked == sorted(
+        [("long one", "s"), ("s", "long one"), ("x", "longer"), ("longer", "x"), ("same", "emas"), ("emas", "same")]
+    )
+    assert all(q["model"] == "m" and "length" in q["messages"][0]["content"] for q in server.questions)
+    assert all(h["path"] == "/v1/chat/completions" for h in server.headers)
+
+
+def test_a_judge_that_always_takes_the_first_place_decides_nothing():
+    with Server(lambda question: "VERDICT: A") as server:
+        assert [j.verdict for j in ask(server)] == ["tie", "tie", "tie"]
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(job, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
+    with Server(longer) as server:
+        run_evaluation(
+            EvaluateConfig(**job, judge="endpoint", endpoint=server.url, endpoint_model="m", api_key_env="JUDGE_KEY")
+        )
+    assert all(h["Authorization"] == "Bearer sk-secret" for h in server.headers)
+    assert "sk-secret" not in Path("out/evaluation.json").read_text()
+    assert len(server.questions) == 24
+    verdicts = [(row["verdict"], len(row["policy"]) - len(row["baseline"])) for row in rows_of()["rows"]]
+    assert all(v == ("win" if gap > 0 else "lose" if gap < 0 else "tie") for v, gap in verdicts)
+
+
+def test_without_a_key_no_header_is_sent_and_plain_http_far_away_is_refused_with_one():
+    with Server(longer) as server:
+        ask(server)
+    assert not any("Authorization" in h for h in server.headers)
+    with pytest.raises(JudgeError, match="travel in clear"):
+        EndpointJudge("http://example.org/v1", "m", "c", key="k")
+    with pytest.raises(JudgeError, match=r"must be an http\(s\) address"):
+        EndpointJudge("ftp://example.org", "m", "c")
+
+
+def test_a_passing_failure_is_tried_again():
+    seen = []
+
+    def flaky(question):
+        seen.append(question)
+        return (503, "busy") if seen.count(question) < 3 else longer(question)
+
+    with Server(flaky) as server:
+        assert [j.verdict for j in ask(server)] == ["win", "lose", "tie"]
+    assert len(server.questions) == 18
+
+
+def test_a_lasting_failure_is_counted_and_an_unreadable_reply_too(caplog):
+    def broken(question):
+        return (500, "down") if "p1" in question else "no idea" if "p2" in question else longer(question)
+
+    with Server(broken) as server:
+        one, two, three = ask(server, retries=1)
+    assert [j.verdict for j in (one, two, three)] == [None, None, "tie"]
+    assert "500" in one.detail["reply"]
+    assert two.detail["reply"] == "no idea"
+    assert "2 of 3 prompts were not judged" in caplog.text
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "bad key"), (404, "no such model"), (302, "302")])
+def test_a_refusal_stops_at_once_and_says_why(status, said):
+    with Server(lambda question: (status, said)) as server, pytest.raises(JudgeError, match=f"{status}.*"):
+        ask(server)
+
+
+def test_no_verdict_at_all_is_an_error(job):
+    with Server(lambda question: "hm") as server, pytest.raises(JudgeError, match="none of 12 prompts could be judged"):
+        run_evaluation(EvaluateConfig(**job, judge="endpoint", endpoint=server.url, endpoint_model="m"))
+
+
+def test_an_address_where_nobody_answers_is_named_not_hung_on(job):
+    with pytest.raises(JudgeError, match=r"none of 1 prompts could be judged.*refused"):
+        run_evaluation(
+            EvaluateConfig(
+                **{**job, "limit": 1, "retries": 0}, judge="endpoint", endpoint="http://127.0.0.1:9", endpoint_model="m"
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("VERDICT: A", "A"),
+        ("I think so.\n**VERDICT: b**", "B"),
+        ("c", "C"),
+        ("A.", "A"),
+        ("A tie, I would say", None),
+        ("", None),
+        ("VERDICT: A ... on reflection VERDICT: B", "B"),
+        ("VERDICT: Neither", None),
+    ],
+)
+def test_verdicts_are_read_from_their_line_alone(reply, verdict):
+    assert read_verdict(reply) == verdict
+
+
+@pytest.mark.parametrize(
+    ("first", "swapped", "verdict"),
+    [
+        ("A", "B", "win"),
+        ("B", "A", "lose"),
+        ("A", "A", "tie"),
+        ("C", "C", "tie"),
+        ("A", "C", "win"),
+        ("C", "A", "lose"),
+        ("A", "?", None),
+    ],
+)
+def test_both_orders_make_one_judgement(first, swapped, verdict):
+    assert both_orders(first, swapped).verdict == verdict
+
+
+def test_rates_leave_out_what_was_not_judged(tmp_path):
+    from ppomax.stages.evaluate import Evaluation
+
+    result = Evaluation(win=3, tie=2, lose=1, unjudged=4, path=tmp_path)
+    assert result.win_rate == pytest.approx(4 / 6)
+    assert "4 not judged" in result.sentence()
+    assert math.isclose(result.interval[0], wilson(4 / 6, 6)[0])
