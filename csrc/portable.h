@@ -70,6 +70,19 @@ PPOMAX_INLINE float expm1_of(float x) {
 #endif
 }
 
+// e^x and e^x - 1 from one evaluation, for |x| <= 87.
+PPOMAX_INLINE void exp_pair(float x, float *exponential, float *minus_one) {
+#if defined(__CUDA_ARCH__)
+    *exponential = expf(x);
+    *minus_one = expm1f(x);
+#else
+    float s, q;
+    exp_parts(x, &s, &q);
+    *exponential = s * q + s;
+    *minus_one = s * q + (s - 1.0f);
+#endif
+}
+
 PPOMAX_INLINE float tanh_of(float x) {
 #if defined(__CUDA_ARCH__)
     return tanhf(x);

@@ -3,6 +3,7 @@
 
 #include "../kl_row.h"
 #include "convert.h"
+#include "vec.h"
 
 namespace ppomax {
 namespace PPOMAX_NS {
@@ -41,13 +42,6 @@ static void kl_gradient(const float *dkl, TypedArray logprobs, TypedArray ref, i
     }
 }
 
-// Eight sums side by side: a fixed order of additions that vectorises.
-constexpr int SUMS = 8;
-
-static inline double fold(const double *sums) {
-    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-}
-
 // At most BLOCK elements: mean first, then squared deviations from it.
 static void moments(TypedArray array, const uint8_t *mask, int64_t at, int64_t count, Moments *out) {
     float a[BLOCK], kept[BLOCK];
@@ -62,19 +56,17 @@ static void moments(TypedArray array, const uint8_t *mask, int64_t at, int64_t c
         }
         x = kept;
     }
-    double sums[SUMS] = {};
+    const double mean = m ? sum_of(x, m) / m : 0.0;
+    double squares[8] = {};
     int i = 0;
-    for (; i + SUMS <= m; i += SUMS)
-        for (int k = 0; k < SUMS; ++k) sums[k] += (double)x[i + k];
-    for (; i < m; ++i) sums[0] += (double)x[i];
-    const double mean = m ? fold(sums) / m : 0.0;
-    double squares[SUMS] = {};
-    for (i = 0; i + SUMS <= m; i += SUMS)
-        for (int k = 0; k < SUMS; ++k) squares[k] += ((double)x[i + k] - mean) * ((double)x[i + k] - mean);
+    for (; i + 8 <= m; i += 8)
+        for (int k = 0; k < 8; ++k) squares[k] += ((double)x[i + k] - mean) * ((double)x[i + k] - mean);
     for (; i < m; ++i) squares[0] += ((double)x[i] - mean) * ((double)x[i] - mean);
+    double m2 = 0.0;
+    for (int k = 0; k < 8; ++k) m2 += squares[k];
     out->count = m;
     out->mean = mean;
-    out->m2 = fold(squares);
+    out->m2 = m2;
 }
 
 static void whiten(TypedArray array, const uint8_t *mask, int64_t begin, int64_t count, double mean, double scale, double shift, float *out) {

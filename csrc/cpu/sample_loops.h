@@ -4,7 +4,6 @@
 #pragma once
 
 #include "logprob_loops.h"
-#include "loss_loops.h"
 
 namespace ppomax {
 namespace PPOMAX_NS {
@@ -44,7 +43,6 @@ static float threshold_of(const float *values, const float *weights, int64_t n, 
             if (above + mass[b] >= target) break;
             above += mass[b];
         }
-        if (above >= target) above = target;  // cannot happen; keeps the next level's search bounded
         prefix = (prefix << WIDTHS[level]) | (uint32_t)chosen;
     }
     return unordered(prefix);
@@ -108,6 +106,27 @@ static int64_t candidates_of(const float *x, int64_t vocab, int64_t top_k, float
         kept += values[i] >= least;
     }
     return kept;
+}
+
+// Keeps the candidates of weight >= `least` and value >= `floor`, in order; returns how many.
+static int64_t keep(float *values, float *weights, int32_t *places, int64_t m, float floor, float least) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < m; ++i) {
+        const float value = values[i], weight = weights[i];
+        values[kept] = value;
+        weights[kept] = weight;
+        places[kept] = places[i];
+        kept += (value >= floor) & (weight >= least);
+    }
+    return kept;
+}
+
+// Keeps the most probable candidates whose mass reaches top_p. Weights below (1 - top_p) * total / m add up to less than what is cut, so they
+// are dropped at once; the search looks at the rest.
+static int64_t nucleus_of(float *values, float *weights, int32_t *places, int64_t m, double top_p, double total) {
+    const double least = 0.999 * (1.0 - top_p) * total / (double)m;
+    m = keep(values, weights, places, m, LOWEST, (float)least);
+    return keep(values, weights, places, m, threshold_of(values, weights, m, top_p * total), 0.0f);
 }
 
 static double sum_of_weights(const float *weights, int64_t n) {
@@ -178,14 +197,7 @@ static void sample(const SampleRow &row, SampleResult *out) {
             weights_of(values, m, stats.max, c, weights);
             total = sum_of_weights(weights, m);
             if (row.top_p < 1.0) {
-                const float least = threshold_of(values, weights, m, row.top_p * total);
-                int64_t kept = 0;
-                for (int64_t i = 0; i < m; ++i) {
-                    weights[kept] = weights[i];
-                    places[kept] = places[i];
-                    kept += values[i] >= least;
-                }
-                m = kept;
+                m = nucleus_of(values, weights, places, m, row.top_p, total);
                 total = sum_of_weights(weights, m);
             }
             token = places[place_of(weights, m, row.uniform * total)];
