@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .value_loss_triton import value_loss_triton
 from .whiten_triton import moments_triton, whiten_triton
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+Case = tuple[str, Callable[[], object]]
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
@@ -72,68 +74,57 @@ def _int(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _logprob_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def _logprob_cases() -> Iterator[Case]:
     shapes = [(d, v) for d in (torch.float32, torch.bfloat16) for v in (1000, 50257, 151936)] + [
         (torch.float16, 151936)
     ]
     for (dtype, vocab), (cap, ent) in itertools.product(shapes, ((0.0, False), (0.0, True), (30.0, True))):
         x, y, row = _float(64, vocab, dtype=dtype), _int(64), _float(64)
         name = f"{str(dtype)[6:]} V={vocab}{' softcap' if cap else ''}{' entropy' if ent else ''}"
-        yield name, lambda x=x, y=y, c=cap, e=ent: token_logprobs_triton(x, y, 1.0, c, e, -100)
-        yield (
-            name,
-            lambda x=x, y=y, r=row, c=cap, e=ent: token_logprobs_backward_triton(
-                r, r if e else None, x, y, r, r, 1.0, c, -100
-            ),
-        )
+        yield name, partial(token_logprobs_triton, x, y, 1.0, cap, ent, -100)
+        upstream = row, row if ent else None
+        yield name, partial(token_logprobs_backward_triton, *upstream, x, y, row, row, 1.0, cap, -100)
 
 
-def _token_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def _token_cases() -> Iterator[Case]:
     x, mask, cu, score = _float(4096), _int(4096, dtype=torch.bool), _int(9, dtype=torch.int32), _float(8)
     for dtype, est in ((torch.float32, "k1"), (torch.float32, "k2"), (torch.float32, "abs"), (torch.bfloat16, "k3")):
         name, z = f"{str(dtype)[6:]} {est}", _float(4096, dtype=dtype)
-        yield name, lambda z=z, e=est: kl_penalty_triton(z, z, e)
-        yield name, lambda z=z, e=est: kl_penalty_backward_triton(x, z, z, e)
-        yield name, lambda z=z, e=est: token_rewards_triton(score, z, z, cu, 0.1, e)
+        yield name, partial(kl_penalty_triton, z, z, est)
+        yield name, partial(kl_penalty_backward_triton, x, z, z, est)
+        yield name, partial(token_rewards_triton, score, z, z, cu, 0.1, est)
     for dtype, m, per in ((torch.float32, None, None), (torch.float32, mask, score), (torch.bfloat16, mask, None)):
         name = f"{str(dtype)[6:]}{' mask' if m is not None else ''}{' lam, bootstrap' if per is not None else ''}"
         z, square = _float(4096, dtype=dtype), _float(8, 512, dtype=dtype)
-        m2 = None if m is None else m.view(8, 512)
-        yield name + " packed", lambda z=z, m=m, p=per: gae_triton(z, z, cu, m, 1.0, 0.95, p, p)
-        yield name + " padded", lambda z=square, m=m2, p=per: gae_triton(z, z, None, m, 1.0, 0.95, p, p)
+        yield name + " packed", partial(gae_triton, z, z, cu, m, 1.0, 0.95, per, per)
+        m = None if m is None else m.view(8, 512)
+        yield name + " padded", partial(gae_triton, square, square, None, m, 1.0, 0.95, per, per)
 
 
-def _sum_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def _sum_cases() -> Iterator[Case]:
     moments, norm = _float(3, dtype=torch.float64), _float()
     for dtype, n, full in itertools.product((torch.float32, torch.bfloat16), (4096, 65536), (False, True)):
         z, m, c = _float(n, dtype=dtype), _int(n, dtype=torch.bool) if full else None, norm if full else None
         name = f"{str(dtype)[6:]} N={n}{' mask, gradient' if full else ''}"
-        yield name, lambda z=z, m=m, g=full, c=c: value_loss_triton(z, z, z, m, c, 0.0, 0.2, g)
-        yield name, lambda z=z, m=m: moments_triton(z, m)
-        yield name, lambda z=z, m=m, g=full: whiten_triton(z, m, moments, g, 1e-8)
-        for estimator, rest in (("k3", None), ("k3", z), ("k2", z)) if full else (("k3", None),):
-            yield (
-                f"{name}{'' if rest is None else ', entropy, weights, ' + estimator}",
-                lambda z=z, m=m, g=full, c=c, r=rest, e=estimator: ppo_loss_triton(
-                    z, z, z, m, r, r, r, c, 0.0, 0.2, 0.2, 0.0, 0.1, e, 0.01, g
-                ),
-            )
+        yield name, partial(value_loss_triton, z, z, z, m, c, 0.0, 0.2, full)
+        yield name, partial(moments_triton, z, m)
+        yield name, partial(whiten_triton, z, m, moments, full, 1e-8)
+        yield name, partial(ppo_loss_triton, z, z, z, m, None, None, None, c, 0.0, 0.2, 0.2, 0.0, 0.0, "k3", 0.0, full)
+        for est in ("k3", "k2") if full else ():
+            losses = partial(ppo_loss_triton, z, z, z, m, z, z, z, c, 0.0, 0.2, 0.2, 3.0, 0.1, est, 0.01, True)
+            yield f"{name}, entropy, weights, {est}", losses
 
 
-def _sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    for dtype, vocab in (
-        (torch.float32, 1000),
-        (torch.float32, 151936),
-        (torch.bfloat16, 151936),
-        (torch.bfloat16, 50257),
-    ):
+def _sample_cases() -> Iterator[Case]:
+    kinds = ((torch.float32, 1000), (torch.float32, 151936), (torch.bfloat16, 151936), (torch.bfloat16, 50257))
+    for dtype, vocab in kinds:
         x, seeds = _float(8, vocab, dtype=dtype), _int(8)
         for temperature, k, p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 50, 1.0), (1.0, 0, 0.9), (1.0, 50, 0.9)):
             name = f"{str(dtype)[6:]} V={vocab} temperature={temperature:g} k={k} p={p:g}"
-            yield name, lambda x=x, s=seeds, t=temperature, k=k, p=p: sample_triton(x, s, s, t, k, p)
+            yield name, partial(sample_triton, x, seeds, seeds, temperature, k, p)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def cases() -> Iterator[Case]:
     """Calls of every launcher, each with a name: shapes, dtypes and options of real use."""
     yield from _logprob_cases()
     yield from _token_cases()
@@ -228,26 +219,34 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
 
 
-def main(archs: list[str]) -> int:
-    """Compile everything for `archs` and print a line for each kernel: its worst case. Returns the exit status."""
+def main(archs: list[str], quick: bool = False) -> int:
+    """Compile everything (or, if quick, the last launch of each kernel, which has the most options on) for `archs`, and
+    print a line for each kernel: its worst case. Returns the exit status."""
     if triton.knobs.runtime.interpret:
         print("compile: TRITON_INTERPRET is set, so there are no kernels to compile; unset it", file=sys.stderr)
         return 2
     for arch in archs:
         target(arch)
     todo, bad = launches(), 0
+    if quick:
+        todo = list({launch.kernel.__name__: launch for launch in todo}.values())
     for arch in archs:
         worst: dict[str, list[tuple[Usage, Launch]]] = {}
         for launch in todo:
             usage = compile_launch(launch, arch)
-            worst.setdefault(launch.kernel.__name__.strip("_"), []).append((usage, launch))
+            worst.setdefault(launch.kernel.__name__, []).append((usage, launch))
             if usage.error or usage.spills:
                 bad += 1
                 print(f"{arch} {launch.kernel.__name__} [{launch.case}] {usage.error or f'spills {usage.spills} B'}")
-        print(f"\n{arch:8}{'kernel':42}{'variants':>9}{'registers':>11}{'spilled B':>11}{'shared B':>10}  worst case")
-        for name, all_of_it in worst.items():
-            most, where = max(all_of_it, key=lambda pair: (pair[0].spills, pair[0].registers))
-            shared = max(usage.shared for usage, _ in all_of_it)
-            print(f"{'':8}{name:42}{len(all_of_it):>9}{most.registers:>11}{most.spills:>11}{shared:>10}  {where.case}")
+        _print(arch, worst)
     print(f"\n{len(todo)} variants for {', '.join(archs)}: {bad or 'none'} failed or spilled")
     return 1 if bad else 0
+
+
+def _print(arch: str, worst: dict[str, list[tuple[Usage, Launch]]]) -> None:
+    print(f"\n{arch:8}{'kernel':36}{'variants':>9}{'registers':>10}{'spilled B':>10}{'shared B':>9}  most registers in")
+    for name, results in worst.items():
+        most, where = max(results, key=lambda pair: (pair[0].spills, pair[0].registers))
+        shared = max(usage.shared for usage, _ in results)
+        figures = f"{len(results):>9}{most.registers:>10}{most.spills:>10}{shared:>9}"
+        print(f"{'':8}{name:36}{figures}  {where.case}")

@@ -162,9 +162,12 @@ def _sample_kernel(
     tl.store(entropy_ptr + row, tl.where(good, entropy, float("nan")))
 
 
-def constants(vocab: int) -> dict[str, int]:
-    """Few rows and many dependent passes: as many threads a row as can keep 16 logits each in registers."""
-    return {"BLOCK": 8192, "num_warps": 16} if vocab > 2048 else {"BLOCK": 2048, "num_warps": 4}
+def constants(vocab: int, element_size: int) -> dict[str, int]:
+    """Few rows and many dependent passes: 512 threads a row, one 16 B load each, or 4 logits where rows start anywhere
+    and loads are narrow. More a thread makes one chip or another spill."""
+    if vocab <= 1024:
+        return {"BLOCK": 1024, "num_warps": 8}
+    return {"BLOCK": 8192 // element_size if vocab % 16 == 0 else 2048, "num_warps": 16}
 
 
 def sample_triton(
@@ -177,6 +180,6 @@ def sample_triton(
         launch(
             _sample_kernel, (rows,), logits, seeds, positions, token, logprob, plain_logprob, entropy, vocab,
             logits.stride(0), temperature, top_k, top_p, GREEDY=temperature == 0.0, TOP_K=0 < top_k < vocab,
-            TOP_P=top_p < 1.0, **constants(vocab),
+            TOP_P=top_p < 1.0, **constants(vocab, logits.element_size()),
         )  # fmt: skip
     return token, logprob, plain_logprob, entropy

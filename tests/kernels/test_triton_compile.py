@@ -1,0 +1,75 @@
+"""Every Triton kernel compiles ahead of time, without a GPU and without spills, and only files named *_triton.py import
+triton. The compiler runs in a process of its own: this one has been told to interpret kernels."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ppomax_kernels
+import pytest
+
+pytest.importorskip("triton")
+
+PACKAGE = Path(ppomax_kernels.__file__).parent
+KERNELS = sorted(
+    name for file in PACKAGE.glob("*_triton.py") for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())
+)
+
+
+def python(*args: str, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env, timeout=1500)
+
+
+def check(arch: str, *options: str) -> None:
+    done = python("-m", "ppomax_kernels", "compile", "--arch", arch, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in KERNELS:
+        row = re.search(rf"^ +{name} +\d+ +(\d+) +(\d+) +\d+ ", done.stdout, re.MULTILINE)
+        assert row, f"{name} was not compiled:\n{done.stdout}"
+        assert int(row[1]) > 0
+        assert int(row[2]) == 0
+
+
+def test_each_kernel_compiles_for_hopper_without_spills() -> None:
+    assert len(KERNELS) >= 14
+    check("sm_90", "--quick")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_variant_compiles_without_spills(arch: str) -> None:
+    check(arch)
+
+
+@pytest.mark.parametrize(
+    ("usage", "status", "word"),
+    [("Usage(32, 0, 0)", 0, "none failed"), ("Usage(32, 8, 0)", 1, "spills 8 B"), ("Usage(0, 0, 0, 'no')", 1, "] no")],
+)
+def test_exit_status_tells_of_spills_and_failures(usage: str, status: int, word: str) -> None:
+    code = (
+        "import sys; from ppomax_kernels import compile_triton as c; from ppomax_kernels.compile_triton import Usage\n"
+        f"c.compile_launch = lambda launch, arch: {usage}\n"
+        "sys.exit(c.main(['sm_90'], quick=True))"
+    )
+    done = python("-c", code)
+    assert done.returncode == status, done.stderr
+    assert word in done.stdout
+
+
+def test_compiling_asks_for_a_known_chip_and_a_real_compiler() -> None:
+    done = python("-m", "ppomax_kernels", "compile", "--arch", "h100")
+    assert done.returncode == 2
+    assert "arch must be one of sm_80, sm_90" in done.stderr
+    done = python("-m", "ppomax_kernels", "compile", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_only_triton_files_import_triton() -> None:
+    others = [file for file in PACKAGE.glob("*.py") if not file.name.endswith("_triton.py")]
+    assert others
+    for file in others:  # dispatch.py may ask, inside a function, whether Triton interprets
+        assert not re.search(r"^(?:from|import) triton\b", file.read_text(), re.MULTILINE), file.name
