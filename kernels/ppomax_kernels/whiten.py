@@ -92,9 +92,9 @@ def gather_moments(stats: Tensor, group: "ProcessGroup") -> Tensor:
     """(ranks, 3): the moments of every rank of the group, in rank order."""
     import torch.distributed as dist
 
-    everyone = stats.new_empty((dist.get_world_size(group), 3))
-    dist.all_gather_into_tensor(everyone, stats, group=group)
-    return everyone
+    everyone = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, stats, group=group)
+    return torch.stack(everyone)
 
 
 def combine_moments(parts: Tensor) -> Tensor:
