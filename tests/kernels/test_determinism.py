@@ -13,7 +13,7 @@ from .contract import same_bits
 def call(impl: Backend, op: str) -> Call:
     if impl.name not in table_of(op):
         pytest.skip(f"{impl.name}: {op} has no such back-end")
-    return Call(op, impl, 12 if impl.interpreted else 3000)
+    return Call(op, impl, 12 if impl.interpreted else 200 if op.startswith("linear") else 3000)
 
 
 def dirty_the_allocator(device: str) -> None:
@@ -84,7 +84,7 @@ def test_threads_on_ragged_sizes(impl: Backend) -> None:
             same_bits(f"result {i}", a, b)
 
 
-def test_compiled_library_gives_the_same_bits_for_each_row_order(impl: Backend) -> None:
+def test_order_of_rows(impl: Backend) -> None:
     """Rows may be permuted: each keeps its bits, also where they are shared out to other threads."""
     import ppomax_kernels as K
 
