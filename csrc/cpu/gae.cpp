@@ -21,9 +21,9 @@ extern "C" int ppomax_gae_cpu(const void *rewards, int rewards_dtype, int64_t re
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t s = begin; s < end; ++s) {
             const double lambda = lams ? (double)ops.one_float({lams, lams_dtype}, s) : lam;
-            const float after = bootstrap ? ops.one_float({bootstrap, bootstrap_dtype}, s) : 0.0f;
+            const double after = bootstrap ? (double)ops.one_float({bootstrap, bootstrap_dtype}, s) : 0.0;
             GaeSequence one = {{rewards, rewards_dtype}, {values, values_dtype}, mask, s * rewards_stride, s * values_stride, s * mask_stride,
-                               s * tokens, tokens, (float)gamma, (float)(gamma * lambda), after, advantages, returns};
+                               s * tokens, tokens, gamma, gamma * lambda, after, advantages, returns};
             if (cu_seqlens) {
                 one.rewards_at = one.values_at = one.mask_at = one.out_at = cu_seqlens[s];
                 one.steps = cu_seqlens[s + 1] - cu_seqlens[s];

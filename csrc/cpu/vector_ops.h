@@ -26,7 +26,7 @@ struct GaeSequence {
     TypedArray rewards, values;
     const uint8_t *mask;
     int64_t rewards_at, values_at, mask_at, out_at, steps;
-    float gamma, step, bootstrap;
+    double gamma, step, bootstrap;
     float *advantages, *returns;
 };
 
