@@ -159,6 +159,9 @@ PPOMAX_API int ppomax_sample_cpu(const void *logits, int dtype, int64_t rows, in
                                  const int64_t *positions, double temperature, int64_t top_k, double top_p, int64_t *token, float *logprob,
                                  float *plain_logprob, float *entropy, int threads);
 
+/* Reads `bytes` bytes (a multiple of 256 KiB) once and returns a sum of them: the memory bandwidth that benchmarks compare with. */
+PPOMAX_API uint64_t ppomax_stream_read(const void *data, int64_t bytes, int threads);
+
 /* ---- CUDA: functions below this line are in the library if it was built with a CUDA compiler --------------------------------------- */
 
 /* 1 if the library was built with a CUDA compiler, else 0; and in words, for which architectures or why not. Both are always there; the

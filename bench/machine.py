@@ -1,0 +1,77 @@
+"""What the machine is, and its two ceilings, measured in the same run: memory bandwidth and GEMM rate. A ceiling is
+the best of its rounds."""
+
+import ctypes
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from ppomax_kernels import native
+from torch import Tensor
+
+from .timing import in_turns
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def card(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash, with a + where tracked files differ from it; "unknown" outside a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def versions(device: torch.device) -> str:
+    parts = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        import triton
+
+        parts.append(f"triton {triton.__version__}")
+    else:
+        library = native.library()
+        parts.append(library.ppomax_isa_name(library.ppomax_isa()).decode())
+    return "; ".join(parts)
+
+
+def bandwidth(device: torch.device, seconds: float, megabytes: int) -> float:
+    """Bytes a second: a read of the whole buffer by as many threads as torch uses (CPU); a device-to-device copy, bytes
+    read plus bytes written (GPU)."""
+    size = megabytes * 2**20
+    if device.type == "cuda":
+        a, b = (torch.empty(size // 4, device=device).normal_() for _ in range(2))
+        return 2 * size / in_turns({"copy": lambda: b.copy_(a)}, device, seconds)["copy"].min
+    x = torch.ones(size // 4)
+    return size / in_turns({"read": lambda: read(x)}, device, seconds)["read"].min
+
+
+def read(x: Tensor) -> int:
+    """Every byte of a contiguous CPU tensor, by as many threads as torch uses, and nothing else."""
+    function = native.library().ppomax_stream_read
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
+    return int(function(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads()))
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """FLOPs a second of a large square product on random data."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2.0 * n**3 / in_turns({"gemm": lambda: a @ b}, device, seconds)["gemm"].min

@@ -1,0 +1,110 @@
+"""The benchmark tool runs, checks results before the clock starts, and appends rows of the agreed form. No time is
+asserted."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cases, results
+from bench.__main__ import BEGIN, END
+from bench.problem import error_of
+from bench.results import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    quick = [
+        "--quick",
+        "--no-compile",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--ops",
+        "gae",
+        "sample",
+        "--out",
+        str(out),
+    ]
+    for _ in range(2):
+        done = bench(*quick)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_rows_are_appended(folder: Path) -> None:
+    (path,) = folder.glob("*.csv")
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == COLUMNS
+    half = len(rows) // 2
+    assert [row[5:10] for row in rows[:half]] == [row[5:10] for row in rows[half:]]
+    impls = {(row["op"], row["impl"]) for row in (dict(zip(COLUMNS, r, strict=True)) for r in rows)}
+    assert {("gae", "ppomax cpu"), ("gae", "loop as in verl"), ("sample", "ppomax cpu")} <= impls
+    for row in (dict(zip(COLUMNS, r, strict=True)) for r in rows):
+        assert 0.0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
+        assert float(row["gb_per_s"]) > 0.0
+        assert float(row["share_of_peak"]) > 0.0
+        assert (row["threads"], row["dtype"]) == ("1", "float32")
+
+
+def test_table_goes_into_a_readme(folder: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    done = bench("table", "--out", str(folder), "--readme", str(readme))
+    assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| card |")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "old" not in text
+    assert "| `gae` (cpu) | forward | float32 | 8x64 |" in text
+
+
+def test_a_wrong_result_is_seen() -> None:
+    (problem,) = cases.gae(torch.device("cpu"), torch.float32, "tiny")
+    truth = list(problem.truth())
+    assert error_of(problem, problem.runs["ppomax cpu"](), truth) <= problem.tolerance
+    for wrong in (
+        torch.zeros_like(truth[0]),
+        truth[0] * 1.01,
+        truth[0].roll(1, 1),
+        truth[0] + torch.nan,
+        truth[0][:, 1:],
+    ):
+        assert not error_of(problem, [wrong, truth[1]], truth) <= problem.tolerance
+    for bad in ([0, 0], [63, 1]):
+        (draws,) = cases.sample(torch.device("cpu"), torch.float32, "tiny")
+        token = torch.tensor(bad[:1])
+        assert not error_of(draws, [token, torch.zeros(1)], []) <= draws.tolerance
+
+
+def test_wrong_results_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import __main__ as program
+    from bench import rivals
+
+    monkeypatch.setattr(rivals, "gae_loop_openrlhf", lambda r, v, m, gamma, lam: (r, v))
+    quick = ["bench", "--quick", "--no-compile", "--device", "cpu", "--ops", "gae", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", quick)
+    assert program.main() == 0
+    assert "loop as in OpenRLHF              not timed: ArithmeticError: relative error" in capsys.readouterr().out
+    impls = [row["impl"] for row in results.read(tmp_path)]
+    assert impls == ["ppomax cpu", "loop as in TRL", "loop as in verl"]
+    monkeypatch.setattr(rivals, "gae_loop_verl", lambda r, v, m, gamma, lam: (r, v))  # now the truth is another
+    assert program.main() == 1
+    assert len(results.read(tmp_path)) == len(impls)
