@@ -6,27 +6,18 @@ line and exit status 2 (1 for a bug of ours); --debug shows the traceback. No to
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
 import textwrap
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, save_config, to_dict
 from ppomax.config_io import flat, nearest, read_yaml
-from ppomax.options import RUN_FLAGS, Options, stage_presets
-
-C = TypeVar("C")
-
-FREE_ON_RESUME = ("run.", "monitor.", "threads", "out")
-"""Knobs that a resumed run may change, run.seed apart: how long, where and how it is watched."""
-RUN_FILES = ("metrics.jsonl", "checkpoints", "work")
-"""What shows that a folder holds a run."""
-
+from ppomax.folders import folder_of, taken, training_config
+from ppomax.options import Options, stage_presets
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
 
@@ -34,8 +25,8 @@ RUN_FILES = ("metrics.jsonl", "checkpoints", "work")
 def train(argv: list[str]) -> None:
     """train a policy by PPO-max; with no flags, the model that ships with ppomax"""
     config = training_config("train", TrainConfig, argv)
-    from ppomax.monitor import RunMonitor, read_jsonl
-    from ppomax.report import write_report
+    from ppomax.monitor import METRICS, RunMonitor, read_jsonl
+    from ppomax.report import closing_words, write_report
     from ppomax.stages.ppo import train_ppo
 
     out = Path(str(config.run.out))
@@ -43,12 +34,16 @@ def train(argv: list[str]) -> None:
     console.print(
         f"[bold]ppomax train[/]  preset {config.preset}, {config.run.steps} steps, folder {out}", highlight=False
     )
-    train_ppo(config, RunMonitor(out, config, console))
-    rows = read_jsonl(out / "metrics.jsonl")
-    done = max((row["step"] for row in rows), default=0)
-    if not (out / "policy").is_dir():
-        console.print(f"stopped after step {done}; go on with: ppomax train --resume --out {out}", highlight=False)
-    if done:
+    monitor = RunMonitor(out, config, console)
+    train_ppo(config, monitor)
+    if monitor.verdict:
+        console.print(
+            f"ended by the collapse alarm ({monitor.verdict}); {out / 'alarms.jsonl'} says why", highlight=False
+        )
+    elif not (out / "policy").is_dir():
+        console.print(f"interrupted; go on with: ppomax train --resume --out {out}", highlight=False)
+    if any(row["step"] for row in read_jsonl(out / METRICS)):
+        console.print(closing_words(out), highlight=False, markup=False)
         console.print(f"report: {write_report([out])}", highlight=False)
     if (out / "policy").is_dir():
         console.print(f"policy: {out / 'policy'}  (AutoModelForCausalLM.from_pretrained loads it)", highlight=False)
@@ -137,83 +132,6 @@ def stage(name: str, cls: type[Any], run: Callable[[Any], Path], argv: list[str]
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")
     console.print(f"written: {run(config)}", highlight=False)
-
-
-def training_config(command: str, cls: type[C], argv: list[str]) -> C:
-    """The checked configuration of a training command, its folder settled; with --resume over that run's own."""
-    has_run = "run" in {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    resume = "--resume" in argv
-    if not has_run:  # build-default has its own `out` and `seed`, and takes up finished stages by itself
-        argv = [word for word in argv if word != "--resume"]
-        argv = argv if {"--out", "-h", "--help"} & set(argv) else [*argv, "--out", str(dated(command))]
-    options = Options(command, cls, RUN_FLAGS if has_run else {"--resume": "--resume", "--steps": "--steps"})
-    saved = saved_config(argv) if resume else None
-    named = any(word.split("=")[0] in ("--config", "--preset") for word in argv)
-    config: Any = options.parse(argv, None if named else saved)
-    if saved is not None:
-        check_resume(to_dict(config), saved)
-    if has_run and config.run.out is None:
-        name = config.preset if command == "train" else command
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(dated(name))))
-    if not resume:
-        check_fresh(folder_of(config))
-    return config  # type: ignore[no-any-return]
-
-
-def folder_of(config: Any) -> Path:
-    """Where a training command writes."""
-    return Path(str(config.run.out if hasattr(config, "run") else config.out))
-
-
-def dated(name: str) -> Path:
-    """A folder under runs/ that is not there yet."""
-    path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    return path if not path.exists() else path.with_name(path.name + f"-{time.time_ns() % 1000:03d}")
-
-
-def check_fresh(out: Path) -> None:
-    """ConfigError if `out` holds a run, or is no folder."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder")
-    found = [name for name in RUN_FILES if (out / name).exists()]
-    if found:
-        raise ConfigError(
-            f"--out {out} holds a run already ({', '.join(found)}); go on with it by --resume, or name another folder"
-        )
-
-
-def saved_config(argv: list[str]) -> dict[str, Any] | None:
-    """The configuration of the run that --resume goes on with; None if it left none. ConfigError: there is no run."""
-    out = taken(taken(argv, "--run.out")[0], "--out")[1] or taken(argv, "--run.out")[1]
-    if out is None:
-        runs = sorted(Path("runs").glob("*/config.yaml"))
-        raise ConfigError(
-            "--resume needs --out DIR, the folder of the run" + (f"; the newest is {runs[-1].parent}" if runs else "")
-        )
-    if not Path(out).is_dir():
-        raise ConfigError(f"--resume: there is no folder {out}; name the folder of a run, or leave --resume out")
-    return read_yaml(Path(out) / "config.yaml") if (Path(out) / "config.yaml").is_file() else None
-
-
-def check_resume(now: dict[str, Any], saved: dict[str, Any]) -> None:
-    """ConfigError naming the knobs in which a resumed run would differ from what it was."""
-    new, old = flat(now), flat(saved)
-    changed = [k for k in new if new[k] != old.get(k, new[k]) and (k == "run.seed" or not k.startswith(FREE_ON_RESUME))]
-    if changed:
-        named = ", ".join(f"{k} is {new[k]!r} here and {old[k]!r} in the run" for k in changed[:6])
-        more = f" and {len(changed) - 6} more knobs differ" if len(changed) > 6 else ""
-        raise ConfigError(f"--resume: {named}{more}; leave that out, or start anew in another --out")
-
-
-def taken(argv: list[str], flag: str) -> tuple[list[str], str | None]:
-    """`argv` without `flag` and its value, and that value (None: it is not there)."""
-    rest, value = list(argv), None
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            rest, value = argv[:i] + argv[i + 2 :], argv[i + 1]
-        elif word.startswith(flag + "="):
-            rest, value = argv[:i] + argv[i + 1 :], word[len(flag) + 1 :]
-    return rest, value
 
 
 def preset_text(path: Path) -> str:

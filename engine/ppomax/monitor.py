@@ -68,6 +68,8 @@ class RunMonitor:
         self.out, self.config, self.settings = Path(out), config, config.monitor
         self.alarm = CollapseAlarm(self.settings)
         self.line = progress_line(config.run.steps, config.critic.pretrain_steps, console)
+        self.verdict: Verdict | None = None
+        """What the alarm asked for, once it did."""
         self._begun = False
         self._board: Any = None
 
@@ -79,7 +81,8 @@ class RunMonitor:
         self.line.show(step, metrics)
         if step < 1 or self.settings.alarm == "off" or not self.alarm.update(metrics):
             return None
-        return self._alarm(step)
+        self.verdict = self._alarm(step)
+        return self.verdict
 
     def scores(self, step: int, scores: list[float]) -> None:
         """Take all raw scores of a step's buffer; kept at the steps that have samples, and at the first and last."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ppomax import report_plots as plots
 from ppomax import report_sections as sections
@@ -22,6 +23,26 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(runs), encoding="utf-8")
     return out
+
+
+def closing_words(folder: Path, examples: int = 3) -> str:
+    """A run in a few lines, for the end of a training command: start and end, and some samples before and after."""
+    run = read_run(folder, folder.name, plots.COLOURS[0])
+    lines = [f"  {label:46} {sections.change(run, metric)}" for metric, label in sections.GLANCE.items()]
+    lines.insert(1, f"  {'  in standard deviations of its start':46} {sections.gain(run)}")
+    before, after = sections.by_prompt(run.samples, last=False), sections.by_prompt(run.samples, last=True)
+    for prompt in [p for p in before if p in after][:examples]:
+        lines += [
+            "",
+            f"  {prompt}",
+            f"    before: {one_line(before[prompt])}",
+            f"    after:  {one_line(after[prompt])}",
+        ]
+    return "\n".join(["", "start -> end", *lines, ""])
+
+
+def one_line(row: dict[str, Any]) -> str:
+    return f"{' '.join(row['response'].split()) or '(empty)'}  [{row['score']:+.2f}]"
 
 
 def page(runs: Sequence[Run]) -> str:

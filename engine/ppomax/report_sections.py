@@ -86,6 +86,11 @@ def glance(runs: Sequence[Run]) -> str:
     )
 
 
+def change(run: Run, metric: str) -> str:
+    """Start and end of a metric as text."""
+    return f"{number(run.start.get(metric))} -> {number(run.end.get(metric))}"
+
+
 def gain(run: Run) -> str:
     spread = run.start.get("objective/scores_std")
     if not spread or "objective/scores" not in run.end:

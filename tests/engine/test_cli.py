@@ -251,3 +251,73 @@ def test_the_stages_have_presets_of_their_own(command, names):
         assert config.optim.lr == pytest.approx({"sft": 9.5e-6, "reward-model": 5e-6}[command])
     with pytest.raises(ConfigError, match=r"unknown preset 'papr'; did you mean paper\?"):
         Options(command, cls, RUN_FLAGS).parse(["--preset", "papr"])
+
+
+ALWAYS = [
+    "--monitor.alarm_baseline_steps",
+    "1",
+    "--monitor.alarm_window",
+    "1",
+    "--monitor.alarm_kl",
+    "1e-9",
+    "--monitor.alarm_entropy",
+    "9",
+]
+"""Any KL and any entropy count as signs, so that the alarm is raised by step 2."""
+
+
+@pytest.mark.parametrize(("action", "kept"), [("stop", 2), ("rollback", 1)])
+def test_the_alarm_ends_a_run_at_its_step_or_at_the_checkpoint_before(job, capsys, action, kept):
+    from safetensors.torch import load_file
+
+    argv = [
+        "train",
+        "--config",
+        str(job),
+        "--out",
+        "run",
+        "--steps",
+        "4",
+        "--run.keep_checkpoints",
+        "9",
+        "--policy_optim.lr",
+        "0.01",
+    ]
+    assert main([*argv, "--monitor.alarm", action, *ALWAYS]) == 0
+    assert f"ended by the collapse alarm ({action})" in capsys.readouterr().out
+    rows = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert max(rows) == 2
+    policy = load_file("run/policy/model.safetensors")
+    saved = {
+        step: load_file(path)
+        for step in (1, 2)
+        if (path := Path(f"run/checkpoints/step-00000{step}/policy.safetensors")).is_file()
+    }
+    same = {step: all((policy[name] == weights[name]).all() for name in policy) for step, weights in saved.items()}
+    assert same[kept]
+    assert sum(same.values()) == 1
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", "run"]) == 0  # goes on past the step at which it was told to end
+    rows = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [step for step in rows if step] == list(range(1, max(rows) + 1))
+
+
+def test_the_end_of_a_run_shows_what_came_of_it(job, capsys):
+    assert main(["train", "--config", str(job), "--out", "run"]) == 0
+    said = capsys.readouterr().out
+    for word in (
+        "score (raw, mean)",
+        "KL per token",
+        "before: ",
+        "after:  ",
+        "report: run/report.html",
+        "policy: run/policy",
+    ):
+        assert word in said
+
+
+def test_resume_asked_for_in_the_file_is_held_to_the_run_as_well(job, capsys):
+    assert main(["train", "--config", str(job), "--out", "run", "--steps", "1"]) == 0
+    capsys.readouterr()
+    told = refused(capsys, "train", "--config", str(job), "--out", "run", "--run.resume=true", "--kl.coef", "0.5")
+    assert "kl.coef is 0.5 here" in told
