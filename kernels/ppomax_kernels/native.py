@@ -1,6 +1,7 @@
-"""The ctypes face of the C ABI on CPUs (csrc/ppomax_kernels.h): each function allocates its results, hands over pointers, and turns a status
-into an error. A call costs some 5 us, so functions are bound once and nothing is computed that the C side can compute.
-Tensors come checked by the public functions; the C side repeats the checks that memory safety needs."""
+"""The ctypes face of the C ABI on CPUs (csrc/ppomax_kernels.h): each function allocates its results, hands over
+pointers, and turns a status into an error. A call costs some 5 us, so functions are bound once and nothing is computed
+that the C side can compute. Tensors come checked by the public functions; the C side repeats the checks that memory
+safety needs."""
 
 import ctypes
 import sys
@@ -18,7 +19,11 @@ BAD_LABEL, BAD_SEQLENS, BAD_LOGITS = 5, 6, 7  # ppomax_status
 LIBRARY = "libppomax_kernels.dylib" if sys.platform == "darwin" else "libppomax_kernels.so"
 
 P, I, L, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double  # noqa: E741
-ARRAY, LOGITS, LABELS = [P, I], [P, I, L, L, L, L, L], [P, L, L]  # data and dtype; and outer, inner, V, strides; and strides
+ARRAY, LOGITS, LABELS = (
+    [P, I],
+    [P, I, L, L, L, L, L],
+    [P, L, L],
+)  # data and dtype; and outer, inner, V, strides; and strides
 SIGNATURES = {
     "token_logprobs": [*LOGITS, *LABELS, D, D, L, P, P, P, I],
     "token_logprobs_backward": [P, L, L, P, L, L, *LOGITS, *LABELS, P, P, D, D, L, P, I],
@@ -34,17 +39,24 @@ SIGNATURES = {
 }
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled library, loaded at the first call of an op. RuntimeError, naming where it was looked for, if it is not there."""
+def library_path() -> Path:
+    """Where the compiled library is: beside the package's modules, or where an editable install put it. RuntimeError,
+    naming where it was looked for and how to build it, if it is not there."""
     places = [Path(folder) / LIBRARY for folder in sys.modules[__package__].__path__]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
         raise RuntimeError(
-            f"ppomax_kernels: impl='cpu' needs the compiled library, which is not at {' or '.join(map(str, places))}; build it with "
-            "`pip install .` (or `pip install -e .`) in the repository's root, which takes CMake and a C++ compiler; impl='ref' runs without"
+            f"ppomax_kernels: impl='cpu' needs the compiled library, which is not at {' or '.join(map(str, places))}; "
+            "build it with `pip install .` (or `pip install -e .`) in the repository's root, which takes CMake and a "
+            "C++ compiler; impl='ref' runs without"
         )
-    lib = ctypes.CDLL(str(found))
+    return found
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library, loaded at the first call of an op."""
+    lib = ctypes.CDLL(str(library_path()))
     for name, types in SIGNATURES.items():
         function = getattr(lib, f"ppomax_{name}_cpu")
         function.argtypes, function.restype = types, I
@@ -53,7 +65,8 @@ def library() -> ctypes.CDLL:
 
 
 def _refuse(op: str, status: int) -> None:
-    raise RuntimeError(f"{op}: the compiled library refused the call: {library().ppomax_status_string(status).decode()} (status {status})")
+    reason = library().ppomax_status_string(status).decode()
+    raise RuntimeError(f"{op}: the compiled library refused the call: {reason} (status {status})")
 
 
 def _new(like: Tensor) -> Tensor:
@@ -70,7 +83,8 @@ def _at(x: Tensor | None) -> int | None:
 
 
 def _upstream(op: str, name: str, x: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A gradient of one number a row, and its two strides. One that two strides cannot walk is copied: it is small beside the logits."""
+    """A gradient of one number a row, and its two strides. One that two strides cannot walk is copied: it is small
+    beside the logits."""
     if x is None:
         return None, 0, 0
     try:
@@ -119,10 +133,10 @@ def token_logprobs_backward_cpu(
     dentropy, dh_outer, dh_inner = _upstream(op, "dentropy", dentropy)
     dlogits = empty_like(logits, memory_format=contiguous_format) if out is None else out
     status = library().ppomax_token_logprobs_backward_cpu(
-        _at(dlogprobs), dl_outer, dl_inner, _at(dentropy), dh_outer, dh_inner,
-        logits.data_ptr(), DTYPES[logits.dtype], outer, inner, vocab, outer_stride, inner_stride,
-        labels.data_ptr(), labels_outer, labels_inner, lse.data_ptr(), entropy.data_ptr() if dentropy is not None else None,
-        temperature, softcap, ignore_index, dlogits.data_ptr(), get_num_threads(),
+        _at(dlogprobs), dl_outer, dl_inner, _at(dentropy), dh_outer, dh_inner, logits.data_ptr(),
+        DTYPES[logits.dtype], outer, inner, vocab, outer_stride, inner_stride, labels.data_ptr(), labels_outer,
+        labels_inner, lse.data_ptr(), entropy.data_ptr() if dentropy is not None else None, temperature, softcap,
+        ignore_index, dlogits.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         if status == BAD_LABEL:
@@ -145,21 +159,23 @@ def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Te
 def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     dlogprobs = _new(logprobs)
     status = library().ppomax_kl_penalty_backward_cpu(
-        dkl.data_ptr(), logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype],
-        dlogprobs.numel(), ESTIMATORS[estimator], dlogprobs.data_ptr(), get_num_threads(),
+        dkl.data_ptr(), logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(),
+        DTYPES[ref_logprobs.dtype], dlogprobs.numel(), ESTIMATORS[estimator], dlogprobs.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         _refuse("kl_penalty", status)
     return dlogprobs
 
 
-def token_rewards_cpu(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str) -> Tensor:
+def token_rewards_cpu(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str
+) -> Tensor:
     tokens = logprobs.shape[0]
     rewards = _new(logprobs)
     status = library().ppomax_token_rewards_cpu(
         scores.data_ptr(), DTYPES[scores.dtype], logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(),
-        DTYPES[ref_logprobs.dtype], cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, tokens, kl_coef, ESTIMATORS[estimator],
-        rewards.data_ptr(), get_num_threads(),
+        DTYPES[ref_logprobs.dtype], cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, tokens, kl_coef,
+        ESTIMATORS[estimator], rewards.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         if status == BAD_SEQLENS:
@@ -208,38 +224,17 @@ def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
 def whiten_cpu(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
     y = _new(x)
     status = library().ppomax_whiten_cpu(
-        *_array(x), _at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads()
-    )
-    if status:
-        _refuse("whiten", status)
-    return y
-
-
-def ppo_loss_cpu(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    is_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    normalizer: Tensor | None,
-    norm_value: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    estimator: str,
-    ent_coef: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(9, dtype=float32)
-    dlogprobs = _new(logprobs) if need_grad else empty(0, dtype=float32)
-    status = library().ppomax_ppo_loss_cpu(
-        *_array(logprobs), *_array(old_logprobs), *_array(advantages), _at(mask), *_array(is_weights), *_array(ref_logprobs),
-        *_array(entropy), logprobs.numel(), _at(normalizer), norm_value, clip_low, clip_high, dual_clip, kl_coef,
-        ESTIMATORS[estimator], ent_coef, loss.data_ptr(), metrics.data_ptr(), dlogprobs.data_ptr() if need_grad else None,
-        scale.data_ptr(), get_num_threads(),
+        *_array(x), _at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads() ) if
+        status: _refuse("whiten", status) return y   def ppo_loss_cpu( logprobs: Tensor, old_logprobs: Tensor,
+        advantages: Tensor, mask: Tensor | None, is_weights: Tensor | None, ref_logprobs: Tensor | None, entropy:
+        Tensor | None, normalizer: Tensor | None, norm_value: float, clip_low: float, clip_high: float, dual_clip:
+        float, kl_coef: float, estimator: str, ent_coef: float, need_grad: bool, ) -> tuple[Tensor, Tensor, Tensor,
+        Tensor]: loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(9, dtype=float32)
+        dlogprobs = _new(logprobs) if need_grad else empty(0, dtype=float32) status = library().ppomax_ppo_loss_cpu(
+        *_array(logprobs), *_array(old_logprobs), *_array(advantages), _at(mask), *_array(is_weights),
+        *_array(ref_logprobs), *_array(entropy), logprobs.numel(), _at(normalizer), norm_value, clip_low, clip_high,
+        dual_clip, kl_coef, ESTIMATORS[estimator], ent_coef, loss.data_ptr(), metrics.data_ptr(), dlogprobs.data_ptr()
+        if need_grad else None, scale.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         _refuse("ppo_loss", status)
@@ -259,8 +254,9 @@ def value_loss_cpu(
     loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(6, dtype=float32)
     dvalues = _new(values) if need_grad else empty(0, dtype=float32)
     status = library().ppomax_value_loss_cpu(
-        *_array(values), *_array(old_values), *_array(returns), _at(mask), values.numel(), _at(normalizer), norm_value, clip,
-        loss.data_ptr(), metrics.data_ptr(), dvalues.data_ptr() if need_grad else None, scale.data_ptr(), get_num_threads(),
+        *_array(values), *_array(old_values), *_array(returns), _at(mask), values.numel(), _at(normalizer),
+        norm_value, clip, loss.data_ptr(), metrics.data_ptr(), dvalues.data_ptr() if need_grad else None,
+        scale.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         _refuse("value_loss", status)
@@ -274,12 +270,14 @@ def sample_cpu(
     token = empty(rows, dtype=torch.int64)
     logprob, plain_logprob, entropy = empty(rows, dtype=float32), empty(rows, dtype=float32), empty(rows, dtype=float32)
     status = library().ppomax_sample_cpu(
-        *_array(logits), rows, vocab, logits.stride()[0], seeds.data_ptr(), positions.data_ptr(), temperature, top_k, top_p,
-        token.data_ptr(), logprob.data_ptr(), plain_logprob.data_ptr(), entropy.data_ptr(), get_num_threads(),
+        *_array(logits), rows, vocab, logits.stride()[0], seeds.data_ptr(), positions.data_ptr(), temperature, top_k,
+        top_p, token.data_ptr(), logprob.data_ptr(), plain_logprob.data_ptr(), entropy.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         if status == BAD_LOGITS:
             row = int((token < 0).nonzero()[0])
-            raise ValueError(f"sample: row {row} of logits holds NaN or +inf, or nothing above -inf; no token can be drawn from it")
+            raise ValueError(
+                f"sample: row {row} of logits holds NaN or +inf, or nothing above -inf; no token can be drawn from it"
+            )
         _refuse("sample", status)
     return token, logprob, plain_logprob, entropy
