@@ -160,6 +160,38 @@ def no_clip_gradient(run: Run, logprobs: Tensor, *rest: Any, **kw: Any) -> Any:
     return loss.detach() + free - free.detach(), metrics
 
 
+def skipped_linear(run: Run, hidden: Tensor, weight: Tensor, labels: Tensor, *rest: Any, **kw: Any) -> Any:
+    """Rows whose label is ignore_index are worked on like others."""
+    rest = tuple(harmless(x) for x in rest)
+    return run(harmless(hidden), weight, labels.where(labels != kw["ignore_index"], 0), *rest, **{**kw, "kept": None})
+
+
+def open_tail_linear(run: Run, hidden: Tensor, weight: Tensor, *rest: Any, **kw: Any) -> Any:
+    extra = -weight.shape[0] % 128
+    bias = None if kw["bias"] is None else torch.nn.functional.pad(kw["bias"], (0, extra))
+    return run(hidden, torch.nn.functional.pad(weight, (0, 0, 0, extra)), *rest, **{**kw, "bias": bias})
+
+
+def mask_ignored_linear(run: Run, *args: Any, **kw: Any) -> Any:
+    return run(*(harmless(x) for x in args[:5]), None, **{**kw, "kept": None})
+
+
+def last_chunk_lost(run: Run, hidden: Tensor, weight: Tensor, labels: Tensor, *rest: Any, **kw: Any) -> Any:
+    """The rows that do not fill a chunk are skipped."""
+    chunk = kw["chunk_tokens"] or len(labels)
+    past = torch.arange(len(labels)) >= len(labels) // chunk * chunk
+    return run(hidden, weight, labels.masked_fill(past, kw["ignore_index"]), *rest, **{**kw, "kept": None})
+
+
+def redraws(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> Mutant:
+    return lambda run, *args, **kw: run(*change(*args), **kw)
+
+
+def next_token(run: Run, logits: Tensor, *args: Any, **kw: Any) -> Any:
+    token, *rest = run(logits, *args, **kw)
+    return ((token + 1) % logits.shape[1], *rest)
+
+
 OUTPUT: dict[str, Mutant] = {
     "zeros": on_output(nothing),
     "a percent off": on_output(a_percent),
@@ -257,6 +289,55 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "clip fixed": forgets(clip=0.2),
         "half missing": on_output(lambda x: 2 * x, 0),
     },
+}
+
+
+LINEAR: dict[str, Mutant] = {
+    **OUTPUT,
+    **GRADIENT,
+    **SECOND,
+    "temperature ignored": forgets(temperature=1.0),
+    "softcap ignored": forgets(softcap=None),
+    "bias ignored": forgets(bias=None),
+    "mask ignored (labels)": skipped_linear,
+    "tail unmasked": open_tail_linear,
+    "time shifted": shifts_input(2),
+    "last chunk lost": last_chunk_lost,
+    "weight gradient zero": on_gradient(nothing, 1),
+    "weight gradient a percent off": on_gradient(a_percent, 1),
+    "bias gradient zero": on_gradient(nothing, "bias"),
+}
+MUTANTS["linear_token_logprobs"] = {**LINEAR, "entropy without gradient": entropy_without_gradient}
+MUTANTS["linear_nll"] = {**LINEAR, "normalizer ignored": forgets(normalizer=None)}
+MUTANTS["linear_ppo_loss"] = {
+    **LINEAR,
+    "mask ignored": mask_ignored_linear,
+    "time shifted (old)": shifts_input(3),
+    "time shifted (advantages)": shifts_input(4),
+    "normalizer ignored": forgets(normalizer=None),
+    "dual clip ignored": forgets(dual_clip=None),
+    "weights ignored": forgets(is_weights=None),
+    "kl ignored": forgets(kl_coef=0.0),
+    "estimator ignored": forgets(estimator="k3"),
+    "entropy bonus ignored": forgets(ent_coef=0.0),
+    "clip_high is clip_low": forgets(clip_high=0.2),
+}
+MUTANTS["sample"] = {
+    "zeros": on_output(lambda x: torch.zeros_like(x), 0),
+    "logprob zero": on_output(nothing, 1),
+    "logprob a percent off": on_output(a_percent, 1),
+    "plain logprob a percent off": on_output(a_percent, 2),
+    "entropy a percent off": on_output(a_percent, 3),
+    "next token": next_token,
+    "temperature ignored": forgets(temperature=1.0),
+    "top_k ignored": forgets(top_k=0),
+    "top_p ignored": forgets(top_p=1.0),
+    "seed ignored": redraws(lambda z, s, p: (z, torch.zeros_like(s), p)),
+    "position ignored": redraws(lambda z, s, p: (z, s, torch.zeros_like(p))),
+    "high word of the seed ignored": redraws(lambda z, s, p: (z, s & 0xFFFFFFFF, p)),
+    "high word of the position ignored": redraws(lambda z, s, p: (z, s, p & 0xFFFFFFFF)),
+    "time shifted": shifts_input(0),
+    "last column not drawn": redraws(lambda z, s, p: (z[:, : z.shape[1] // 128 * 128 or None], s, p)),
 }
 
 
