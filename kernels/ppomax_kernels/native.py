@@ -224,17 +224,38 @@ def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
 def whiten_cpu(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
     y = _new(x)
     status = library().ppomax_whiten_cpu(
-        *_array(x), _at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads() ) if
-        status: _refuse("whiten", status) return y   def ppo_loss_cpu( logprobs: Tensor, old_logprobs: Tensor,
-        advantages: Tensor, mask: Tensor | None, is_weights: Tensor | None, ref_logprobs: Tensor | None, entropy:
-        Tensor | None, normalizer: Tensor | None, norm_value: float, clip_low: float, clip_high: float, dual_clip:
-        float, kl_coef: float, estimator: str, ent_coef: float, need_grad: bool, ) -> tuple[Tensor, Tensor, Tensor,
-        Tensor]: loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(9, dtype=float32)
-        dlogprobs = _new(logprobs) if need_grad else empty(0, dtype=float32) status = library().ppomax_ppo_loss_cpu(
+        *_array(x), _at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads()
+    )
+    if status:
+        _refuse("whiten", status)
+    return y
+
+
+def ppo_loss_cpu(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    is_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    norm_value: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    estimator: str,
+    ent_coef: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(9, dtype=float32)
+    dlogprobs = _new(logprobs) if need_grad else empty(0, dtype=float32)
+    status = library().ppomax_ppo_loss_cpu(
         *_array(logprobs), *_array(old_logprobs), *_array(advantages), _at(mask), *_array(is_weights),
         *_array(ref_logprobs), *_array(entropy), logprobs.numel(), _at(normalizer), norm_value, clip_low, clip_high,
-        dual_clip, kl_coef, ESTIMATORS[estimator], ent_coef, loss.data_ptr(), metrics.data_ptr(), dlogprobs.data_ptr()
-        if need_grad else None, scale.data_ptr(), get_num_threads(),
+        dual_clip, kl_coef, ESTIMATORS[estimator], ent_coef, loss.data_ptr(), metrics.data_ptr(),
+        dlogprobs.data_ptr() if need_grad else None, scale.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         _refuse("ppo_loss", status)
