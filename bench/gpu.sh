@@ -17,6 +17,7 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_FLAGS=-X
     cmake --build "$build" >>"$out/build.log" 2>&1 || { tail -30 "$out/build.log"; exit 1; }
 grep "CUDA kernels:" "$out/build.log"
 cp "$build/libppomax_kernels.so" kernels/ppomax_kernels/
+trap 'rm -f kernels/ppomax_kernels/libppomax_kernels.so' EXIT
 export PYTHONPATH="$PWD/kernels:$PWD/engine:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 stage "tests"
@@ -33,7 +34,6 @@ left=$((${TOTAL_SECONDS:-540} - (SECONDS - started)))
 timeout "$((left > 30 ? left : 30))" "$python" -m bench --ops linear_ppo_loss linear_token_logprobs linear_nll --seconds 1 ${COMMIT:+--commit "$COMMIT"} 2>&1 |
     tee "$out/bench-linear.log" || failed+=(bench-linear)
 
-rm -f kernels/ppomax_kernels/libppomax_kernels.so
 [ "$out" = "$PWD/bench/results" ] || cp bench/results/*.csv "$out/" 2>/dev/null
 stage "done"
 [ ${#failed[@]} -eq 0 ] || { echo "failed or out of time: ${failed[*]}"; exit 1; }

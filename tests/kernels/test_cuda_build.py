@@ -50,6 +50,21 @@ def test_compiles_without_spills(tmp_path: Path) -> None:
         assert (stack, stores, loads) == ("0", "0", "0"), spills
 
 
+@pytest.mark.parametrize(
+    ("compiler", "setting", "note"),
+    [("/nowhere/nvcc", "ON", "no working CUDA compiler was found"), ("nvcc", "OFF", "left out by -DPPOMAX_CUDA=OFF")],
+)
+def test_builds_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, setting: str, note: str
+) -> None:
+    """A machine whose CUDA compiler is missing or broken builds all the rest, and says why."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake here; pip install cmake")
+    monkeypatch.setenv("CUDACXX", compiler)
+    assert f"CUDA kernels: {note}" in run("cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPPOMAX_CUDA={setting}")
+    run("cmake", "--build", str(tmp_path), "--target", "ppomax_cuda_note")
+
+
 def test_library_says_what_it_has() -> None:
     lib = native.library()
     lib.ppomax_cuda_note.restype = ctypes.c_char_p
