@@ -13,7 +13,7 @@ from ppomax.config_io import read_yaml
 from ppomax.monitor import METRICS, SAMPLES, SCORES, read_jsonl
 
 END_STEPS = 5
-"""The end's figures are means over so many last steps; the start's are step 1, which the start policy sampled."""
+"""The end's figures are means over so many last steps, fewer in short runs; the start's are step 1."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,12 @@ class Run:
 
     @property
     def end(self) -> dict[str, float]:
-        return means(self.rows[-END_STEPS:])
+        return means(self.rows[-self.end_steps :])
+
+    @property
+    def end_steps(self) -> int:
+        """Last steps behind the end's figures: at most a quarter of the run."""
+        return max(1, min(END_STEPS, len(self.rows) // 4))
 
 
 def read_run(folder: Path, name: str, colour: str) -> Run:

@@ -13,7 +13,7 @@ import yaml
 from ppomax import report_plots as plots
 from ppomax.alarm import means
 from ppomax.config_io import flat
-from ppomax.report_data import END_STEPS, Run
+from ppomax.report_data import Run
 
 GLANCE = {
     "objective/scores": "score (raw, mean)",
@@ -79,11 +79,9 @@ def glance(runs: Sequence[Run]) -> str:
             rows += "<tr><td>gain in standard deviations of the start's scores" + "".join(
                 f"<td><b>{gain(run)}</b>" for run in runs
             )
-    return section(
-        "Start → end",
-        f"<table><tr><th>{heads}{rows}</table>"
-        f"<p class=faint>Start: the first buffer, of the start policy. End: mean of the last {END_STEPS} steps.</p>",
-    )
+    last = max(run.end_steps for run in runs)
+    note = f"Start: the first buffer, of the start policy. End: mean of the last {last} steps."
+    return section("Start → end", f"<table><tr><th>{heads}{rows}</table><p class=faint>{note}</p>")
 
 
 def change(run: Run, metric: str) -> str:

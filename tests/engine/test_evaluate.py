@@ -103,6 +103,22 @@ def test_a_function_judges_as_it_scores(job):
         )
 
 
+def test_the_classifier_judges_whole_texts_and_gives_the_shares_called_positive(job, monkeypatch, tmp_path):
+    from ppomax.assets.classifier import SentimentClassifier
+
+    SentimentClassifier(-0.1, {f"w{i}": (1.0, 1.0 if i % 2 else -1.0) for i in range(64)}).save(
+        tmp_path / "classifier.json"
+    )
+    monkeypatch.setattr("ppomax.stages.evaluate.shipped", lambda name: tmp_path / name)
+    result = run_evaluation(EvaluateConfig(**job, judge="classifier"))
+    classifier, rows = SentimentClassifier.load(tmp_path / "classifier.json"), rows_of()["rows"]
+    logits = [classifier.logit(f"{row['prompt']} {row['policy']}".strip()) for row in rows]
+    assert [row["score_policy"] for row in rows] == pytest.approx(logits)
+    assert result.positive is not None
+    assert result.positive[0] == pytest.approx(sum(x > 0 for x in logits) / 12)
+    assert f"called positive {result.positive[0]:.1%} against" in result.sentence()
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -36,8 +36,8 @@ class EvaluateConfig:
     """Use the first so many prompts. 0: all."""
     max_prompt_tokens: int = 512
     """Longer prompts are an error."""
-    judge: Literal["reward_model", "function", "endpoint"] = "reward_model"
-    """Who judges."""
+    judge: Literal["reward_model", "classifier", "function", "endpoint"] = "reward_model"
+    """Who judges. `classifier`: the sentiment classifier that ships with ppomax, which no training here has seen."""
     reward_model: str | None = None
     """Reward model that judges. None: the one that ships with ppomax."""
     function: str | None = None
@@ -103,6 +103,8 @@ class Answer:
     response_ids: list[int]
     prompt: str
     text: str
+    whole: str
+    """Prompt and response as one text."""
     finished: bool
 
 
@@ -117,6 +119,8 @@ class Evaluation:
     """Prompts without a usable verdict; they are in no rate."""
     path: Path
     """evaluation.json, with a row a prompt."""
+    positive: tuple[float, float] | None = None
+    """Shares of policy's and baseline's texts that the classifier calls positive, where it judged."""
 
     @property
     def win_rate(self) -> float:
@@ -131,6 +135,8 @@ class Evaluation:
     def sentence(self) -> str:
         low, high = self.interval
         lost = f", {self.unjudged} not judged" if self.unjudged else ""
+        if self.positive:
+            lost += f"  called positive {self.positive[0]:.1%} against {self.positive[1]:.1%}"
         return (
             f"win {self.win}  tie {self.tie}  lose {self.lose}{lost}  win rate {self.win_rate:.1%} "
             f"(95 %: {low:.1%} to {high:.1%})\nwritten: {self.path}"
@@ -162,9 +168,16 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
         )
     out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-evaluate")
     out.mkdir(parents=True, exist_ok=True)
-    result = Evaluation(counts["win"], counts["tie"], counts["lose"], counts[None], out / "evaluation.json")
+    positive = positive_shares(judged) if config.judge == "classifier" else None
+    result = Evaluation(counts["win"], counts["tie"], counts["lose"], counts[None], out / "evaluation.json", positive)
     result.path.write_text(json.dumps(as_json(result, config, ours, theirs, judged), indent=1), encoding="utf-8")
     return result
+
+
+def positive_shares(judged: Sequence[Judgement]) -> tuple[float, float]:
+    """Shares with a log-odds above 0 of policy's and baseline's texts."""
+    sides = [[j.detail[name] > 0 for j in judged] for name in ("score_policy", "score_baseline")]
+    return sum(sides[0]) / len(judged), sum(sides[1]) / len(judged)
 
 
 def endpoint_judge(config: EvaluateConfig) -> EndpointJudge:
@@ -199,6 +212,7 @@ def as_json(
         "unjudged": result.unjudged,
         "win_rate": result.win_rate,
         "win_rate_95": list(result.interval),
+        "positive": result.positive,
         "config": to_dict(config),
         "rows": rows,
     }
@@ -230,11 +244,16 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     rows = zip(prompts, given.tokens, given.finished, strict=True)
-    return [Answer(list(p), r, text(p), text(r), done) for p, r, done in rows], tokenizer
+    return [Answer(list(p), r, text(p), text(r), text([*p, *r]), done) for p, r, done in rows], tokenizer
 
 
 def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list[float]:
     """The judge's score of each answer; `theirs`: the tokenizer that the answers were made with."""
+    if config.judge == "classifier":
+        from ppomax.assets.classifier import SentimentClassifier
+
+        classifier = SentimentClassifier.load(shipped("classifier.json"))
+        return [classifier.logit(a.whole) for a in given]
     if config.judge == "function":
         from ppomax.rewards import load_function
 
