@@ -78,6 +78,38 @@ def _array(x: Tensor | None) -> tuple[int | None, int]:
     return (None, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype])
 
 
+def _match(op: str, like: Tensor, *others: Tensor | None) -> None:
+    """What memory safety needs, for callers of the raw torch ops: arrays of one size, in order, on the CPU."""
+    for x in (like, *others):
+        if x is not None and (x.shape != like.shape or not x.is_contiguous() or not x.is_cpu):
+            raise ValueError(
+                f"{op}: tensors must be contiguous, on the CPU and of one shape {tuple(like.shape)}, got one of shape "
+                f"{tuple(x.shape)}, strides {tuple(x.stride())}, on {x.device}"
+            )
+
+
+def _match_rows(op: str, logits: Tensor, labels: Tensor) -> None:
+    if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64 or not (logits.is_cpu and labels.is_cpu):
+        raise ValueError(
+            f"{op}: labels must be int64 of shape {tuple(logits.shape[:-1])} on the CPU, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)} on {labels.device}"
+        )
+    if logits.stride()[-1] != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"{op}: the last dimension of logits must be contiguous, got strides {logits.stride()}")
+
+
+def _match_sequences(op: str, cu_seqlens: Tensor, *each: Tensor | None) -> None:
+    if (
+        cu_seqlens.dtype != torch.int32
+        or cu_seqlens.ndim != 1
+        or not cu_seqlens.is_contiguous()
+        or not cu_seqlens.is_cpu
+    ):
+        raise ValueError(f"{op}: cu_seqlens must be int32 of shape (S+1,), contiguous, on the CPU")
+    if any(x is not None and x.numel() != cu_seqlens.numel() - 1 for x in each):
+        raise ValueError(f"{op}: there must be one number for each of the {cu_seqlens.numel() - 1} sequences")
+
+
 def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -97,6 +129,7 @@ def _upstream(op: str, name: str, x: Tensor | None) -> tuple[Tensor | None, int,
 def token_logprobs_cpu(
     logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _match_rows("token_logprobs", logits, labels)
     shape, strides, vocab = labels.shape, logits.stride(), logits.shape[-1]
     outer, inner, outer_stride, inner_stride = checks.rows("token_logprobs", "logits", shape, strides[:-1])
     _, _, labels_outer, labels_inner = checks.rows("token_logprobs", "labels", shape, labels.stride())
@@ -127,6 +160,14 @@ def token_logprobs_backward_cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     op, shape, vocab = "token_logprobs", labels.shape, logits.shape[-1]
+    _match_rows(op, logits, labels)
+    _match(op, lse, entropy if dentropy is not None else None)
+    if lse.shape != shape or any(x is not None and x.shape != shape for x in (dlogprobs, dentropy)):
+        raise ValueError(f"{op}: lse and gradients must have the shape {tuple(shape)} of labels")
+    if out is not None:
+        if out.dtype != logits.dtype:
+            raise ValueError(f"{op}: out must be {logits.dtype} like logits, got {out.dtype}")
+        _match(op, out, None if out.shape == logits.shape else logits)
     outer, inner, outer_stride, inner_stride = checks.rows(op, "logits", shape, logits.stride()[:-1])
     _, _, labels_outer, labels_inner = checks.rows(op, "labels", shape, labels.stride())
     dlogprobs, dl_outer, dl_inner = _upstream(op, "dlogprobs", dlogprobs)
@@ -146,6 +187,7 @@ def token_logprobs_backward_cpu(
 
 
 def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    _match("kl_penalty", logprobs, ref_logprobs)
     kl = _new(logprobs)
     status = library().ppomax_kl_penalty_cpu(
         logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype],
@@ -157,6 +199,7 @@ def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Te
 
 
 def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    _match("kl_penalty", logprobs, ref_logprobs, dkl)
     dlogprobs = _new(logprobs)
     status = library().ppomax_kl_penalty_backward_cpu(
         dkl.data_ptr(), logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(),
@@ -170,6 +213,8 @@ def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor,
 def token_rewards_cpu(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str
 ) -> Tensor:
+    _match("token_rewards", logprobs, ref_logprobs)
+    _match_sequences("token_rewards", cu_seqlens, scores)
     tokens = logprobs.shape[0]
     rewards = _new(logprobs)
     status = library().ppomax_token_rewards_cpu(
@@ -194,15 +239,26 @@ def gae_cpu(
     lams: Tensor | None,
     bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    shape = rewards.shape
+    shape, row, value_row = rewards.shape, rewards.stride(), values.stride()
+    mask_row = row if mask is None else mask.stride()
+    strided = (row[-1] != 1 or value_row[-1] != 1 or mask_row[-1] != 1) and shape[-1] > 1
+    if values.shape != shape or (mask is not None and mask.shape != shape) or strided or not rewards.is_cpu:
+        raise ValueError(f"gae: tensors must have one shape {tuple(shape)}, the last dimension contiguous, on the CPU")
+    tokens, padded = shape[-1], cu_seqlens is None
+    if cu_seqlens is None:
+        sequences = shape[0]
+        if (lams is not None and lams.numel() != sequences) or (
+            bootstrap is not None and bootstrap.numel() != sequences
+        ):
+            raise ValueError(f"gae: lam and bootstrap must have one number for each of the {sequences} sequences")
+    else:
+        _match_sequences("gae", cu_seqlens, lams, bootstrap)
+        sequences = cu_seqlens.shape[0] - 1
     advantages, returns = _new(rewards), _new(rewards)
-    tokens = shape[-1]
-    padded = cu_seqlens is None
-    sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     status = library().ppomax_gae_cpu(
-        rewards.data_ptr(), DTYPES[rewards.dtype], rewards.stride()[0] if padded else 0,
-        values.data_ptr(), DTYPES[values.dtype], values.stride()[0] if padded else 0,
-        _at(mask), mask.stride()[0] if mask is not None and padded else 0,
+        rewards.data_ptr(), DTYPES[rewards.dtype], row[0] if padded else 0,
+        values.data_ptr(), DTYPES[values.dtype], value_row[0] if padded else 0,
+        _at(mask), mask_row[0] if padded else 0,
         _at(cu_seqlens), sequences, tokens, gamma, lam, *_array(lams), *_array(bootstrap),
         advantages.data_ptr(), returns.data_ptr(), get_num_threads(),
     )  # fmt: skip
@@ -214,6 +270,7 @@ def gae_cpu(
 
 
 def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
+    _match("whiten", x, mask)
     moments = empty(3, dtype=torch.float64)
     status = library().ppomax_moments_cpu(*_array(x), _at(mask), x.numel(), moments.data_ptr(), get_num_threads())
     if status:
@@ -222,6 +279,7 @@ def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def whiten_cpu(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
+    _match("whiten", x, mask)
     y = _new(x)
     status = library().ppomax_whiten_cpu(
         *_array(x), _at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads()
@@ -249,6 +307,7 @@ def ppo_loss_cpu(
     ent_coef: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _match("ppo_loss", logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy)
     loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(9, dtype=float32)
     dlogprobs = _new(logprobs) if need_grad else empty(0, dtype=float32)
     status = library().ppomax_ppo_loss_cpu(
@@ -272,6 +331,7 @@ def value_loss_cpu(
     clip: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _match("value_loss", values, old_values, returns, mask)
     loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(6, dtype=float32)
     dvalues = _new(values) if need_grad else empty(0, dtype=float32)
     status = library().ppomax_value_loss_cpu(
@@ -288,6 +348,8 @@ def sample_cpu(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
+    _match_rows("sample", logits, seeds)
+    _match("sample", seeds, positions)
     token = empty(rows, dtype=torch.int64)
     logprob, plain_logprob, entropy = empty(rows, dtype=float32), empty(rows, dtype=float32), empty(rows, dtype=float32)
     status = library().ppomax_sample_cpu(
