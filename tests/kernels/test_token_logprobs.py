@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from ppomax_kernels.token_logprobs import BACKWARD
 from ppomax_kernels.token_logprobs import FORWARD as TABLE
+from ppomax_kernels.vocab_shard import FOREIGN
 
 from . import oracle, strategies, verify
 from .backends import Backend
 from .cases import LOGITS, Logits
-from .contract import LOGPROBS_LIMIT, all_zero, f64, same_bits, within
+from .contract import LOGPROBS_LIMIT, all_zero, f64, hold, same_bits, within
 
 
 @pytest.mark.parametrize("case", LOGITS, ids=str)
@@ -88,6 +89,28 @@ def test_alone_or_among_many(impl: Backend) -> None:
     for rows in (slice(0, 1), slice(5, 6), slice(2, 8), slice(1, None, 3)):
         for what, part, whole in zip(("logprobs", "entropy", "dlogits"), run(rows), every, strict=True):
             same_bits(f"{what} of rows {rows}", part, whole[rows])
+
+
+def test_label_of_another_shard(impl: Backend) -> None:
+    """FOREIGN: logprob 0, entropy and logsumexp as usual, and a gradient without the label's own term."""
+    if impl.name not in BACKWARD:
+        pytest.skip(f"{impl.name}: no vocabulary shards in the reference")
+    logits, labels, dlp, dent = Logits((4,), 131, seed=2).draw(impl.device)
+    other = labels.clone()
+    other[1] = FOREIGN
+    results = []
+    for y in (labels, other):
+        logprobs, entropy, lse = TABLE[impl.name](logits, y, 1.0, 0.0, True, -100)
+        d = BACKWARD[impl.name](dlp, dent, logits, y, lse, entropy, 1.0, 0.0, -100)
+        results.append((logprobs, entropy, lse, d))
+    (logprobs, *usual, d), (foreign, *same, d_foreign) = results
+    for a, b in zip(usual, same, strict=True):
+        same_bits("entropy, logsumexp", a, b)
+    same_bits("logprobs", foreign, logprobs.masked_fill(other == FOREIGN, 0.0))
+    at = (1, int(labels[1]))
+    hold("the label's own term", d[at] - d_foreign[at], f64(dlp[1]), dlp[1])
+    d[at] = d_foreign[at]
+    same_bits("every other term", d, d_foreign)
 
 
 def test_gradient_over_the_logits(impl: Backend) -> None:
