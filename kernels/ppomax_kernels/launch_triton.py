@@ -13,7 +13,7 @@ from torch import Tensor
 
 Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
-_RECORDER: ContextVar[Recorder | None] = ContextVar("ppomax_triton_recorder", default=None)
+_RECORDER: ContextVar[tuple[Recorder, str] | None] = ContextVar("ppomax_triton_recorder", default=None)
 
 
 def launch(kernel: Any, programs: tuple[int, ...], first: Tensor, *args: Any, **constants: Any) -> None:
@@ -22,9 +22,9 @@ def launch(kernel: Any, programs: tuple[int, ...], first: Tensor, *args: Any, **
     A product and a sum are fused into one rounding whatever Triton's default: no environment variable changes a bit.
     """
     constants["enable_fp_fusion"] = True
-    recorder = _RECORDER.get()
-    if recorder is not None:
-        recorder(kernel, (first, *args), constants)
+    recording = _RECORDER.get()
+    if recording is not None:
+        recording[0](kernel, (first, *args), constants)
     elif first.is_cuda:
         with torch.cuda.device_of(first):
             kernel[programs](first, *args, **constants)
@@ -35,10 +35,18 @@ def launch(kernel: Any, programs: tuple[int, ...], first: Tensor, *args: Any, **
             kernel[programs](first, *args, **constants)
 
 
+def backend() -> str:
+    """Whose GPUs launches are for: "cuda" or "hip"."""
+    recording = _RECORDER.get()
+    if recording is not None:
+        return recording[1]
+    return "cuda" if torch.version.hip is None else "hip"
+
+
 @contextmanager
-def recorded(recorder: Recorder) -> Iterator[None]:
-    """Within this block nothing is launched; `recorder(kernel, args, constants)` is called instead."""
-    token = _RECORDER.set(recorder)
+def recorded(recorder: Recorder, backend: str) -> Iterator[None]:
+    """Within this block nothing is launched: `recorder(kernel, args, constants)` is called, as for "cuda" or "hip"."""
+    token = _RECORDER.set((recorder, backend))
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import launch
+from .launch_triton import backend, launch
 from .math_triton import LOG2E
 from .token_logprobs_triton import row_stats
 
@@ -162,12 +162,14 @@ def _sample_kernel(
     tl.store(entropy_ptr + row, tl.where(good, entropy, float("nan")))
 
 
-def constants(vocab: int, element_size: int) -> dict[str, int]:
+def constants(vocab: int, element_size: int, chips: str) -> dict[str, int]:
     """Few rows and many dependent passes: 512 threads a row, one 16 B load each, or 4 logits where rows start anywhere
-    and loads are narrow. More a thread makes one chip or another spill."""
+    and loads are narrow. NVIDIA's assembler is told that it may use 128 registers (all that 512 threads can have): left
+    to itself it spills a few bytes to stay under 40 or 64, for more programs a multiprocessor than there are rows."""
+    limit = {"maxnreg": 128} if chips == "cuda" else {}
     if vocab <= 1024:
-        return {"BLOCK": 1024, "num_warps": 8}
-    return {"BLOCK": 8192 // element_size if vocab % 16 == 0 else 2048, "num_warps": 16}
+        return {"BLOCK": 1024, "num_warps": 8} | limit
+    return {"BLOCK": 8192 // element_size if vocab % 16 == 0 else 2048, "num_warps": 16} | limit
 
 
 def sample_triton(
@@ -180,6 +182,6 @@ def sample_triton(
         launch(
             _sample_kernel, (rows,), logits, seeds, positions, token, logprob, plain_logprob, entropy, vocab,
             logits.stride(0), temperature, top_k, top_p, GREEDY=temperature == 0.0, TOP_K=0 < top_k < vocab,
-            TOP_P=top_p < 1.0, **constants(vocab, logits.element_size()),
+            TOP_P=top_p < 1.0, **constants(vocab, logits.element_size(), backend()),
         )  # fmt: skip
     return token, logprob, plain_logprob, entropy
