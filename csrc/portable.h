@@ -83,15 +83,14 @@ PPOMAX_INLINE void exp_pair(float x, float *exponential, float *minus_one) {
 #endif
 }
 
-PPOMAX_INLINE float tanh_of(float x) {
-#if defined(__CUDA_ARCH__)
-    return tanhf(x);
-#else
+// tanh x and its slope 1 - tanh^2 x. The slope of a saturated tanh is far below tanh's rounding: with e = e^(-2|x|) it is 4e / (1 + e)^2.
+PPOMAX_INLINE void tanh_pair(float x, float *y, float *slope) {
     const float magnitude = x < 0.0f ? -x : x;
-    const float t = expm1_of(-2.0f * magnitude);
-    const float y = -t / (t + 2.0f);
-    return x < 0.0f ? -y : y;
-#endif
+    float e, minus_one;
+    exp_pair(clamp(-2.0f * magnitude, -87.0f, 0.0f), &e, &minus_one);
+    const float tanh_magnitude = -minus_one / (minus_one + 2.0f);
+    *y = x < 0.0f ? -tanh_magnitude : tanh_magnitude;
+    *slope = 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
 }  // namespace PPOMAX_NS

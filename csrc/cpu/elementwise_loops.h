@@ -42,6 +42,25 @@ static void kl_gradient(const float *dkl, TypedArray logprobs, TypedArray ref, i
     }
 }
 
+// Sum of (x - centre)^POWER in fp64, eight lanes in a fixed order.
+template <int POWER>
+static double deviations(const float *x, int n, double centre) {
+    double sums[8] = {};
+    int i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int k = 0; k < 8; ++k) {
+            const double apart = (double)x[i + k] - centre;
+            sums[k] += POWER == 1 ? apart : apart * apart;
+        }
+    for (; i < n; ++i) {
+        const double apart = (double)x[i] - centre;
+        sums[0] += POWER == 1 ? apart : apart * apart;
+    }
+    double total = 0.0;
+    for (int k = 0; k < 8; ++k) total += sums[k];
+    return total;
+}
+
 // At most BLOCK elements: mean first, then squared deviations from it.
 static void moments(TypedArray array, const uint8_t *mask, int64_t at, int64_t count, Moments *out) {
     float a[BLOCK], kept[BLOCK];
@@ -56,14 +75,8 @@ static void moments(TypedArray array, const uint8_t *mask, int64_t at, int64_t c
         }
         x = kept;
     }
-    const double mean = m ? sum_of(x, m) / m : 0.0;
-    double squares[8] = {};
-    int i = 0;
-    for (; i + 8 <= m; i += 8)
-        for (int k = 0; k < 8; ++k) squares[k] += ((double)x[i + k] - mean) * ((double)x[i + k] - mean);
-    for (; i < m; ++i) squares[0] += ((double)x[i] - mean) * ((double)x[i] - mean);
-    double m2 = 0.0;
-    for (int k = 0; k < 8; ++k) m2 += squares[k];
+    const double mean = m ? deviations<1>(x, m, 0.0) / m : 0.0;
+    const double m2 = deviations<2>(x, m, mean);
     out->count = m;
     out->mean = mean;
     out->m2 = m2;

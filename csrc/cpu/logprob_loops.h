@@ -12,12 +12,17 @@ namespace PPOMAX_NS {
 
 constexpr float NO_LESS = -126.0f;  // below 2^-126 a term is lost beside the maximum's 1; exp2_of would make garbage of it
 
+// cap * tanh(x / cap), and its derivative as 4e / (1 + e)^2 with e = exp(-2 |x| / cap): 1 - tanh^2 would cancel where tanh is near 1.
 static inline void soften(float *x, int n, float cap, float *slope) {
     const float inverse = 1.0f / cap;
     for (int i = 0; i < n; ++i) {
-        const float y = tanh_of(x[i] * inverse);
-        x[i] = cap * y;
-        if (slope) slope[i] = 1.0f - y * y;
+        const float u = x[i] * inverse;
+        float e, e_minus_1;
+        exp_pair(clamp(-2.0f * (u < 0.0f ? -u : u), -87.0f, 0.0f), &e, &e_minus_1);
+        const float share = 1.0f / (e_minus_1 + 2.0f);
+        const float y = -e_minus_1 * share;
+        x[i] = cap * (u < 0.0f ? -y : y);
+        if (slope) slope[i] = 4.0f * e * share * share;
     }
 }
 
