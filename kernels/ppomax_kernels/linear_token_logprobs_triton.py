@@ -139,8 +139,8 @@ def _linear_token_logprobs_combine_kernel(
 
 def constants(dtype: torch.dtype, aligned: bool, chips: str) -> dict[str, int | str]:
     """Tile, warps and stages. 16-bit on NVIDIA: 128 x 128 x 64 in four stages, 128 KiB of shared memory, which an A100
-    has too; AMD has 64. Small tiles for float32, which is exact (no tf32), so runs on the plain cores, and for rows that
-    do not start at multiples of 16, whose narrow loads pass through registers."""
+    has too; AMD has 64. Small tiles for float32, which is exact (no tf32), so runs on the plain cores, and for rows
+    that do not start at multiples of 16, whose narrow loads pass through registers."""
     if dtype == torch.float32 or not aligned:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
     stages = 4 if chips == "cuda" else 2
