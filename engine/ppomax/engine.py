@@ -69,7 +69,7 @@ class Engine:
         self.sources = {
             "reference": _path(reference) or _path(policy),
             "reward": _path(reward),
-            "tokenizer": _path(policy),
+            "tokenizer": self.config.model.tokenizer or _path(policy),
         }
         dtype, trust = DTYPES[self.config.model.dtype], self.config.model.trust_remote_code
         lm = load_policy(policy, dtype, trust_remote_code=trust).eval().requires_grad_(True)
