@@ -149,7 +149,7 @@ def launches(backend: str) -> list[Launch]:
     for case, call in cases():
 
         def record(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], case: str = case) -> None:
-            launch = _as_compiled(kernel, args, constants, case)
+            launch = as_compiled(kernel, args, constants, case)
             found.setdefault(launch.key, launch)
 
         with recorded(record, backend):
@@ -157,7 +157,7 @@ def launches(backend: str) -> list[Launch]:
     return list(found.values())
 
 
-def _as_compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], case: str) -> Launch:
+def as_compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], case: str) -> Launch:
     """The types that Triton's launcher would derive: 1 is a constant, multiples of 16 are noted, unless told not to."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | {
         k: v for k, v in constants.items() if k in kernel.arg_names

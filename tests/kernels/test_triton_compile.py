@@ -68,6 +68,43 @@ def test_compiling_asks_for_a_known_chip_and_a_real_compiler() -> None:
     assert "TRITON_INTERPRET is set" in done.stderr
 
 
+KEYS = """
+import torch
+from ppomax_kernels import compile_triton as c
+from ppomax_kernels.launch_triton import recorded
+
+def keys(n, t, number):
+    x, z, m, y, per = c._float(n, 50257), c._float(n), c._int(n, dtype=torch.bool), c._int(n), c._float(3)
+    cu, square, norm = c._int(4, dtype=torch.int32), c._float(3, n), c._float()
+    hidden, weight, found = c._float(n, 64), c._float(50257, 64), set()
+    with recorded(lambda *launch: found.add(c.as_compiled(*launch, "").key), "cuda"):
+        c.token_logprobs_triton(x, y, t, 0.0, True, -number)
+        c.token_logprobs_backward_triton(z, z, x, y, z, z, t, 0.0, -number)
+        c.kl_penalty_triton(z, z, "k3")
+        c.kl_penalty_backward_triton(z, z, z, "k3")
+        c.token_rewards_triton(per, z, z, cu, t, "k1")
+        c.gae_triton(z, z, cu, m, t, t, per, per)
+        c.gae_triton(square, square, None, None, t, t, None, None)
+        c.ppo_loss_triton(z, z, z, m, z, z, z, norm, t, t, t, t, t, "k3", t, True)
+        c.value_loss_triton(z, z, z, m, norm, t, t, True)
+        c.whiten_triton(z, m, c.moments_triton(z, m), True, t)
+        c.sample_triton(x, y, y, t, number, t)
+        c.linear_token_logprobs_triton(hidden, weight, y, None, t, 0.0, True, -number)
+    return found
+
+first = keys(1, 0.5, 1)
+assert len(first) == 14, sorted(first)
+for n, t, number in ((2, 0.7, 16), (16, 0.9, 100), (17, 0.3, 7), (1000, 0.25, 64), (8192, 0.6, 1)):
+    assert keys(n, t, number) == first, (n, keys(n, t, number) ^ first)
+assert len(keys(8193, 0.5, 1) | keys(10**6, 0.5, 16)) == 17
+"""
+
+
+def test_no_recompilation_for_a_length_a_count_or_a_number() -> None:
+    done = python("-c", KEYS)
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_triton_files_import_triton() -> None:
     others = [file for file in PACKAGE.glob("*.py") if not file.name.endswith("_triton.py")]
     assert others
