@@ -2,10 +2,6 @@
 waits for the device."""
 
 import ast
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ppomax_kernels as K
@@ -14,42 +10,15 @@ import torch
 
 from .backends import Backend
 from .cases import Logits
-from .launch_keys import LENGTHS
 
-ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "kernels" / "ppomax_kernels"
-# Sizes fall into a few classes (a block or more, divisible by 16 or not), each compiled once; a variant a length
-# would be as many as lengths.
-CLASSES = 3
-
-
-@pytest.fixture(scope="module")
-def variants() -> dict[str, dict[str, int]]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.launch_keys"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, int]] = json.loads(done.stdout)
-    return found
-
-
-def test_no_recompilation_per_length(variants: dict[str, dict[str, int]]) -> None:
-    assert variants["lengths"]
-    for name, count in variants["lengths"].items():
-        assert count <= CLASSES < len(LENGTHS), f"{name}: {count} variants of one kernel for {len(LENGTHS)} lengths"
-
-
-def test_no_recompilation_per_number(variants: dict[str, dict[str, int]]) -> None:
-    """Temperature, softcap, gamma, lam, clips, coefficients: one variant for all."""
-    for name, count in variants["numbers"].items():
-        assert count == 1, f"{name}: {count} variants for six values of a number"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "ppomax_kernels"
 
 
 def test_the_cache_stays_as_it_is() -> None:
-    """The same, counted in Triton's cache, where there is a GPU."""
+    """No recompilation for a length or a temperature, counted in Triton's own cache (test_triton_compile.py does
+    without a GPU, for every launcher)."""
     if not torch.cuda.is_available():
-        pytest.skip("triton: no GPU, so nothing is compiled at a call; see the tests above")
+        pytest.skip("triton: no GPU, so nothing is compiled at a call")
     from ppomax_kernels import token_logprobs_triton as module
 
     def run(n: int, temperature: float) -> None:
