@@ -135,6 +135,10 @@ class Options(typing.Generic[C]):
             name = word.split("=")[0]
             if word.startswith("--") and name not in known:
                 raise ConfigError(f"ppomax {self.command}: unknown flag {name}{_near_flag(name, known)}")
+        given = {word.split("=")[0] for word in argv}
+        missing = [f"--{name}" for name in _required(self.cls) if name not in layers and f"--{name}" not in given]
+        if missing:
+            raise ConfigError(f"ppomax {self.command}: {' and '.join(missing)} must be given, as a flag or in --config")
         try:
             values = parser.parse_args(argv)
         except ArgumentError as error:
@@ -190,6 +194,12 @@ def to_plain(namespace: Any) -> dict[str, Any]:
 
 def _fields(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
+
+
+def _required(cls: Any) -> list[str]:
+    """Fields without a default."""
+    none = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none]
 
 
 def _sections(cls: Any) -> list[str]:

@@ -36,6 +36,12 @@ def job(tmp_path, monkeypatch):
     return Path("job.yaml")
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Spare the time of drawing a report that the test does not look at."""
+    monkeypatch.setattr("ppomax.report_plots._picture", lambda draw, size: "")
+
+
 def refused(capsys, *argv: str) -> str:
     """The one line that a mistake gives; the exit status is 2."""
     assert main(list(argv)) == 2
@@ -103,7 +109,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest(tmp_path):
 
 
 def test_a_stage_without_its_model_is_told_so():
-    with pytest.raises(ConfigError, match=r"required.*model"):
+    with pytest.raises(ConfigError, match="--model must be given"):
         Options("sft", SftConfig, RUN_FLAGS).parse(["--data", "d"])
 
 
@@ -146,7 +152,16 @@ def test_commands_are_named_and_a_wrong_one_is_refused(capsys):
 def test_train_writes_a_whole_run_and_resumes_without_double_rows(job, capsys):
     assert main(["train", "--config", str(job), "--out", "run"]) == 0
     said = capsys.readouterr().out
-    assert "step 2/2" in said
+    for words in (
+        "step 2/2",
+        "score (raw, mean)",
+        "KL per token",
+        "before: ",
+        "after:  ",
+        "report: run/report.html",
+        "policy: run/policy",
+    ):
+        assert words in said
     for name in (
         "config.yaml",
         "metrics.jsonl",
@@ -163,18 +178,20 @@ def test_train_writes_a_whole_run_and_resumes_without_double_rows(job, capsys):
     assert "resumed with another run.steps" in capsys.readouterr().out
 
 
-def test_a_folder_with_a_run_and_a_resume_with_other_knobs_are_refused(job, capsys):
+def test_a_folder_with_a_run_and_a_resume_with_other_knobs_are_refused(no_pictures, job, capsys):
     assert main(["train", "--config", str(job), "--out", "run", "--steps", "1"]) == 0
     capsys.readouterr()
     assert "holds a run already" in refused(capsys, "train", "--config", str(job), "--out", "run")
     told = refused(capsys, "train", "--resume", "--out", "run", "--kl.coef", "0.5", "--seed", "4")
     assert "kl.coef is 0.5 here and 0.05 in the run" in told
     assert "run.seed is 4 here and 0 in the run" in told
+    told = refused(capsys, "train", "--config", str(job), "--out", "run", "--run.resume=true", "--kl.coef", "0.5")
+    assert "kl.coef is 0.5 here" in told  # asked for by the knob, not the short flag
     assert "no folder nowhere" in refused(capsys, "train", "--resume", "--out", "nowhere")
     assert "--resume needs --out DIR" in refused(capsys, "train", "--resume")
 
 
-def test_without_out_a_dated_folder_under_runs(job):
+def test_without_out_a_dated_folder_under_runs(no_pictures, job):
     assert main(["train", "--config", str(job), "--steps", "1", "--preset", "vanilla"]) == 0
     (made,) = Path("runs").iterdir()
     assert made.name.endswith("-vanilla")
@@ -267,7 +284,7 @@ ALWAYS = [
 
 
 @pytest.mark.parametrize(("action", "kept"), [("stop", 2), ("rollback", 1)])
-def test_the_alarm_ends_a_run_at_its_step_or_at_the_checkpoint_before(job, capsys, action, kept):
+def test_the_alarm_ends_a_run_at_its_step_or_at_the_checkpoint_before(no_pictures, job, capsys, action, kept):
     from safetensors.torch import load_file
 
     argv = [
@@ -300,24 +317,3 @@ def test_the_alarm_ends_a_run_at_its_step_or_at_the_checkpoint_before(job, capsy
     assert main(["train", "--resume", "--out", "run"]) == 0  # goes on past the step at which it was told to end
     rows = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [step for step in rows if step] == list(range(1, max(rows) + 1))
-
-
-def test_the_end_of_a_run_shows_what_came_of_it(job, capsys):
-    assert main(["train", "--config", str(job), "--out", "run"]) == 0
-    said = capsys.readouterr().out
-    for word in (
-        "score (raw, mean)",
-        "KL per token",
-        "before: ",
-        "after:  ",
-        "report: run/report.html",
-        "policy: run/policy",
-    ):
-        assert word in said
-
-
-def test_resume_asked_for_in_the_file_is_held_to_the_run_as_well(job, capsys):
-    assert main(["train", "--config", str(job), "--out", "run", "--steps", "1"]) == 0
-    capsys.readouterr()
-    told = refused(capsys, "train", "--config", str(job), "--out", "run", "--run.resume=true", "--kl.coef", "0.5")
-    assert "kl.coef is 0.5 here" in told
