@@ -250,7 +250,10 @@ def main(archs: list[str], quick: bool = False) -> int:
             worst.setdefault(launch.kernel.__name__, []).append((usage, launch))
             if usage.error or usage.spills:
                 bad += 1
-                print(f"{arch} {launch.kernel.__name__} [{launch.case}] {usage.error or f'spills {usage.spills} B'}")
+                print(
+                    f"{arch} {launch.kernel.__name__} [{launch.case}] {usage.error or f'spills {usage.spills} B'}",
+                    flush=True,
+                )
         _print(arch, worst)
     print(f"\n{tried} variants for {', '.join(archs)}: {bad or 'none'} failed or spilled")
     return 1 if bad else 0
@@ -262,4 +265,4 @@ def _print(arch: str, worst: dict[str, list[tuple[Usage, Launch]]]) -> None:
         most, where = max(results, key=lambda pair: (pair[0].spills, pair[0].registers))
         shared = max(usage.shared for usage, _ in results)
         figures = f"{len(results):>9}{most.registers:>10}{most.spills:>10}{shared:>9}"
-        print(f"{'':8}{name:36}{figures}  {where.case}")
+        print(f"{'':8}{name:36}{figures}  {where.case}", flush=True)
