@@ -2,6 +2,7 @@
 call: cases_call.py."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ppomax_kernels as K
 import torch
@@ -58,7 +59,7 @@ def token_logprobs(device: torch.device, dtype: torch.dtype, size: str) -> Itera
 
     eager = rivals.logprobs_entropy
     fast = compiled(eager), compiled(eager)
-    common = dict(
+    common: dict[str, Any] = dict(
         op="token_logprobs", dtype=dtype, shape=f"{n}x{v}", missing=missing, needs_compile=frozenset({"compile"})
     )
     read = n * v * logits.element_size()
@@ -245,7 +246,7 @@ def sample(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Prob
 
     def distance(results: Sequence[Tensor]) -> float:
         """Of the token's logprob from that of the distribution to draw from; infinite for a token that was cut."""
-        logp = rivals.cut_by_sorting(logits.float(), **cut).double().log_softmax(-1)
+        logp = rivals.cut_by_sorting(logits.double(), **cut).log_softmax(-1)
         return float((logp.gather(1, results[0].unsqueeze(1)).squeeze(1) - results[1].double()).abs().max())
 
     yield Problem(

@@ -2,6 +2,7 @@
 arguments ready."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ppomax_kernels as K
 import torch
@@ -48,7 +49,7 @@ def _token_logprobs() -> Iterator[Problem]:
         assert isinstance(y, Tensor)
         return [y]
 
-    common = dict(op="token_logprobs", dtype=torch.float32, shape="1x8", tolerance=1e-5)
+    common: dict[str, Any] = dict(op="token_logprobs", dtype=torch.float32, shape="1x8", tolerance=1e-5)
     yield Problem(
         mode="call", runs={"ppomax cpu": lambda: public(logits), BARE: bare}, truth=lambda: reference(logits), **common
     )

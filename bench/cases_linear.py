@@ -4,6 +4,7 @@ higher precision."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ppomax_kernels as K
 import torch
@@ -92,7 +93,7 @@ def linear_token_logprobs(device: torch.device, dtype: torch.dtype, size: str) -
         )
 
     inputs, exact, fast = [x.hidden, x.weight], x.exact(), [compiled(eager), compiled(eager)]
-    common = dict(
+    common: dict[str, Any] = dict(
         op="linear_token_logprobs",
         dtype=dtype,
         shape=x.shape,

@@ -4,13 +4,14 @@ the best of its rounds."""
 import ctypes
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from ppomax_kernels import native
 from torch import Tensor
 
-from .timing import in_turns
+from .timing import in_turns, seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +72,14 @@ def read(x: Tensor) -> int:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOPs a second of a large square product on random data."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2.0 * n**3 / in_turns({"gemm": lambda: a @ b}, device, seconds)["gemm"].min
+    """FLOPs a second of a large square product on random data; a smaller one where the CPU is slow in that dtype."""
+
+    def product(n: int) -> Callable[[], Tensor]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        return lambda: a @ b
+
+    n = 8192
+    if device.type == "cpu":
+        product(512)()
+        n = 2048 if seconds_of(product(512), 1, device) < 0.02 else 512
+    return 2.0 * n**3 / in_turns({"gemm": product(n)}, device, seconds)["gemm"].min

@@ -6,14 +6,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Half precision as float32: losses summed in it are off by percents."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+
+
 def logprobs_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """log_softmax, gather, entropy; float32 arithmetic on half-precision logits, as a careful trainer has it."""
-    logp = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    logp = F.log_softmax(*wide(logits), -1)
     return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """The clipped loss with the figures that trainers log beside it."""
+    logprobs, old, advantages = wide(logprobs, old, advantages)
     m = mask.to(logprobs.dtype)
     log_ratio = (logprobs - old).clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
@@ -32,6 +38,7 @@ def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor)
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    values, old, returns = wide(values, old, returns)
     m = mask.to(values.dtype)
     near = torch.maximum(torch.minimum(values, old + 0.2), old - 0.2)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
@@ -93,13 +100,13 @@ def gae_loop_openrlhf(rewards: Tensor, values: Tensor, mask: Tensor, gamma: floa
 
 
 def cut_by_sorting(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Logits with all but the top-k, then all but the nucleus, at -inf: by a sort of the whole vocabulary."""
+    """Logits with all but the top-k, then all but the nucleus, at -inf, by a sort of the vocabulary; ties stay."""
     z = logits / temperature
     z = z.masked_fill(z < z.topk(top_k, -1).values[:, -1:], -torch.inf)
-    ordered, index = z.sort(-1, descending=True)
+    ordered = z.sort(-1, descending=True).values
     p = ordered.softmax(-1)
-    ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-    return torch.empty_like(z).scatter_(-1, index, ordered)
+    least = ordered.masked_fill(p.cumsum(-1) - p >= top_p, torch.inf).amin(-1, keepdim=True)
+    return z.masked_fill(z < least, -torch.inf)
 
 
 def sample_by_sorting(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

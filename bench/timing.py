@@ -3,7 +3,7 @@ quantiles by pytest-benchmark. On a CUDA device the clock is the device's own (e
 first round that is thrown away."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from pytest_benchmark.stats import Stats
@@ -46,7 +46,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def in_turns(
-    runs: dict[str, Callable[[], object]], device: torch.device, seconds: float, per_run: int = 1
+    runs: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, per_run: int = 1
 ) -> dict[str, Stats]:
     """Statistics of each run's seconds per call (a run is `per_run` calls); about `seconds` are spent on each."""
     calls, stats = {}, {name: Stats() for name in runs}
