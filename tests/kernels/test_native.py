@@ -1,0 +1,81 @@
+"""The compiled CPU library as such: each instruction set that this machine has, forked children, callers on several
+threads, and a library that is not there."""
+
+import os
+import threading
+from collections.abc import Iterator
+
+import ppomax_kernels as K
+import pytest
+import torch
+from ppomax_kernels import native
+
+from . import verify
+from .backends import Backend
+from .cases import KL, LOGITS, PACKED, POLICY, SPREADS, VALUE, Logits
+
+CPU = Backend("cpu", "cpu")
+SMALL = [case for case in LOGITS if case.vocab <= 1025]
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
+def isa(request: pytest.FixtureRequest) -> Iterator[int]:
+    """This instruction set in use for the test; the best one again afterwards."""
+    lib = native.library()
+    if lib.ppomax_force_isa(request.param):
+        pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
+    yield request.param
+    assert lib.ppomax_force_isa(-1) == 0
+    assert lib.ppomax_isa() == lib.ppomax_best_isa()
+
+
+def test_each_instruction_set(isa: int) -> None:
+    assert native.library().ppomax_isa() == isa
+    for logits in SMALL:
+        verify.token_logprobs(CPU.bind(K.token_logprobs), logits)
+    for packed in PACKED:
+        verify.gae(CPU.bind(K.gae), packed)
+    for spread in SPREADS:
+        verify.whiten(CPU.bind(K.whiten), spread)
+    for tokens in KL:
+        verify.kl_penalty(CPU.bind(K.kl_penalty), tokens)
+    for tokens in POLICY:
+        verify.ppo_loss(CPU.bind(K.ppo_loss), tokens)
+    for tokens in VALUE:
+        verify.value_loss(CPU.bind(K.value_loss), tokens)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    before = native.library().ppomax_isa()
+    assert native.library().ppomax_force_isa(99) != 0
+    assert native.library().ppomax_isa() == before
+
+
+def test_forked_children_and_threads_get_the_same_bits() -> None:
+    """A child has none of its parent's worker threads; a pool that is busy leaves the caller to work alone."""
+    x, labels, _, _ = Logits((64,), 32000).draw()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    truth = K.token_logprobs(x, labels)
+
+    def same() -> bool:
+        return all(torch.equal(K.token_logprobs(x, labels), truth) for _ in range(3))
+
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if same() else 1)
+    found: list[bool] = []
+    callers = [threading.Thread(target=lambda: found.append(same())) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    torch.set_num_threads(threads)
+    assert os.waitpid(child, 0)[1] == 0, "the forked child hung, died or computed something else"
+    assert found == [True] * 4
+
+
+def test_a_missing_library_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", "libnowhere.so")
+    with pytest.raises(RuntimeError, match=r"impl='cpu' needs the compiled library.*libnowhere\.so.*pip install"):
+        native.library_path()
