@@ -102,5 +102,8 @@ def _tfidf(counts: Sequence[Counter[str]], index: dict[str, int], idf: torch.Ten
         columns += [column for column, _ in known]
         values += [w / norm for w in weights]
     return torch.sparse_coo_tensor(
-        torch.tensor([rows, columns]), torch.tensor(values, dtype=torch.float64), (len(counts), len(index))
+        torch.tensor([rows, columns]),
+        torch.tensor(values, dtype=torch.float64),
+        (len(counts), len(index)),
+        check_invariants=True,
     ).coalesce()

@@ -15,7 +15,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class BuildDefaultConfig:
 
     data: str
     """Folder with snippets.jsonl.gz and reviews.jsonl.gz (`text`, `label` 1 positive or 0 negative)."""
-    out: str
+    out: str = "runs/build-default"
     """Folder to write: `default/` (what ships) and `work/` (everything on the way)."""
     seed: int = 0
     """Seeds the split, weights and order."""
@@ -61,9 +61,11 @@ class BuildDefaultConfig:
     sft_steps: int = 300
     """Optimiser steps of fine-tuning, 1,024 tokens each."""
     reward_steps: int = 900
-    """Optimiser steps of the reward model, 4,096 tokens each."""
+    """Optimiser steps of the reward model, 1,024 tokens each."""
     samples: int = 1024
     """Responses sampled from the policy, to centre scores on and to measure."""
+    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
+    """Back-end of every kernel."""
 
     def __post_init__(self) -> None:
         require(self.hidden_size % 32 == 0, "hidden_size", "a multiple of 32 (the head size)", self.hidden_size)
@@ -145,68 +147,65 @@ def _write_inputs(parts: dict[str, files.Part], work: Path, config: BuildDefault
     save_model(model, tokenizer, work / "init")
 
 
-def _stage_configs(work: Path, name: str, steps: int, lr: float, seed: int) -> dict[str, Any]:
+def _shared(work: Path, name: str, steps: int, lr: float, config: BuildDefaultConfig) -> dict[str, Any]:
+    """Knobs that the three training stages set alike."""
     resume = (work / name / "checkpoints").is_dir()
     return {
+        "autocast": True,
+        "attention": "eager",
+        "impl": config.impl,
+        "eval_every": 100 if steps < 1000 else 500,
         "optim": OptimConfig(lr=lr, schedule="cosine", weight_decay=0.1, warmup=0.04, min_ratio=0.05),
-        "run": RunConfig(
-            steps=steps, seed=seed, out=str(work / name), resume=resume, checkpoint_every=500, keep_checkpoints=1
-        ),
+        "run": RunConfig(steps, config.seed, str(work / name), resume=resume, checkpoint_every=500, keep_checkpoints=1),
     }
 
 
 def _language_model(work: Path, config: BuildDefaultConfig) -> None:
-    if not (work / "lm" / "model").is_dir():
-        train_sft(
-            SftConfig(
-                model=str(work / "init"),
-                data=str(work / "lm.jsonl"),
-                eval_data=str(work / "sft_held_out.jsonl"),
-                max_tokens=128,
-                batch_tokens=1024,
-                autocast=True,
-                attention="eager",
-                eval_every=500,
-                **_stage_configs(work, "lm", config.lm_steps, 2e-3, config.seed),
-            )
+    if (work / "lm" / "model").is_dir():
+        return
+    train_sft(
+        SftConfig(
+            model=str(work / "init"),
+            data=str(work / "lm.jsonl"),
+            eval_data=str(work / "sft_held_out.jsonl"),
+            max_tokens=128,
+            batch_tokens=1024,
+            **_shared(work, "lm", config.lm_steps, 2e-3, config),
         )
+    )
 
 
 def _fine_tune(work: Path, config: BuildDefaultConfig) -> None:
-    if not (work / "sft" / "model").is_dir():
-        train_sft(
-            SftConfig(
-                model=str(work / "lm" / "model"),
-                data=str(work / "sft.jsonl"),
-                eval_data=str(work / "sft_held_out.jsonl"),
-                max_tokens=128,
-                batch_tokens=1024,
-                autocast=True,
-                attention="eager",
-                eval_every=100,
-                **_stage_configs(work, "sft", config.sft_steps, 5e-4, config.seed),
-            )
+    if (work / "sft" / "model").is_dir():
+        return
+    train_sft(
+        SftConfig(
+            model=str(work / "lm" / "model"),
+            data=str(work / "sft.jsonl"),
+            eval_data=str(work / "sft_held_out.jsonl"),
+            max_tokens=128,
+            batch_tokens=1024,
+            **_shared(work, "sft", config.sft_steps, 5e-4, config),
         )
+    )
 
 
 def _reward_model(work: Path, config: BuildDefaultConfig) -> None:
-    if not (work / "reward_model" / "model").is_dir():
-        train_reward_model(
-            RewardModelConfig(
-                model=str(work / "lm" / "model"),
-                data=str(work / "pairs.jsonl"),
-                eval_data=str(work / "pairs_held_out_snippets.jsonl"),
-                layers=config.reward_layers,
-                max_tokens=2048,
-                bad_rows="drop",
-                lm_coef=0.2,
-                batch_tokens=4096,
-                autocast=True,
-                attention="eager",
-                eval_every=100,
-                **_stage_configs(work, "reward_model", config.reward_steps, 5e-4, config.seed),
-            )
+    if (work / "reward_model" / "model").is_dir():
+        return
+    train_reward_model(
+        RewardModelConfig(
+            model=str(work / "lm" / "model"),
+            data=str(work / "pairs.jsonl"),
+            eval_data=str(work / "pairs_held_out_snippets.jsonl"),
+            layers=config.reward_layers,
+            max_tokens=2048,
+            bad_rows="drop",
+            lm_coef=0.2,
+            batch_tokens=1024,
+            **_shared(work, "reward_model", config.reward_steps, 5e-4, config),
         )
+    )
 
 
 def _ship(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -220,7 +219,13 @@ def _sample(out: Path, tokenizer: PreTrainedTokenizerBase, config: BuildDefaultC
     prompts, _ = load_prompts(out / "prompts.jsonl", tokenizer, 64)
     prompts = (prompts * (config.samples // len(prompts) + 1))[: config.samples]
     responses: Responses = decode(
-        policy, prompts, range(len(prompts)), eos_ids=[tokenizer.eos_token_id], max_new_tokens=48, seed=config.seed
+        policy,
+        prompts,
+        range(len(prompts)),
+        eos_ids=[tokenizer.eos_token_id],
+        max_new_tokens=48,
+        seed=config.seed,
+        impl=config.impl,
     )
     return [Text(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses.tokens)]
 
@@ -244,7 +249,7 @@ def _held_out_figures(
     figures: dict[str, Any] = {
         "policy_parameters": sum(p.numel() for p in policy.parameters()),
         "reward_model_parameters": sum(p.numel() for p in reward_model.parameters()),
-        "policy_nll": mean_nll(policy, texts, 4096),
+        "policy_nll": mean_nll(policy, texts, 4096, impl=config.impl),
         "judge_accuracy": {
             name: _judge_accuracy(judge, rows)
             for name, rows in (("snippets", held_out.snippets), ("reviews", held_out.reviews))

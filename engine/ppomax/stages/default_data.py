@@ -274,18 +274,18 @@ def prompt_rows() -> list[dict[str, str]]:
 
 def pair_rows(part: Part, seed: int, *, repeats: int = 4) -> list[dict[str, Any]]:
     """(positive, negative) texts to learn sentiment from: snippets, `repeats` times newly paired and a third of them
-    cut short as an unfinished response is; pieces; long runs of words of reviews, whose labels are sure."""
+    cut short as an unfinished response is; half of the pieces; long runs of words of reviews, whose labels are sure."""
     generator = random.Random(seed)
     rows = [
         cut_pair(pair, generator.randint(5, 20)) if generator.random() < 1 / 3 else whole_pair(pair)
         for _ in range(repeats)
         for pair in matched(part.snippets, generator)
     ]
-    rows += [whole_pair(pair) for pair in matched(part.pieces, generator)]
-    for words, passes in ((60, 3), (150, 2), (600, 1)):
-        for _ in range(passes):
-            windows = [Labelled(_window(review.text, words, generator), review.label) for review in part.reviews]
-            rows += [cut_pair(pair, words) for pair in matched(windows, generator)]
+    rows += [whole_pair(pair) for pair in matched(generator.sample(part.pieces, len(part.pieces) // 2), generator)]
+    for words, share in ((60, 1), (60, 1), (150, 1), (600, 0.25)):  # long ones are soon learned and cost most
+        chosen = generator.sample(part.reviews, round(share * len(part.reviews)))
+        windows = [Labelled(_window(review.text, words, generator), review.label) for review in chosen]
+        rows += [cut_pair(pair, words) for pair in matched(windows, generator)]
     return rows
 
 
@@ -319,10 +319,9 @@ def eval_pair_sets(part: Part, seed: int) -> dict[str, list[dict[str, Any]]]:
     700 words)."""
     generator = random.Random(seed)
     snippets = [pair for _ in range(4) for pair in matched(part.snippets, generator)]
-    reviews = [pair for _ in range(4) for pair in matched(part.reviews, generator)]
     return {
         "snippets": [whole_pair(pair) for pair in snippets],
         "snippets_cut": [cut_pair(pair, 12) for pair in snippets],
         "pieces": [whole_pair(pair) for pair in matched(part.pieces, generator)],
-        "reviews": [cut_pair(pair, 700) for pair in reviews],
+        "reviews": [cut_pair(pair, 700) for pair in matched(part.reviews, generator)],
     }
