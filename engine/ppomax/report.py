@@ -60,7 +60,7 @@ def page(runs: Sequence[Run]) -> str:
         ]
     else:  # fine-tuning or a reward model: whatever was measured
         metrics = {key: key for run in runs for row in run.rows for key in row if key != "step"}
-        parts.append(sections.section("Metrics", sections.panels(runs, metrics)))
+        parts += [sections.section("Metrics", sections.panels(runs, metrics)), sections.held_out(runs)]
     parts.append(sections.configuration(runs))
     title = "ppomax: " + " against ".join(run.name for run in runs)
     return (

@@ -29,6 +29,8 @@ class Run:
     samples: list[dict[str, Any]]
     scores: list[dict[str, Any]]
     history: History
+    picture: bytes = b""
+    """held_out.png of a reward model: score histograms and calibration."""
 
     @property
     def start(self) -> dict[str, float]:
@@ -63,6 +65,7 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
         read_jsonl(folder / SAMPLES),
         read_jsonl(folder / SCORES),
         history(steps, monitor),
+        picture.read_bytes() if (picture := folder / "held_out.png").is_file() else b"",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import statistics
@@ -153,6 +154,15 @@ def curve(run: Run, metric: str, *, band: bool) -> plots.Curve:
         [r[high] for r in rows] if edges else (),
         run.history.alarms,
     )
+
+
+def held_out(runs: Sequence[Run]) -> str:
+    """Scores and calibration of reward models on the pairs that they were not trained on."""
+    out = []
+    for run in runs:
+        if run.picture:
+            out.append(figure(run.name, "data:image/png;base64," + base64.b64encode(run.picture).decode("ascii")))
+    return section("Held-out pairs", "".join(out)) if out else ""
 
 
 def score_histograms(runs: Sequence[Run]) -> str:

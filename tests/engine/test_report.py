@@ -163,6 +163,10 @@ def test_a_run_of_another_stage_shows_whatever_it_measured(tmp_path):
     assert "loss" in page.text
     assert "eval_nll" in page.text
     assert len(page.addresses) == 2
+    (tmp_path / "sft" / "held_out.png").write_bytes(b"picture")  # what a reward model leaves beside its metrics
+    page = page_of(tmp_path / "sft")
+    assert "Held-out pairs" in page.text
+    assert page.addresses[-1] == "data:image/png;base64,cGljdHVyZQ=="
 
 
 def test_a_metric_that_is_off_in_every_run_gets_no_panel(tmp_path):
