@@ -5,8 +5,8 @@ error <= 2 * max(error of plain torch in that dtype, a small ulp floor), element
 
 "Plain torch in that dtype" is plain.py on the same rounded inputs with float32 arithmetic, its gradients rounded to
 the dtype of the input, as a careful user would write it (bfloat16 arithmetic would excuse far more). Its error is the
-largest scaled one in the tensor: element by element it may be 0 by luck. Where the truth is not finite, the result
-must be the same infinity or NaN; where it is finite, so must the result be."""
+largest scaled one in the tensor: element by element it may be 0 by luck. Where the truth is not finite (or lies
+beyond the dtype), the result must be the same infinity or NaN; where it is finite, so must the result be."""
 
 from collections.abc import Sequence
 
@@ -48,6 +48,7 @@ def hold(what: str, got: Tensor, truth: np.ndarray, *plain: Tensor, dtype: torch
     assert isinstance(got, Tensor), f"{what}: no tensor but {got!r}"
     assert got.dtype == dtype, f"{what}: dtype {got.dtype}, wanted {dtype}"
     assert tuple(got.shape) == truth.shape, f"{what}: shape {tuple(got.shape)}, wanted {truth.shape}"
+    truth = np.where(np.abs(truth) > torch.finfo(dtype).max, np.copysign(np.inf, truth), truth)  # float16 ends at 65504
     result, finite = f64(got), np.isfinite(truth)
     same = np.where(np.isnan(truth), np.isnan(result), result == truth)
     assert same[~finite].all(), (
