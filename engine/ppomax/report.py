@@ -83,7 +83,7 @@ h2{font-size:16px;margin:0 0 10px}h3{font-size:14px;margin:14px 0 6px;font-weigh
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:14px 18px}
 .grid.wide{grid-template-columns:repeat(auto-fill,minmax(430px,1fr))}
 figure{margin:0;min-width:0}figcaption{font-weight:600;font-size:12.5px;margin:0 0 2px 4px}
-img{width:100%;height:auto;display:block}img.bars{max-width:760px;margin-bottom:8px}
+img{width:100%;height:auto;display:block}img.bars,.held img{max-width:760px;margin-bottom:8px}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th,td{text-align:left;vertical-align:top;padding:5px 14px 5px 0;border-bottom:1px solid #eef1f4}
 th{font-weight:600;color:#52606d;font-size:12.5px}td{font-variant-numeric:tabular-nums}.num{text-align:right}

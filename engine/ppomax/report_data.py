@@ -29,6 +29,8 @@ class Run:
     samples: list[dict[str, Any]]
     scores: list[dict[str, Any]]
     history: History
+    baseline_steps: int
+    """First steps that the others are held against."""
     picture: bytes = b""
     """held_out.png of a reward model: score histograms and calibration."""
 
@@ -65,6 +67,7 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
         read_jsonl(folder / SAMPLES),
         read_jsonl(folder / SCORES),
         history(steps, monitor),
+        monitor.alarm_baseline_steps,
         picture.read_bytes() if (picture := folder / "held_out.png").is_file() else b"",
     )
 

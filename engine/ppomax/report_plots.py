@@ -64,6 +64,7 @@ def curve_panel(curves: Sequence[Curve], *, limit: float | None = None, floor: f
         if limit is not None and low <= limit <= high + 0.5 * (high - low):
             axes.axhline(limit, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True)
         axes.margins(x=0.01)
 
     return _picture(draw, (3.5, 1.9))

@@ -101,26 +101,28 @@ def verdict(runs: Sequence[Run]) -> str:
     """What went wrong, in which metric first."""
     parts = []
     for run in runs:
-        alarm = run.history.alarms
-        state = (
-            f"<span class=bad>collapse alarm at step {', '.join(map(str, alarm))}</span>"
-            if alarm
-            else "<span class=good>no collapse alarm</span>"
-        )
-        parts.append(f"<h3>{tag(run)} {state}</h3>")
-        if not run.history.first:
-            parts.append("<p class=faint>No metric left its healthy range.</p>")
-            continue
+        parts.append(f"<h3>{tag(run)} {outcome(run)}</h3>")
         items = "".join(
             f"<tr><td class=num>{step}<td>{esc(sign.kind)}{'' if sign.counted else ' *'}<td>{esc(sign.text)}"
             f"<td class=faint>{esc(sign.metric)}"
             for step, sign in run.history.first
         )
-        parts.append(f"<table><tr><th class=num>step<th>sign<th>what was seen<th>metric{items}</table>")
+        if items:
+            parts.append(f"<table><tr><th class=num>step<th>sign<th>what was seen<th>metric{items}</table>")
     starred = any(not sign.counted for run in runs for _, sign in run.history.first)
     note = "Moving means against the first steps; each line is the first step at which the sign held."
     note += " Two of length, entropy and kl raise the alarm; * does not count for it." if starred else ""
     return section("What went wrong, and where first", "".join(parts) + f"<p class=faint>{note}</p>")
+
+
+def outcome(run: Run) -> str:
+    """Whether the alarm was raised, in words; a run that ended within its baseline was not judged."""
+    if run.history.alarms:
+        return f"<span class=bad>collapse alarm at step {', '.join(map(str, run.history.alarms))}</span>"
+    if len(run.rows) <= run.baseline_steps:
+        return f"<span class=faint>too short to judge: the start is its first {run.baseline_steps} steps</span>"
+    seen = "" if run.history.first else " <span class=faint>no metric left its healthy range</span>"
+    return f"<span class=good>no collapse alarm</span>{seen}"
 
 
 def panels(runs: Sequence[Run], metrics: dict[str, str]) -> str:
@@ -162,7 +164,7 @@ def held_out(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.picture:
             out.append(figure(run.name, "data:image/png;base64," + base64.b64encode(run.picture).decode("ascii")))
-    return section("Held-out pairs", "".join(out)) if out else ""
+    return section("Held-out pairs", f"<div class=held>{''.join(out)}</div>") if out else ""
 
 
 def score_histograms(runs: Sequence[Run]) -> str:

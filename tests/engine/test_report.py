@@ -124,13 +124,19 @@ def test_nothing_lies_outside_the_file_and_nothing_runs(tmp_path):
 
 def test_two_runs_show_what_went_wrong_first_and_where_they_differ(tmp_path):
     page = page_of(made_up_run(tmp_path / "good"), made_up_run(tmp_path / "bad", "vanilla", 20))
-    assert re.search(r"good no collapse alarm No metric left its healthy range", page.text)
+    assert re.search(r"good no collapse alarm no metric left its healthy range", page.text)
     (alarm,) = re.findall(r"bad collapse alarm at step (\d+)", page.text)
     assert 20 <= int(alarm) <= 24
     assert "mean length 66.0 tokens, 30.0 at the start rollout/length" in page.text
     assert "kl.coef 0.05 0.0" in page.text
     assert "advantage.gamma" not in page.text.split("resolved configuration of good")[0]
     assert page.text.index("good after step 40") < page.text.index("bad after step 40")
+
+
+def test_a_run_that_ended_within_its_baseline_is_not_called_healthy(tmp_path):
+    text = page_of(made_up_run(tmp_path / "a", steps=10)).text
+    assert "too short to judge: the start is its first 10 steps" in text
+    assert "no collapse alarm" not in text
 
 
 def test_the_alarm_is_replayed_for_a_run_that_had_it_off(tmp_path):
