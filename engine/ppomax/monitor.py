@@ -13,11 +13,13 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppomax.alarm import CollapseAlarm
 from ppomax.config import TrainConfig
-from ppomax.stages.ppo import Verdict
+
+if TYPE_CHECKING:
+    from ppomax.stages.ppo import Verdict
 
 log = logging.getLogger(__name__)
 
