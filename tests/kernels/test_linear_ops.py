@@ -176,9 +176,10 @@ def test_weight_gradient_over_many_chunks_in_bfloat16(impl: Backend) -> None:
     float32."""
     if impl.name == "ref":
         pytest.skip("ref: one GEMM")
-    x = Linear(rows=512, vocab=40, width=8, dtype="bfloat16", bias=False).draw(impl.device)
+    rows = 64 if impl.interpreted else 512
+    x = Linear(rows=rows, vocab=40, width=8, dtype="bfloat16", bias=False).draw(impl.device)
     errors = []
-    for chunk in (8, 512):
+    for chunk in (rows // 64, rows):
         weight = leaf(x["weight"])
         loss, _ = K.linear_nll(x["hidden"], weight, x["labels"], normalizer=1.0, chunk_tokens=chunk, impl=impl.name)
         (d,) = torch.autograd.grad(loss, weight)
