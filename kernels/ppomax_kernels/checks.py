@@ -1,7 +1,7 @@
 """Argument checks shared by the ops, in one order: device, dtype, rank, shape, layout, range. Each message names op
 and argument, what was wanted, what came, and the mend. TypeError for a wrong dtype, ValueError for the rest. Values
-of tensors are not read here (on a GPU that would
-stall the queue): kernels check labels and cu_seqlens where reading them is free."""
+of tensors are not read here (on a GPU that would stall the queue): kernels check labels and cu_seqlens where reading
+them is free."""
 
 import itertools
 import math
@@ -11,6 +11,30 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def plain(mask: Tensor | None, first: Tensor, *others: Tensor | None) -> bool:
+    """True if the checks of type, device, dtype, shape and layout have nothing to say, as nearly always: contiguous
+    float32 tensors of one shape on one device, and such a mask. A third of the time that they take one by one."""
+    if type(first) is not Tensor or first.dtype != torch.float32 or not first.is_contiguous():
+        return False
+    shape, device = first.shape, first.device
+    for x in others:
+        if x is not None and (
+            type(x) is not Tensor
+            or x.dtype != torch.float32
+            or x.shape != shape
+            or x.device != device
+            or not x.is_contiguous()
+        ):
+            return False
+    return mask is None or (
+        type(mask) is Tensor
+        and mask.dtype == torch.bool
+        and mask.shape == shape
+        and mask.device == device
+        and mask.is_contiguous()
+    )
 
 
 def tensor(op: str, **named: Tensor | None) -> None:
@@ -51,7 +75,7 @@ def mask_dtype(op: str, mask: Tensor | None) -> None:
 
 def same_shape(op: str, first: str, shape: Sequence[int], **others: Tensor | None) -> None:
     for name, y in others.items():
-        if y is not None and tuple(y.shape) != tuple(shape):
+        if y is not None and y.shape != torch.Size(shape):
             raise ValueError(
                 f"{op}: {name} must have shape {tuple(shape)} like {first}, got {tuple(y.shape)}; slice or expand it "
                 "to match"

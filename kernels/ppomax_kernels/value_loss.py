@@ -98,12 +98,13 @@ def value_loss(
     Raises TypeError for dtypes, ValueError for the rest. Source: arXiv 2307.04964, section 3.3; OpenAI baselines' PPO2.
     """
     op = "value_loss"
-    checks.tensor(op, values=values, old_values=old_values, returns=returns, mask=mask)
-    checks.same_device(op, "values", values, old_values=old_values, returns=returns, mask=mask)
-    checks.floating(op, impl, values=values, old_values=old_values, returns=returns)
-    checks.mask_dtype(op, mask)
-    checks.same_shape(op, "values", values.shape, old_values=old_values, returns=returns, mask=mask)
-    checks.contiguous(op, values=values, old_values=old_values, returns=returns, mask=mask)
+    if not checks.plain(mask, values, old_values, returns):
+        checks.tensor(op, values=values, old_values=old_values, returns=returns, mask=mask)
+        checks.same_device(op, "values", values, old_values=old_values, returns=returns, mask=mask)
+        checks.floating(op, impl, values=values, old_values=old_values, returns=returns)
+        checks.mask_dtype(op, mask)
+        checks.same_shape(op, "values", values.shape, old_values=old_values, returns=returns, mask=mask)
+        checks.contiguous(op, values=values, old_values=old_values, returns=returns, mask=mask)
     if clip is not None:
         checks.number(op, "clip", clip, 0.0, float("inf"))
     checks.no_gradient(op, old_values=old_values, returns=returns)

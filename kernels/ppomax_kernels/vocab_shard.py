@@ -1,7 +1,8 @@
 """A vocabulary split by rows of the weight over a process group (tensor parallelism of the head), shards of any size.
 From each rank's logsumexp L_r, entropy H_r and logprob of the label in its own shard: L = logsumexp_r L_r ;
-share s_r = e^(L_r - L) ; logprob = logprob_r + log s_r ; H = sum_r s_r * (H_r - log s_r): forms in which the size of the
-logits costs no digits. One all-gather of 12 B a token and rank; the backward needs nothing but the global L and H."""
+share s_r = e^(L_r - L) ; logprob = logprob_r + log s_r ; H = sum_r s_r * (H_r - log s_r): forms in which the size of
+the logits costs few digits (those that L_r, one float32, has lost). One all-gather of 12 B a token and rank; the
+backward needs nothing but the global L and H."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
