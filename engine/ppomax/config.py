@@ -267,7 +267,7 @@ class LossConfig:
 class CriticConfig:
     """Critic pre-training: the policy frozen, the critic regressed on Monte-Carlo returns before PPO starts."""
 
-    pretrain_steps: int = 6
+    pretrain_steps: int = 4
     """Most buffers to pre-train on. 0: off."""
     pretrain_epochs: int = 2
     """Passes over each of those buffers."""
@@ -316,7 +316,7 @@ class PtxConfig:
 class OptimConfig:
     """AdamW and its schedule, for one of the two trained models."""
 
-    lr: float = 1e-4
+    lr: float = 8e-5
     """Peak learning rate. The paper's 5e-7 (policy) and 1.65e-6 (critic) are for 7B models."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's two moments."""
@@ -379,7 +379,7 @@ class BatchConfig:
 class RunConfig:
     """How long, where, and what is kept."""
 
-    steps: int = 60
+    steps: int = 50
     """Rollout-update iterations, critic pre-training not counted."""
     seed: int = 0
     """Seeds prompt order, sampling streams, minibatch order and new weights."""
