@@ -15,8 +15,7 @@ from .dispatch import pick
 from .library import differentiable, primitive
 from .linear_loss import ReadyGradients, gradient_shapes, loss_and_gradients, wants_gradient
 from .metrics import Metrics
-from .ppo_loss import METRICS, normalizer_of
-from .token_logprobs import FORWARD
+from .ppo_loss import FORWARD, METRICS, normalizer_of
 from .vocab_shard import VocabShard
 
 
@@ -59,7 +58,7 @@ def _forward(
         norm_value = float(n)
 
     def row_loss(rows: Rows, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        loss, figure, dlogprobs, scale = ppo_loss.FORWARD[impl](
+        loss, figure, dlogprobs, scale = FORWARD[impl](
             logprobs, rows.of(old_logprobs), rows.of(advantages), None, rows.of_maybe(is_weights),
             rows.of_maybe(ref_logprobs), entropy, normalizer, norm_value, clip_low, clip_high, dual_clip, kl_coef,
             estimator, ent_coef, any(need),
