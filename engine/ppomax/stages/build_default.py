@@ -199,7 +199,7 @@ def _reward_model(work: Path, config: BuildDefaultConfig) -> None:
             data=str(work / "pairs.jsonl"),
             eval_data=str(work / "pairs_held_out_snippets.jsonl"),
             layers=config.reward_layers,
-            max_tokens=2048,
+            max_tokens=1024,
             bad_rows="drop",
             lm_coef=0.2,
             batch_tokens=1024,
@@ -257,7 +257,7 @@ def _held_out_figures(
         "pairs": {},
     }
     for name in ("snippets", "snippets_cut", "pieces", "reviews"):
-        pairs, _ = load_pairs(work / f"pairs_held_out_{name}.jsonl", tokenizer, 2048, bad_rows="drop")
+        pairs, _ = load_pairs(work / f"pairs_held_out_{name}.jsonl", tokenizer, 1024, bad_rows="drop")
         found = evaluate_pairs(reward_model, pairs, 4096)
         figures["pairs"][name] = {
             key: round(found[key], 4) for key in ("pairs", "accuracy", "rank_loss", "score_gap", "ece")

@@ -316,12 +316,12 @@ def _window(text: str, length: int, generator: random.Random) -> str:
 
 def eval_pair_sets(part: Part, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Held-out pairs by kind: finished snippets, their first 12 words, pieces (weak labels), whole reviews (their first
-    700 words)."""
+    600 words)."""
     generator = random.Random(seed)
     snippets = [pair for _ in range(4) for pair in matched(part.snippets, generator)]
     return {
         "snippets": [whole_pair(pair) for pair in snippets],
         "snippets_cut": [cut_pair(pair, 12) for pair in snippets],
         "pieces": [whole_pair(pair) for pair in matched(part.pieces, generator)],
-        "reviews": [cut_pair(pair, 700) for pair in matched(part.reviews, generator)],
+        "reviews": [cut_pair(pair, 600) for pair in matched(part.reviews, generator)],
     }

@@ -65,7 +65,7 @@ PAIR_NAMES = {
     "snippets": "held-out snippets",
     "snippets_cut": "held-out snippets cut after 12 words",
     "pieces": "pieces of held-out reviews (each has its review's label, which is often wrong for it)",
-    "reviews": "held-out reviews (their first 700 words)",
+    "reviews": "held-out reviews (their first 600 words)",
 }
 
 
