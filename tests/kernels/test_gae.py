@@ -28,6 +28,8 @@ def test_long(impl: Backend, padded: bool, lam: float) -> None:
     """T >= 65536: one sequence, longer than a grid's second axis and than any block."""
     if impl.name == "ref":
         pytest.skip("ref: a Python loop over 65536 steps, nothing of length in it")
+    if impl.interpreted and (padded or lam == 1.0):
+        pytest.skip("triton: half a minute each in the interpreter, which tries packed tokens with lam = 0.97")
     verify.gae(impl.bind(K.gae), Packed((65541, 3), padded, "ends", 1.0, lam), impl.device)
 
 
