@@ -146,7 +146,7 @@ class RewardConfig:
     clip: float | None = 10.0
     """Standardised scores are cut to +-clip; the KL penalty is added after. None: off. 0 would erase every reward and
     is refused."""
-    missing_eos_penalty: float | None = 0.0
+    missing_eos_penalty: float | None = 1.0
     """Subtracted after clipping (so in standard deviations when standardised) from responses that did not end by EOS.
     None or 0: off."""
 
@@ -316,7 +316,7 @@ class PtxConfig:
 class OptimConfig:
     """AdamW and its schedule, for one of the two trained models."""
 
-    lr: float = 8e-5
+    lr: float = 7e-5
     """Peak learning rate. The paper's 5e-7 (policy) and 1.65e-6 (critic) are for 7B models."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's two moments."""
