@@ -316,7 +316,7 @@ class PtxConfig:
 class OptimConfig:
     """AdamW and its schedule, for one of the two trained models."""
 
-    lr: float = 7e-5
+    lr: float = 1.05e-4
     """Peak learning rate. The paper's 5e-7 (policy) and 1.65e-6 (critic) are for 7B models."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's two moments."""
