@@ -12,9 +12,9 @@ from torch import Tensor
 from . import checks
 from .vocab_shard import VocabShard
 
-# Logits of a chunk: 48 MiB in float32, more than the last-level cache holds: smaller chunks pass over the weight's
+# Logits of a chunk: 40 MiB in float32, more than the last-level cache holds: smaller chunks pass over the weight's
 # gradient so often that this costs more (bench/LOG.md).
-CPU_ELEMENTS = 3 * 2**22
+CPU_ELEMENTS = 5 * 2**21
 GPU_ELEMENTS = 2**28  # 512 MiB in bfloat16: GEMMs of >= 1024 rows at V = 151936
 
 
