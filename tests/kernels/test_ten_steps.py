@@ -59,6 +59,8 @@ def ten_steps(impl: str, device: str, dtype: torch.dtype, fused_head: bool) -> t
 
 @pytest.mark.parametrize("fused_head", [False, True], ids=["ops", "linear_ppo_loss"])
 def test_same_losses(impl: Backend, fused_head: bool) -> None:
+    if impl.interpreted and fused_head:
+        pytest.skip("triton: the same kernels as without the fused head, and slow in the interpreter")
     truth = ten_steps("ref", impl.device, torch.float64, fused_head)
     yard = ten_steps("ref", impl.device, torch.float32, fused_head)
     got = ten_steps("auto" if impl.name == "cuda" else impl.name, impl.device, torch.float32, fused_head)
