@@ -25,6 +25,12 @@ def default_chunk(vocab: int, device_type: str) -> int:
     return min(8192, max(256, 1 << (GPU_ELEMENTS // vocab).bit_length() - 1))
 
 
+def even_chunk(size: int, n: int, invariant: bool) -> int:
+    """`size` tokens per GEMM or a little less, so that the last chunk of `n` is no smaller than the others; with
+    `invariant` exactly `size`, whatever n is."""
+    return size if invariant or n == 0 else -(-n // -(-n // size))
+
+
 def kept_rows(keep: Tensor, kept: int) -> tuple[Tensor | None, int]:
     """Indices of the rows that count (None if all do) and how many. `kept` >= 0 says how many without asking a GPU."""
     n = int(keep.sum()) if kept < 0 else kept

@@ -37,11 +37,12 @@ def loss_and_gradients(
     """Losses and figures of each chunk, and the gradients. `head` is temperature, softcap, ignore_index; `walk`
     tokens per chunk, invariant."""
     grads = Gradients(hidden, weight, need, n)
-    logits = Logits(weight, bias, walk[0], n, walk[1])
+    chunk = chunks.even_chunk(walk[0], n, walk[1])
+    logits = Logits(weight, bias, chunk, n, walk[1])
     local = labels if shard is None else shard.local_labels(labels, head[2])
     losses, figures = [], []
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in chunks.row_chunks(index, n, walk[0]):
+        for rows in chunks.row_chunks(index, n, chunk):
             h, y = rows.of(hidden), rows.of(local)
             z = logits.of(h)
             logprobs, entropy, lse = FORWARD[impl](z, y, head[0], head[1], True, head[2])

@@ -41,6 +41,7 @@ def rows_forward(
     want = entropy or shard is not None
     logprobs, ent, lse = (hidden.new_zeros(n, dtype=f32) for n in (n_all, n_all if want else 0, n_all))
     index, n = chunks.kept_rows(labels != ignore_index, kept)
+    chunk = chunks.even_chunk(chunk, n, invariant)
     logits = Logits(weight, bias, chunk, n, invariant)
     local = labels if shard is None else shard.local_labels(labels, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -78,6 +79,7 @@ def rows_backward(
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index, n = chunks.kept_rows(labels != ignore_index, kept)
+    chunk = chunks.even_chunk(chunk, n, invariant)
     grads = Gradients(hidden, weight, (need_hidden, need_weight, need_bias), n)
     logits = Logits(weight, bias, chunk, n, invariant)
     local = labels if shard is None else shard.local_labels(labels, ignore_index)
