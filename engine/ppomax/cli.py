@@ -18,6 +18,7 @@ from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, sav
 from ppomax.config_io import flat, nearest, read_yaml
 from ppomax.folders import folder_of, taken, training_config
 from ppomax.options import Options, stage_presets
+from ppomax.stages.configs import BuildDefaultConfig, RewardModelConfig, SftConfig
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
 
@@ -51,32 +52,34 @@ def train(argv: list[str]) -> None:
 
 def sft(argv: list[str]) -> None:
     """fine-tune on responses, or train a language model on plain text"""
-    from ppomax.stages.sft import SftConfig, train_sft
+    config = training_config("sft", SftConfig, argv)
+    from ppomax.stages.sft import train_sft
 
-    stage("sft", SftConfig, train_sft, argv)
+    stage("sft", config, train_sft)
 
 
 def reward_model(argv: list[str]) -> None:
     """train a reward model on preference pairs"""
-    from ppomax.stages.reward_model import RewardModelConfig, train_reward_model
+    config = training_config("reward-model", RewardModelConfig, argv)
+    from ppomax.stages.reward_model import train_reward_model
 
-    stage("reward-model", RewardModelConfig, train_reward_model, argv)
+    stage("reward-model", config, train_reward_model)
 
 
 def build_default(argv: list[str]) -> None:
     """rebuild the model that ships with ppomax from raw labelled text (--steps N: N steps in each of its stages)"""
-    from ppomax.stages.build_default import BuildDefaultConfig
-    from ppomax.stages.build_default import build_default as run
-
     argv, steps = taken(argv, "--steps")
     for knob in ("--lm_steps", "--sft_steps", "--reward_steps"):
         argv = [*argv, knob, steps] if steps else argv
-    stage("build-default", BuildDefaultConfig, run, argv)
+    config = training_config("build-default", BuildDefaultConfig, argv)
+    from ppomax.stages.build_default import build_default as run
+
+    stage("build-default", config, run)
 
 
 def evaluate(argv: list[str]) -> None:
     """win / tie / lose of one checkpoint against another on given prompts"""
-    from ppomax.stages.evaluate import EvaluateConfig, run_evaluation
+    from ppomax.stages.evaluate import EvaluateConfig, run_evaluation  # loads torch only to answer
 
     config = Options("evaluate", EvaluateConfig, {}).parse(argv)
     console = start_logging()
@@ -124,9 +127,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 # ---- what they share ------------------------------------------------------------------------------------------------
 
 
-def stage(name: str, cls: type[Any], run: Callable[[Any], Path], argv: list[str]) -> None:
-    """Run a stage whose configuration is `cls`; its resolved form goes to config.yaml in the run's folder."""
-    config = training_config(name, cls, argv)
+def stage(name: str, config: Any, run: Callable[[Any], Path]) -> None:
+    """Run a stage; its configuration goes to config.yaml in the run's folder."""
     out, console = folder_of(config), start_logging()
     console.print(f"[bold]ppomax {name}[/]  folder {out}", highlight=False)
     out.mkdir(parents=True, exist_ok=True)

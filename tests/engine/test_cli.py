@@ -11,7 +11,7 @@ from ppomax.cli import main
 from ppomax.config import ConfigError, TrainConfig
 from ppomax.config_io import undot
 from ppomax.options import RUN_FLAGS, Options
-from ppomax.stages.sft import SftConfig
+from ppomax.stages.configs import SftConfig
 
 from tests.engine.tiny import SMALL, tiny_assets
 from tests.engine.tiny_text import TEXTS, tiny_llama, tiny_tokenizer
@@ -259,7 +259,7 @@ def test_build_default_s_steps_reach_each_of_its_stages(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("command", "names"), [("sft", ["paper"]), ("reward-model", ["paper", "released"])])
 def test_the_stages_have_presets_of_their_own(command, names):
     from ppomax.options import stage_presets
-    from ppomax.stages.reward_model import RewardModelConfig
+    from ppomax.stages.configs import RewardModelConfig
 
     cls = {"sft": SftConfig, "reward-model": RewardModelConfig}[command]
     assert stage_presets(command) == names
@@ -317,3 +317,20 @@ def test_the_alarm_ends_a_run_at_its_step_or_at_the_checkpoint_before(no_picture
     assert main(["train", "--resume", "--out", "run"]) == 0  # goes on past the step at which it was told to end
     rows = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [step for step in rows if step] == list(range(1, max(rows) + 1))
+
+
+HELP_OF_ALL = """
+import contextlib, io, sys
+from ppomax.cli import COMMANDS, main
+for command in ("", *COMMANDS):
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        main([command, "--help"] if command else ["--help"])
+    assert len(shown.getvalue()) > 100, f"{command} --help says nothing"
+    for module in ("torch", "transformers", "deepspeed"):
+        assert module not in sys.modules, f"ppomax {command} --help imports {module}"
+"""
+
+
+def test_no_help_imports_torch():
+    done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,64 +13,26 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ppomax.assets.classifier import SentimentClassifier, train_classifier
 from ppomax.config import OptimConfig, RunConfig
-from ppomax.config_io import require
 from ppomax.data import Text, load_pairs, load_prompts, load_texts
 from ppomax.models import RewardModel, load_policy, load_reward_model, load_tokenizer, save_model
 from ppomax.rollout.decode import Responses, decode
 from ppomax.stages import default_data as files
+from ppomax.stages.configs import BuildDefaultConfig, RewardModelConfig, SftConfig
 from ppomax.stages.model_card import model_card
-from ppomax.stages.reward_model import RewardModelConfig, centre_scores, evaluate_pairs, score_texts, train_reward_model
-from ppomax.stages.sft import SftConfig, mean_nll, train_sft
+from ppomax.stages.reward_model import centre_scores, evaluate_pairs, score_texts, train_reward_model
+from ppomax.stages.sft import mean_nll, train_sft
 
 log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 15_000_000
-
-
-@dataclass(frozen=True)
-class BuildDefaultConfig:
-    """How the embedded default is made."""
-
-    data: str
-    """Folder with snippets.jsonl.gz and reviews.jsonl.gz (`text`, `label` 1 positive or 0 negative)."""
-    out: str = "runs/build-default"
-    """Folder to write: `default/` (what ships) and `work/` (everything on the way)."""
-    seed: int = 0
-    """Seeds the split, weights and order."""
-    threads: int = 2
-    """CPU threads of torch."""
-    vocab_size: int = 4096
-    """Tokens, three special ones included."""
-    hidden_size: int = 192
-    """Width of policy and reward model."""
-    layers: int = 8
-    """Blocks of the policy."""
-    reward_layers: int = 4
-    """Blocks of the reward model."""
-    lm_steps: int = 4000
-    """Optimiser steps of language modelling, 1,024 tokens each."""
-    sft_steps: int = 300
-    """Optimiser steps of fine-tuning, 1,024 tokens each."""
-    reward_steps: int = 900
-    """Optimiser steps of the reward model, 1,024 tokens each."""
-    samples: int = 1024
-    """Responses sampled from the policy, to centre scores on and to measure."""
-    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
-    """Back-end of every kernel."""
-
-    def __post_init__(self) -> None:
-        require(self.hidden_size % 32 == 0, "hidden_size", "a multiple of 32 (the head size)", self.hidden_size)
-        require(1 <= self.reward_layers <= self.layers, "reward_layers", f"in 1..{self.layers}", self.reward_layers)
-        require(self.samples >= 2, "samples", "at least 2", self.samples)
 
 
 def build_default(config: BuildDefaultConfig) -> Path:

@@ -14,9 +14,8 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,7 @@ from torch.nn.functional import softplus
 from transformers import AutoConfig
 
 from ppomax.batch import pack
-from ppomax.config import OptimConfig, RunConfig
-from ppomax.config_io import require, to_dict
+from ppomax.config_io import to_dict
 from ppomax.data import Pair, Text, load_pairs, load_texts
 from ppomax.models import (
     Head,
@@ -39,62 +37,11 @@ from ppomax.models import (
     packed_hidden,
     save_model,
 )
+from ppomax.stages.configs import RewardModelConfig
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 from ppomax.stages.sft import autocast, counted_tokens, token_nll
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """One run of reward-model training."""
-
-    model: str
-    """Start weights: a causal language model (its trunk, with a new score head) or an earlier reward model."""
-    data: str
-    """Training pairs: JSONL, Parquet or HF data set with `chosen` / `rejected` (and `prompt`, `margin`)."""
-    eval_data: str | None = None
-    """Held-out pairs. None: no held-out figures."""
-    tokenizer: str | None = None
-    """Tokenizer directory; must be the policy's. None: the model's own."""
-    layers: int | None = None
-    """Keep only the first so many blocks of the start model's trunk. None: all."""
-    max_tokens: int = 512
-    """Limit of prompt + response of either side."""
-    bad_rows: Literal["error", "drop"] = "drop"
-    """Unusable pairs (equal sides, empty, over the limit): stop with an error, or leave out, counted and logged."""
-    margin: float = 0.0
-    """Added to each row's own `margin`, in score units."""
-    lm_coef: float = 1.0
-    """Weight of the language-model loss on chosen responses (the paper's beta_rm = 1). 0: off."""
-    centre_data: str | None = None
-    """Responses (`prompt` + `response`, or `text`) that shall score mean 0 after training. None: no centring."""
-    unit_std: bool = False
-    """Scale scores too, so that those responses have standard deviation 1."""
-    batch_tokens: int = 16384
-    """Most tokens of chosen and rejected together behind one optimiser step."""
-    autocast: bool = False
-    """Run matrix products in bfloat16; weights and optimiser stay float32."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
-    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
-    """Back-end of the loss kernels."""
-    eval_every: int = 100
-    """Steps between held-out evaluations."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6))
-    run: RunConfig = field(default_factory=lambda: RunConfig(steps=1000))
-
-    def __post_init__(self) -> None:
-        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
-        require(self.lm_coef >= 0, "lm_coef", "0 (off) or more", self.lm_coef)
-        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
-        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
-        require(
-            not self.unit_std or self.centre_data is not None,
-            "unit_std",
-            "off unless centre_data is given",
-            self.unit_std,
-        )
 
 
 class RewardTrainee(nn.Module):

@@ -11,9 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import ppomax_kernels as K
 import torch
@@ -21,53 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.batch import pack
-from ppomax.config import OptimConfig, RunConfig
-from ppomax.config_io import require, to_dict
+from ppomax.config_io import to_dict
 from ppomax.data import Text, load_texts
 from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden, save_model
+from ppomax.stages.configs import SftConfig
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """One run of supervised fine-tuning or language modelling."""
-
-    model: str
-    """Start weights: HF directory or hub name of a causal language model."""
-    data: str
-    """Training rows: JSONL, Parquet or HF data set with `text`, `prompt` + `response`, or `messages`."""
-    eval_data: str | None = None
-    """Held-out rows of the same form. None: no held-out figures."""
-    tokenizer: str | None = None
-    """Tokenizer directory. None: the model's own."""
-    mask_prompt: bool = True
-    """Count the loss on responses only. Plain text has no prompt, so all of it counts."""
-    max_tokens: int = 512
-    """Limit of one row, prompt and EOS included."""
-    overlong: Literal["error", "truncate", "split", "drop"] = "error"
-    """Rows over the limit: stop with an error, cut the end, cut into several (plain text), or leave out; counted and
-    logged."""
-    bad_rows: Literal["error", "drop"] = "error"
-    """Other unusable rows (empty, malformed): stop with an error, or leave out, counted and logged."""
-    batch_tokens: int = 16384
-    """Most tokens behind one optimiser step."""
-    autocast: bool = False
-    """Run matrix products in bfloat16; weights and optimiser stay float32."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
-    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
-    """Back-end of the loss kernels."""
-    eval_every: int = 100
-    """Steps between held-out evaluations."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine", weight_decay=0.1))
-    run: RunConfig = field(default_factory=lambda: RunConfig(steps=1000))
-
-    def __post_init__(self) -> None:
-        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
-        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
-        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
 
 
 def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[None]:

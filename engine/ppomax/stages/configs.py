@@ -1,0 +1,138 @@
+"""Knobs of the stages before PPO, apart from their code, so that reading flags and `--help` load no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ppomax.config import OptimConfig, RunConfig
+from ppomax.config_io import require
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """One run of supervised fine-tuning or language modelling."""
+
+    model: str
+    """Start weights: HF directory or hub name of a causal language model."""
+    data: str
+    """Training rows: JSONL, Parquet or HF data set with `text`, `prompt` + `response`, or `messages`."""
+    eval_data: str | None = None
+    """Held-out rows of the same form. None: no held-out figures."""
+    tokenizer: str | None = None
+    """Tokenizer directory. None: the model's own."""
+    mask_prompt: bool = True
+    """Count the loss on responses only. Plain text has no prompt, so all of it counts."""
+    max_tokens: int = 512
+    """Limit of one row, prompt and EOS included."""
+    overlong: Literal["error", "truncate", "split", "drop"] = "error"
+    """Rows over the limit: stop with an error, cut the end, cut into several (plain text), or leave out; counted and
+    logged."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """Other unusable rows (empty, malformed): stop with an error, or leave out, counted and logged."""
+    batch_tokens: int = 16384
+    """Most tokens behind one optimiser step."""
+    autocast: bool = False
+    """Run matrix products in bfloat16; weights and optimiser stay float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
+    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
+    """Back-end of the loss kernels."""
+    eval_every: int = 100
+    """Steps between held-out evaluations."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine", weight_decay=0.1))
+    run: RunConfig = field(default_factory=lambda: RunConfig(steps=1000))
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
+        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """One run of reward-model training."""
+
+    model: str
+    """Start weights: a causal language model (its trunk, with a new score head) or an earlier reward model."""
+    data: str
+    """Training pairs: JSONL, Parquet or HF data set with `chosen` / `rejected` (and `prompt`, `margin`)."""
+    eval_data: str | None = None
+    """Held-out pairs. None: no held-out figures."""
+    tokenizer: str | None = None
+    """Tokenizer directory; must be the policy's. None: the model's own."""
+    layers: int | None = None
+    """Keep only the first so many blocks of the start model's trunk. None: all."""
+    max_tokens: int = 512
+    """Limit of prompt + response of either side."""
+    bad_rows: Literal["error", "drop"] = "drop"
+    """Unusable pairs (equal sides, empty, over the limit): stop with an error, or leave out, counted and logged."""
+    margin: float = 0.0
+    """Added to each row's own `margin`, in score units."""
+    lm_coef: float = 1.0
+    """Weight of the language-model loss on chosen responses (the paper's beta_rm = 1). 0: off."""
+    centre_data: str | None = None
+    """Responses (`prompt` + `response`, or `text`) that shall score mean 0 after training. None: no centring."""
+    unit_std: bool = False
+    """Scale scores too, so that those responses have standard deviation 1."""
+    batch_tokens: int = 16384
+    """Most tokens of chosen and rejected together behind one optimiser step."""
+    autocast: bool = False
+    """Run matrix products in bfloat16; weights and optimiser stay float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
+    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
+    """Back-end of the loss kernels."""
+    eval_every: int = 100
+    """Steps between held-out evaluations."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6))
+    run: RunConfig = field(default_factory=lambda: RunConfig(steps=1000))
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
+        require(self.lm_coef >= 0, "lm_coef", "0 (off) or more", self.lm_coef)
+        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
+        require(
+            not self.unit_std or self.centre_data is not None,
+            "unit_std",
+            "off unless centre_data is given",
+            self.unit_std,
+        )
+
+
+@dataclass(frozen=True)
+class BuildDefaultConfig:
+    """How the embedded default is made."""
+
+    data: str
+    """Folder with snippets.jsonl.gz and reviews.jsonl.gz (`text`, `label` 1 positive or 0 negative)."""
+    out: str = "runs/build-default"
+    """Folder to write: `default/` (what ships) and `work/` (everything on the way)."""
+    seed: int = 0
+    """Seeds the split, weights and order."""
+    threads: int = 2
+    """CPU threads of torch."""
+    vocab_size: int = 4096
+    """Tokens, three special ones included."""
+    hidden_size: int = 192
+    """Width of policy and reward model."""
+    layers: int = 8
+    """Blocks of the policy."""
+    reward_layers: int = 4
+    """Blocks of the reward model."""
+    lm_steps: int = 4000
+    """Optimiser steps of language modelling, 1,024 tokens each."""
+    sft_steps: int = 300
+    """Optimiser steps of fine-tuning, 1,024 tokens each."""
+    reward_steps: int = 900
+    """Optimiser steps of the reward model, 1,024 tokens each."""
+    samples: int = 1024
+    """Responses sampled from the policy, to centre scores on and to measure."""
+    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
+    """Back-end of every kernel."""
+
+    def __post_init__(self) -> None:
+        require(self.hidden_size % 32 == 0, "hidden_size", "a multiple of 32 (the head size)", self.hidden_size)
+        require(1 <= self.reward_layers <= self.layers, "reward_layers", f"in 1..{self.layers}", self.reward_layers)
+        require(self.samples >= 2, "samples", "at least 2", self.samples)
