@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,48 +50,63 @@ def packed_hidden(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, *,
     no mask is needed. "auto" is packed for flash-attention, which reads variable lengths, and padded for the rest,
     where a packed row would cost N x N attention. Raises TypeError and ValueError for malformed batches.
     """
-    lengths = _checked_lengths(tokens, cu_seqlens)
-    longest = int(lengths.max())
-    _check_window(model, longest)
-    if layout == "auto":
-        layout = "packed" if "flash" in str(model.config._attn_implementation) else "padded"
-    base = base_of(model)
-    starts = cu_seqlens[:-1].long()
-    positions = torch.arange(tokens.numel(), device=tokens.device) - torch.repeat_interleave(starts, lengths)
-    if layout == "packed":
-        return base(input_ids=tokens[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
-    if layout != "padded":
-        raise ValueError(f"packed_hidden: layout must be 'auto', 'packed' or 'padded', got {layout!r}")
-    rows = torch.repeat_interleave(torch.arange(lengths.numel(), device=tokens.device), lengths)
-    slots = rows * longest + positions
-    # The fill is any valid id: nothing that is kept ever attends to it.
-    padded = tokens.new_zeros(lengths.numel() * longest).scatter_(0, slots, tokens).view(-1, longest)
-    hidden = base(input_ids=padded, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, slots)
-
-
-def _checked_lengths(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     if tokens.dtype != torch.int64:
         raise TypeError(f"packed_hidden: tokens must be int64, got {tokens.dtype}; use tokens.long()")
+    if tokens.dim() != 1:
+        raise ValueError(
+            f"packed_hidden: tokens must be (N,), got {tuple(tokens.shape)}; pack the sequences into one row"
+        )
+    base = base_of(model)
+
+    def run(ids: Tensor, **positions: Tensor) -> Tensor:
+        return base(input_ids=ids, use_cache=False, **positions).last_hidden_state  # type: ignore[no-any-return]
+
+    return packed_forward(run, tokens, cu_seqlens, model.config, layout=layout)
+
+
+def packed_forward(
+    run: Callable[..., Tensor], inputs: Tensor, cu_seqlens: Tensor, config: Any, *, layout: str = "auto"
+) -> Tensor:
+    """`cat([run(x[None])[0] for x in sequences of inputs])` in one call of `run`.
+
+    inputs: tokens (N,) or hidden states (N, D), with cu_seqlens as in `packed_hidden`, which also explains `layout`.
+    run(x (B, T) or (B, T, D), position_ids=(B, T) if packed) -> hidden (B, T, D) of a causal model; config: its HF
+    config. Returns (N, D)."""
+    lengths = _checked_lengths(inputs, cu_seqlens)
+    longest = int(lengths.max())
+    _check_window(config, longest)
+    if layout == "auto":
+        layout = "packed" if "flash" in str(config._attn_implementation) else "padded"
+    starts = cu_seqlens[:-1].long()
+    positions = torch.arange(inputs.shape[0], device=inputs.device) - torch.repeat_interleave(starts, lengths)
+    if layout == "packed":
+        return run(inputs[None], position_ids=positions[None])[0]
+    if layout != "padded":
+        raise ValueError(f"packed_hidden: layout must be 'auto', 'packed' or 'padded', got {layout!r}")
+    rows = torch.repeat_interleave(torch.arange(lengths.numel(), device=inputs.device), lengths)
+    slots = rows * longest + positions
+    # The fill (id 0, or zeros) is never attended to by anything that is kept.
+    padded = inputs.new_zeros(lengths.numel() * longest, *inputs.shape[1:]).index_copy(0, slots, inputs)
+    return run(padded.unflatten(0, (-1, longest))).flatten(0, 1).index_select(0, slots)
+
+
+def _checked_lengths(inputs: Tensor, cu_seqlens: Tensor) -> Tensor:
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"packed_hidden: cu_seqlens must be int32, got {cu_seqlens.dtype}; use cu_seqlens.int()")
-    if tokens.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(
-            "packed_hidden: tokens must be (N,) and cu_seqlens (S+1,) with S >= 1, "
-            f"got {tuple(tokens.shape)} and {tuple(cu_seqlens.shape)}; pack the sequences into one row"
-        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"packed_hidden: cu_seqlens must be (S+1,) with S >= 1, got {tuple(cu_seqlens.shape)}")
     lengths = cu_seqlens.diff().long()
     first, last, shortest = torch.stack([cu_seqlens[0].long(), cu_seqlens[-1].long(), lengths.min()]).tolist()
-    if first != 0 or last != tokens.numel() or shortest < 1:
+    if first != 0 or last != inputs.shape[0] or shortest < 1:
         raise ValueError(
-            f"packed_hidden: cu_seqlens must rise from 0 to N = {tokens.numel()} with every length >= 1, "
+            f"packed_hidden: cu_seqlens must rise from 0 to N = {inputs.shape[0]} with every length >= 1, "
             f"got first {first}, last {last}, shortest {shortest}; drop empty sequences before packing"
         )
     return lengths
 
 
-def _check_window(model: PreTrainedModel, longest: int) -> None:
-    window = getattr(model.config, "max_position_embeddings", None)
+def _check_window(config: Any, longest: int) -> None:
+    window = getattr(config, "max_position_embeddings", None)
     if window is not None and longest > window:
         raise ValueError(
             f"packed_hidden: the longest sequence has {longest} tokens, the model's window is {window} "
@@ -104,6 +120,24 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
     if base is model and hasattr(model, "lm_head"):
         raise ValueError(f"{type(model).__name__} has no separate base model; use a *ForCausalLM of transformers")
     return base
+
+
+def blocks_name(base: PreTrainedModel) -> str:
+    """Name of the list of decoder blocks in a base model: `layers`, `h` ..., found by its length."""
+    depth = base.config.num_hidden_layers
+    for name, child in base.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            return name
+    raise ValueError(
+        f"{type(base).__name__} has no list of {depth} blocks (config.num_hidden_layers) among its direct children; "
+        "use a decoder-only model whose base model holds its blocks"
+    )
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks of a causal LM, bottom first, whatever its family calls them."""
+    base = base_of(model)
+    return getattr(base, blocks_name(base))  # type: ignore[no-any-return]
 
 
 # ---- language-model head --------------------------------------------------------------------------------------------
@@ -331,7 +365,7 @@ def make_reward_model(policy: PreTrainedModel, *, layers: int | None = None, see
         if not 1 <= layers <= depth:
             raise ValueError(f"make_reward_model: layers must be in 1..{depth} (the policy's depth), got {layers}")
         base = model.base_model
-        blocks = "layers" if hasattr(base, "layers") else "h"
+        blocks = blocks_name(base)
         setattr(base, blocks, getattr(base, blocks)[:layers])
         model.config.num_hidden_layers = layers
         if getattr(model.config, "layer_types", None):
