@@ -1,7 +1,11 @@
 """The loop that the fused linear ops share: a chunk of tokens, its logits by one GEMM, row kernels on the chunk,
 gradients by two more GEMMs. A chunk is as large as a cache or a GPU keeps busy, a pure function of shapes: results
 never depend on free memory. Rows that do not count are gathered away first and cost no GEMM. The weight gradient is
-summed over chunks in float32."""
+summed over chunks in float32.
+
+An op that can do with a part of each row at a time (linear_token_logprobs: its backward makes the logits again) cuts
+the vocabulary as well, into tiles: a CPU's GEMM packs the weight anew for each chunk of tokens, so a few tall chunks
+of a tile each cost less than many short ones of whole rows (bench/LOG.md)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +14,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .vocab_shard import VocabShard
+from .vocab_shard import FOREIGN, VocabShard, combine
+
+NONE_IGNORED = FOREIGN + 1  # an ignore_index for rows that all count: no label has this value
+TILE_TOKENS = 2048  # rows of a chunk whose logits are made tile by tile
 
 # Logits of a chunk: 40 MiB in float32, more than the last-level cache holds: smaller chunks pass over the weight's
 # gradient so often that this costs more (bench/LOG.md).
@@ -29,6 +36,51 @@ def even_chunk(size: int, n: int, invariant: bool) -> int:
     """`size` tokens per GEMM or a little less, so that the last chunk of `n` is no smaller than the others; with
     `invariant` exactly `size`, whatever n is."""
     return size if invariant or n == 0 else -(-n // -(-n // size))
+
+
+def blocks(chunk: int, n: int, weight: Tensor, invariant: bool) -> tuple[int, int]:
+    """Tokens and vocabulary entries per GEMM. `chunk` > 0: as many tokens and whole rows. In 16 bit rows stay whole
+    too: sums over tiles would round hidden's gradient once a tile."""
+    vocab = weight.shape[0]
+    if chunk or invariant or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return even_chunk(chunk or default_chunk(vocab, weight.device.type), n, invariant), vocab
+    tokens = even_chunk(TILE_TOKENS, n, False)
+    return tokens, even_chunk(max(64, CPU_ELEMENTS // max(1, tokens) // 64 * 64), vocab, False)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Entries `start` to `stop` of a vocabulary of `total`."""
+
+    start: int
+    stop: int
+    total: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The tile's rows of weight or bias."""
+        return x if self.whole else x[self.start : self.stop]
+
+    @property
+    def whole(self) -> bool:
+        return self.stop - self.start == self.total
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Counted from the tile's first entry; those of other tiles become FOREIGN, those of no tile stay."""
+        if self.whole:
+            return labels
+        here = (labels >= self.start) & (labels < self.stop)
+        return torch.where(
+            here, labels - self.start, torch.where((labels >= 0) & (labels < self.total), FOREIGN, labels)
+        )
+
+
+def tiles(vocab: int, size: int) -> list[Tile]:
+    return [Tile(start, min(start + size, vocab), vocab) for start in range(0, vocab, size)]
+
+
+def joined(parts: list[tuple[Tensor, Tensor, Tensor]], labels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results of all tiles -> logprobs, entropy, lse of whole rows."""
+    return parts[0] if len(parts) == 1 else combine(parts, labels)
 
 
 def kept_rows(keep: Tensor, kept: int) -> tuple[Tensor | None, int]:
@@ -70,27 +122,34 @@ class Logits:
     """`hidden @ weight.T + bias` of one chunk after another, in one buffer. With `invariant` every GEMM has the same
     shape, so that a row's logits do not depend, to the bit, on how many rows come with it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, size: int, n: int, invariant: bool) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, size: int, n: int, invariant: bool, tile: int | None = None
+    ) -> None:
         self.weight, self.bias = weight, bias
         rows = size if invariant else min(size, n)
-        self.buffer = weight.new_empty((rows, weight.shape[0]))
+        self.tiles = tiles(weight.shape[0], tile or weight.shape[0])
+        self.buffer = weight.new_empty(rows * (self.tiles[0].stop - self.tiles[0].start))
         self.padded = weight.new_zeros((rows, weight.shape[1])) if invariant else None
 
-    def of(self, hidden: Tensor) -> Tensor:
+    def of(self, hidden: Tensor, tile: Tile | None = None) -> Tensor:
+        """Logits (n, V) of hidden (n, D), or their columns `tile`."""
         n = hidden.shape[0]
         if self.padded is not None:
             self.padded[:n] = hidden
             hidden = self.padded
-        out = self.buffer[: hidden.shape[0]]
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=out)
+        weight, bias = self.weight, self.bias
+        if tile is not None:
+            weight, bias = tile.of(weight), None if bias is None else tile.of(bias)
+        out = self.buffer[: hidden.shape[0] * weight.shape[0]].view(-1, weight.shape[0])
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
         else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+            torch.addmm(bias, hidden, weight.t(), out=out)
         return out[:n]
 
     def full(self, dlogits: Tensor) -> Tensor:
         """`dlogits`, which were made in place, in the shape of every GEMM: with `invariant` the rows of padding too."""
-        return dlogits if self.padded is None else self.buffer
+        return dlogits if self.padded is None else self.buffer.view(-1, self.weight.shape[0])
 
 
 class Gradients:
@@ -109,13 +168,28 @@ class Gradients:
         self.first = True
 
     def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows, logits: Logits) -> None:
+        """Of a chunk of whole rows, each chunk once."""
         if self.need[0]:
             rows.put(self.dhidden, torch.mm(logits.full(dlogits), self.weight)[: dlogits.shape[0]])
-        if self.need[1]:
-            add_product(self.dweight, dlogits, hidden, self.first)
-        if self.need[2]:
-            self.dbias += dlogits.sum(0, dtype=torch.float32)
+        self._add_weight(dlogits, hidden, slice(None))
         self.first = False
+
+    def add_tiles(self, dlogits: Iterator[tuple[Tile, Tensor]], hidden: Tensor, rows: Rows) -> None:
+        """Of a chunk in tiles of float32, each chunk once."""
+        dhidden = torch.zeros_like(hidden) if self.need[0] else None
+        for tile, part in dlogits:
+            if dhidden is not None:
+                dhidden.addmm_(part, tile.of(self.weight))
+            self._add_weight(part, hidden, slice(tile.start, tile.stop))
+        if dhidden is not None:
+            rows.put(self.dhidden, dhidden)
+        self.first = False
+
+    def _add_weight(self, dlogits: Tensor, hidden: Tensor, entries: slice) -> None:
+        if self.need[1]:
+            add_product(self.dweight[entries], dlogits, hidden, self.first)
+        if self.need[2]:
+            self.dbias[entries] += dlogits.sum(0, dtype=torch.float32)
 
 
 def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:

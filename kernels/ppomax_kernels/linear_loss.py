@@ -45,14 +45,15 @@ def loss_and_gradients(
         for rows in chunks.row_chunks(index, n, chunk):
             h, y = rows.of(hidden), rows.of(local)
             z = logits.of(h)
-            logprobs, entropy, lse = FORWARD[impl](z, y, head[0], head[1], True, head[2])
+            logprobs, entropy, lse = FORWARD[impl](z, y, head[0], head[1], True, chunks.NONE_IGNORED)
             if shard is not None:
                 logprobs, entropy, lse = shard.combine(y, logprobs, entropy, lse)
             loss, figure, dlogprobs, dentropy = row_loss(rows, logprobs, entropy)
             losses.append(loss)
             figures.append(figure)
             if any(need):
-                grads.add(BACKWARD[impl](dlogprobs, dentropy, z, y, lse, entropy, *head, z), h, rows, logits)
+                dz = BACKWARD[impl](dlogprobs, dentropy, z, y, lse, entropy, *head[:2], chunks.NONE_IGNORED, z)
+                grads.add(dz, h, rows, logits)
     if shard is not None and need[0]:
         shard.sum(grads.dhidden)
     return losses, figures, grads
@@ -89,6 +90,31 @@ class ReadyGradients(torch.autograd.Function):
             for g in grads:
                 g.mul_(dloss)
         return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad)), None, None
+
+
+def composed(
+    op: str,
+    primitive: Callable[..., Any],
+    forward: Callable[..., Any],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    rest: tuple[Any, ...],
+    shard: VocabShard | None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics by the registered `primitive`, or by its body `forward` for a shard, which no schema can hold;
+    gradients wait for the backward if one is wanted. `rest`: their arguments after the bias, impl last."""
+    *scalars, impl = rest
+
+    def compute(*need: bool) -> tuple[Tensor, ...]:
+        plain_bias = None if bias is None else bias.detach()
+        args = (hidden.detach(), weight.detach(), labels, plain_bias, *scalars, *need, impl)
+        return primitive(*args) if shard is None else forward(*args, shard=shard)  # type: ignore[no-any-return]
+
+    if wants_gradient(hidden, weight, bias):
+        return ReadyGradients.apply(hidden, weight, bias, compute, op)  # type: ignore[no-any-return, no-untyped-call]
+    return compute(False, False, False)[:2]  # type: ignore[return-value]
 
 
 def is_one(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from . import chunks, reference
 from .chunks import Rows, kept_rows
 from .dispatch import pick
 from .library import differentiable, primitive
-from .linear_loss import ReadyGradients, gradient_shapes, loss_and_gradients, wants_gradient
+from .linear_loss import composed, gradient_shapes, loss_and_gradients
 from .metrics import Metrics
 from .ppo_loss import normalizer_of
 from .token_logprobs import FORWARD
@@ -95,23 +95,7 @@ linear_nll_fwd = primitive(
 def _compose(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any, shard: VocabShard | None = None
 ) -> tuple[Tensor, Tensor]:
-    *scalars, impl = rest
-
-    def compute(*need: bool) -> tuple[Tensor, ...]:
-        args: tuple[Any, ...] = (
-            hidden.detach(),
-            weight.detach(),
-            labels,
-            None if bias is None else bias.detach(),
-            *scalars,
-            *need,
-            impl,
-        )
-        return linear_nll_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return]
-
-    if wants_gradient(hidden, weight, bias):
-        return ReadyGradients.apply(hidden, weight, bias, compute, "linear_nll")  # type: ignore[no-any-return, no-untyped-call]
-    return compute(False, False, False)[:2]  # type: ignore[return-value]
+    return composed("linear_nll", linear_nll_fwd, _forward, hidden, weight, labels, bias, rest, shard)
 
 
 linear_nll_op = differentiable(f"linear_nll({_ARGS}, str impl) -> (Tensor loss, Tensor metrics)", _compose)

@@ -13,7 +13,7 @@ from . import checks, chunks, ppo_loss, reference
 from .chunks import Rows, kept_rows
 from .dispatch import pick
 from .library import differentiable, primitive
-from .linear_loss import ReadyGradients, gradient_shapes, loss_and_gradients, wants_gradient
+from .linear_loss import composed, gradient_shapes, loss_and_gradients
 from .metrics import Metrics
 from .ppo_loss import FORWARD, METRICS, normalizer_of
 from .vocab_shard import VocabShard
@@ -123,23 +123,7 @@ linear_ppo_loss_fwd = primitive(
 def _compose(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any, shard: VocabShard | None = None
 ) -> tuple[Tensor, Tensor]:
-    *scalars, impl = rest
-
-    def compute(*need: bool) -> tuple[Tensor, ...]:
-        args: tuple[Any, ...] = (
-            hidden.detach(),
-            weight.detach(),
-            labels,
-            None if bias is None else bias.detach(),
-            *scalars,
-            *need,
-            impl,
-        )
-        return linear_ppo_loss_fwd(*args) if shard is None else _forward(*args, shard=shard)  # type: ignore[no-any-return]
-
-    if wants_gradient(hidden, weight, bias):
-        return ReadyGradients.apply(hidden, weight, bias, compute, "linear_ppo_loss")  # type: ignore[no-any-return, no-untyped-call]
-    return compute(False, False, False)[:2]  # type: ignore[return-value]
+    return composed("linear_ppo_loss", linear_ppo_loss_fwd, _forward, hidden, weight, labels, bias, rest, shard)
 
 
 linear_ppo_loss_op = differentiable(f"linear_ppo_loss({_ARGS}, str impl) -> (Tensor loss, Tensor metrics)", _compose)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunks, reference
-from .chunks import Gradients, Logits
+from .chunks import NONE_IGNORED as NONE
+from .chunks import Gradients, Logits, Tile
 from .dispatch import pick
 from .library import differentiable, primitive
 from .linear_loss import gradient_shapes, wants_gradient
@@ -38,16 +39,19 @@ def rows_forward(
     chunks.check_labels("linear_token_logprobs", labels, weight, ignore_index, shard)
     n_all = hidden.shape[0]
     f32 = torch.float32
+    index, n = chunks.kept_rows(labels != ignore_index, kept)
+    chunk, tile = chunks.blocks(chunk, n, weight, invariant)
+    logits = Logits(weight, bias, chunk, n, invariant, tile)
     want = entropy or shard is not None
     logprobs, ent, lse = (hidden.new_zeros(n, dtype=f32) for n in (n_all, n_all if want else 0, n_all))
-    index, n = chunks.kept_rows(labels != ignore_index, kept)
-    chunk = chunks.even_chunk(chunk, n, invariant)
-    logits = Logits(weight, bias, chunk, n, invariant)
     local = labels if shard is None else shard.local_labels(labels, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in chunks.row_chunks(index, n, chunk):
-            z, y = logits.of(rows.of(hidden)), rows.of(local)
-            stats = FORWARD[impl](z, y, temperature, softcap, want, ignore_index)
+            h, y = rows.of(hidden), rows.of(local)
+            parts, tile_labels = [], [t.labels(y) for t in logits.tiles]
+            for t, own in zip(logits.tiles, tile_labels, strict=True):
+                parts.append(FORWARD[impl](logits.of(h, t), own, temperature, softcap, want or not t.whole, NONE))
+            stats = chunks.joined(parts, tile_labels)
             if shard is not None:
                 stats = shard.combine(y, *stats)
             for whole, part in zip((logprobs, ent, lse), stats, strict=True):
@@ -79,19 +83,26 @@ def rows_backward(
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index, n = chunks.kept_rows(labels != ignore_index, kept)
-    chunk = chunks.even_chunk(chunk, n, invariant)
+    chunk, tile = chunks.blocks(chunk, n, weight, invariant)
     grads = Gradients(hidden, weight, (need_hidden, need_weight, need_bias), n)
-    logits = Logits(weight, bias, chunk, n, invariant)
+    logits = Logits(weight, bias, chunk, n, invariant, tile)
     local = labels if shard is None else shard.local_labels(labels, ignore_index)
+
+    def dlogits(t: Tile, h: Tensor, y: Tensor, upstream: tuple[Any, Any], stats: tuple[Tensor, Tensor]) -> Tensor:
+        z = logits.of(h, t)
+        return BACKWARD[impl](*upstream, z, t.labels(y), *stats, temperature, softcap, NONE, z)  # type: ignore[no-any-return]
+
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in chunks.row_chunks(index, n, chunk):
             h, y = rows.of(hidden), rows.of(local)
-            z = logits.of(h)
-            dz = BACKWARD[impl](
-                rows.of_maybe(dlogprobs), rows.of_maybe(dentropy), z, y, rows.of(lse), rows.of(entropy) if dentropy is
-                not None else entropy, temperature, softcap, ignore_index, z,
-            )  # fmt: skip
-            grads.add(dz, h, rows, logits)
+            known = (
+                (rows.of_maybe(dlogprobs), rows.of_maybe(dentropy)),
+                (rows.of(lse), rows.of(entropy) if dentropy is not None else entropy),
+            )
+            if len(logits.tiles) == 1:
+                grads.add(dlogits(logits.tiles[0], h, y, *known), h, rows, logits)
+            else:
+                grads.add_tiles(((t, dlogits(t, h, y, *known)) for t in logits.tiles), h, rows)
     if shard is not None and need_hidden:
         shard.sum(grads.dhidden)
     return grads.dhidden, grads.dweight, grads.dbias
@@ -269,9 +280,8 @@ def linear_token_logprobs(
             hidden, weight, labels, bias, temperature, cap, return_entropy, ignore_index
         )
     else:
-        size = chunk_tokens or chunks.default_chunk(weight.shape[0], hidden.device.type)
         logprobs, entropy, _ = _compose(
             hidden, weight, labels, bias, float(temperature), cap, return_entropy, ignore_index, -1 if kept is None
-            else kept, size, batch_invariant, name, shard=shard,
+            else kept, chunk_tokens or 0, batch_invariant, name, shard=shard,
         )  # fmt: skip
     return (logprobs, entropy) if return_entropy else logprobs

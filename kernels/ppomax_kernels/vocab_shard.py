@@ -75,13 +75,7 @@ class VocabShard:
         mine = torch.stack([lse, entropy, torch.where(labels == FOREIGN, NOT_HERE, logprobs)])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, mine, group=self.group)
-        part_lse, part_entropy, picked = torch.stack(parts).double().unbind(1)
-        whole = torch.logsumexp(part_lse, 0)
-        log_share = part_lse - whole
-        share = torch.exp(log_share)
-        total_entropy = torch.where(share > 0, share * (part_entropy - log_share), 0.0).sum(0)
-        found = torch.where(picked == NOT_HERE, 0.0, picked + log_share).sum(0)
-        return found.float(), total_entropy.float(), whole.float()
+        return _combine(torch.stack(parts))
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place."""
@@ -89,3 +83,26 @@ class VocabShard:
 
         dist.all_reduce(x, group=self.group)
         return x
+
+
+def combine(parts: list[tuple[Tensor, Tensor, Tensor]], labels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results (logprobs, entropy, lse) of parts of the vocabulary, each with its own labels, -> of all of it."""
+    return _combine(
+        torch.stack(
+            [
+                torch.stack([lse, entropy, torch.where(y == FOREIGN, NOT_HERE, logprobs)])
+                for (logprobs, entropy, lse), y in zip(parts, labels, strict=True)
+            ]
+        )
+    )
+
+
+def _combine(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, 3, N) of lse, entropy, logprob or NOT_HERE -> logprobs, entropy, lse (N,) float32."""
+    part_lse, part_entropy, picked = parts.double().unbind(1)
+    whole = torch.logsumexp(part_lse, 0)
+    log_share = part_lse - whole
+    share = torch.exp(log_share)
+    total_entropy = torch.where(share > 0, share * (part_entropy - log_share), 0.0).sum(0)
+    found = torch.where(picked == NOT_HERE, 0.0, picked + log_share).sum(0)
+    return found.float(), total_entropy.float(), whole.float()

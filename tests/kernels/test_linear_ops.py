@@ -7,6 +7,7 @@ from typing import Any
 import ppomax_kernels as K
 import pytest
 import torch
+from ppomax_kernels import chunks
 from ppomax_kernels.chunks import default_chunk
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -73,6 +74,42 @@ def test_chunk_sizes_agree(impl: Backend, op: str) -> None:
     case = Linear(rows=11, ignored=0.2, ent_coef=0.2 if op == "linear_ppo_loss" else 0.0, seed=2)
     for chunk in (1, 5, 11, 4000):
         getattr(linear, op)(impl.bind(getattr(K, op)), replace(case, chunk=chunk), impl.device)
+
+
+@pytest.mark.parametrize("case", [c for c in LINEAR_LOGPROBS if c.dtype == "float32" and not c.invariant], ids=str)
+def test_tiles_oracle(monkeypatch: pytest.MonkeyPatch, case: Linear) -> None:
+    """The vocabulary in tiles and the tokens in blocks, as a CPU cuts large problems: held to the same oracle."""
+    small_tiles(monkeypatch)
+    linear.linear_token_logprobs(Backend("cpu", "cpu").bind(K.linear_token_logprobs), replace(case, chunk=None), "cpu")
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "TILE_TOKENS", 5)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 5 * 64)
+
+
+def test_no_label_of_a_tile_is_taken_for_the_ignored_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ignore_index 3 is an entry of the vocabulary, and the place of other entries in their tiles."""
+    whole = Linear(rows=40, seed=5).draw()
+    small_tiles(monkeypatch)
+    starts = [t.start for t in chunks.tiles(131, chunks.blocks(0, 40, whole["weight"], False)[1])]
+    labels = torch.tensor([starts[i % len(starts)] + 3 for i in range(40)])
+    assert len(starts) > 1
+    kept = labels != 3
+    got = K.linear_token_logprobs(whole["hidden"].nan_to_num(), whole["weight"], labels, ignore_index=3, impl="cpu")
+    want = torch.log_softmax(whole["hidden"].nan_to_num().double() @ whole["weight"].double().T, 1)
+    want = want.gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(got[kept].double(), want[kept], atol=1e-5, rtol=1e-5)
+    assert not got[~kept].any()
+
+
+@pytest.mark.parametrize("n", [1, 64, 1024, 5000])
+def test_blocks_cover_a_cpu_chunk_and_no_more(n: int) -> None:
+    for vocab in (10, 32000, 151936):
+        tokens, tile = chunks.blocks(0, n, torch.empty(vocab, 1), False)
+        assert tokens <= n
+        assert tokens * tile <= max(chunks.CPU_ELEMENTS, tokens * 64)
+        assert [(t.start, t.stop) for t in chunks.tiles(vocab, tile)][-1][1] == vocab
 
 
 def test_default_chunk_is_a_pure_function_of_shapes() -> None:
