@@ -36,6 +36,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "ShardingConfig",
     "TrainConfig",
     "build",
     "config_names",
@@ -62,13 +63,44 @@ class ModelConfig:
     reward_model: str | None = None
     """Frozen sequence scorer. None: the shipped one if the policy is the shipped one too."""
     critic: str = "reward_model"
-    """Start of the critic: `reward_model` (head included), `policy` (new small head), or a path."""
+    """Start of the critic: `reward_model` (head included), `policy` (new small head), `trunk` (hydra only: a copy of
+    the policy's trained layers on the shared trunk, new small head), or a path."""
+    train: Literal["full", "lora", "hydra"] = "full"
+    """What of the policy is trained. `full`: all weights, beside a whole reference model. `lora`: adapters; the
+    reference is the policy with its adapters off. `hydra`: the top `trained_layers` blocks and the final norm;
+    embeddings, head and lower blocks are frozen and run once for policy, reference and value branch."""
+    trained_layers: int = 2
+    """hydra: how many blocks, from the top, are trained."""
+    lora_rank: int = 16
+    """lora: rank of each adapter."""
+    lora_alpha: float = 32.0
+    """lora: an adapter's output is scaled by alpha / rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """lora: names of the linear layers of the blocks that get an adapter (q_proj, v_proj ...). None: all of them."""
     tokenizer: str | None = None
     """Tokenizer directory. None: the policy's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type of the trained models; logprobs, values and losses are float32 in any case."""
     trust_remote_code: bool = False
     """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
+
+    def __post_init__(self) -> None:
+        require(self.trained_layers >= 1, "model.trained_layers", "at least 1", self.trained_layers)
+        require(self.lora_rank >= 1, "model.lora_rank", "at least 1", self.lora_rank)
+        require(_finite(self.lora_alpha) and self.lora_alpha > 0, "model.lora_alpha", "above 0", self.lora_alpha)
+        require(
+            self.lora_targets is None or len(self.lora_targets) > 0, "model.lora_targets", "names, or null for all", []
+        )
+        if self.critic == "trunk" and self.train != "hydra":
+            raise ConfigError(
+                f"config: model.critic=trunk stands on a frozen trunk, which model.train={self.train} has not; set "
+                "model.train=hydra, or model.critic to reward_model, policy or a path"
+            )
+        if self.reference is not None and self.train != "full":
+            raise ConfigError(
+                f"config: model.reference is set, but with model.train={self.train} the reference is the policy's own "
+                "start; leave model.reference out, or set model.train=full"
+            )
 
 
 @dataclass(frozen=True)
@@ -439,6 +471,57 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class ShardingConfig:
+    """How models are cut over the ranks that torchrun or deepspeed started. Plain torch in one process."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO: 0 nothing is cut (data parallel), 1 optimiser state, 2 gradients too, 3 weights too. None: plain
+    torch in one process, 2 in several."""
+    offload_optimizer: bool = False
+    """Optimiser state and float32 weights on the host, which also steps them. Needs zero_stage 1, 2 or 3."""
+    offload_param: bool = False
+    """Weights on the host, fetched layer by layer. Needs zero_stage 3."""
+    frozen: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
+    """Reference and reward model: `whole` on every rank, cut over the ranks as by ZeRO-3, or so on the host. `auto`:
+    sharded under zero_stage 3, else whole."""
+    hpz: int = 1
+    """ZeRO++ hpZ: ranks (of one node) that hold a second copy of the weights among them. 1: off. Needs zero_stage 3."""
+    quantized_weights: bool = False
+    """ZeRO++ qwZ: gather weights in int8. Faster over slow links, not exact. Needs zero_stage 3."""
+    deepspeed: str | None = None
+    """JSON or YAML file of further DeepSpeed settings; what contradicts a knob of ours is refused."""
+    timeout: float = 3600.0
+    """Seconds that a rank may wait for another's work in one exchange."""
+    silence: float = 40.0
+    """Seconds without a sign of life after which a rank counts as dead and the job ends. 0: no such watch."""
+
+    def __post_init__(self) -> None:
+        stage = self.zero_stage
+        require(stage in (None, 0, 1, 2, 3), "sharding.zero_stage", "0, 1, 2, 3 or null", stage)
+        require(
+            not self.offload_optimizer or stage in (1, 2, 3),
+            "sharding.zero_stage",
+            "1, 2 or 3 when sharding.offload_optimizer is on",
+            stage,
+        )
+        for knob, on in (
+            ("offload_param", self.offload_param),
+            ("hpz", self.hpz > 1),
+            ("quantized_weights", self.quantized_weights),
+        ):
+            require(not on or stage == 3, "sharding.zero_stage", f"3 when sharding.{knob} is on", stage)
+        require(self.hpz >= 1, "sharding.hpz", "1 (off) or more", self.hpz)
+        require(
+            self.deepspeed is None or stage in (1, 2, 3),
+            "sharding.zero_stage",
+            "1, 2 or 3 when sharding.deepspeed names a file",
+            stage,
+        )
+        require(self.timeout > 0, "sharding.timeout", "above 0", self.timeout)
+        require(self.silence == 0 or self.silence >= 10, "sharding.silence", "0 (off), or at least 10", self.silence)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One PPO-max run."""
 
@@ -460,6 +543,7 @@ class TrainConfig:
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     run: RunConfig = field(default_factory=RunConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     def __post_init__(self) -> None:
         require(self.impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}", self.impl)

@@ -1,29 +1,38 @@
 """One trained model: module, optimiser, schedule, gradient clip, and what a checkpoint keeps of them.
 
-Plain torch, one process. A sharded engine joins by offering the same face: `module`, `backward`, `grad_norm`, `step`,
-`skip`, `tensors`, `load`; and by making `total` and `gather` sum and join over its ranks."""
+Plain torch. A sharded model (zero.py) has the same face: `module`, `run`, `gathered`, `backward`, `grad_norm`, `step`,
+`skip`, `lazy`, `load`. Losses reach a module through `run`, and sampling through `gathered`, since under ZeRO-3 no
+weight is there outside of the two."""
 
 from __future__ import annotations
 
 import math
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ppomax.config import OptimConfig
+from ppomax.sharding.ranks import sum_in_place
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def total(x: Tensor) -> Tensor:
-    """Sum of `x` over all ranks: the global count behind every token mean. One process: `x`."""
-    return x
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is whole only while it is looked at; under sharding every rank must call `get`, in one order."""
 
+    dtype: torch.dtype
+    shape: torch.Size
+    get: Callable[[], Tensor]
 
-def gather(x: Tensor) -> Tensor:
-    """`x` (n, ...) of every rank, joined in rank order. One process: `x`."""
-    return x
+    @classmethod
+    def of(cls, x: Tensor) -> Lazy:
+        """One that is there already."""
+        return cls(x.dtype, x.shape, lambda: x.detach())
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -69,8 +78,18 @@ class Trained(Generic[M]):
         """Learning rate of the next step."""
         return lr_at(self.steps, self.total_steps, self.config)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`."""
+    def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """`function(module, *args, **named)` with the module's weights in reach."""
+        return function(self.module, *args, **named)
+
+    @contextmanager
+    def gathered(self) -> Iterator[M]:
+        """The module with all weights whole and no hook on its forward, for a phase of many forwards without
+        gradient."""
+        yield self.module
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradient of `loss`; `last` before `grad_norm`, where ranks sum what they have."""
         loss.backward()
 
     def grad_norm(self) -> Tensor:
@@ -105,18 +124,21 @@ class Trained(Generic[M]):
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights by name (tied ones once), and optimiser state as `<kind>/<name>`."""
-        persistent = self.module.state_dict().keys()
-        buffers = {n: b for n, b in self.module.named_buffers() if n in persistent}
-        weights = {**dict(self.module.named_parameters()), **buffers}
+        weights, state = self.lazy()
+        return ({n: x.get() for n, x in weights.items()}, {n: x.get() for n, x in state.items()})
+
+    def lazy(self) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
+        """The same, each tensor made whole when it is asked for."""
         state: dict[str, Tensor] = {}
         for name, p, copy in zip(self.names, self.params, self.copies, strict=True):
             state.update({f"{kind}/{name}": x for kind, x in self.optimizer.state.get(copy, {}).items()})
             if copy is not p:
                 state[f"copy/{name}"] = copy
-        return ({n: x.detach() for n, x in weights.items()}, state)
+        weights = named_tensors(self.module)
+        return ({n: Lazy.of(x) for n, x in weights.items()}, {n: Lazy.of(x) for n, x in state.items()})
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], steps: int) -> None:
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:
         """Put back what `tensors` gave. Raises ValueError if a name or shape does not match."""
         copy_into(self.module, weights)
         self.optimizer.state.clear()
@@ -136,20 +158,53 @@ class Trained(Generic[M]):
         self.steps = steps
 
 
-@torch.no_grad()
-def copy_into(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy named weights into `module` in place; ValueError names what is missing, unknown or of another shape."""
+class DataParallel(Trained[M]):
+    """The same on each of several ranks (ZeRO stage 0): whole model and optimiser everywhere, gradients summed."""
+
+    BUCKET = 1 << 25
+    """Numbers summed over ranks in one message."""
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Sum the gradients of all ranks, in float32; L2 norm of the sum."""
+        for p in self.params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        bucket: list[Tensor] = []
+        for p in self.params:
+            bucket.append(p.grad)  # type: ignore[arg-type]
+            if sum(g.numel() for g in bucket) >= self.BUCKET:
+                sum_in_place(bucket)
+                bucket = []
+        sum_in_place(bucket)
+        return super().grad_norm()
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and persistent buffers by name."""
     persistent = module.state_dict().keys()
-    targets = {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
-    odd = sorted(targets.keys() ^ weights.keys())
+    return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
+
+
+def check_names(targets: Mapping[str, torch.Size], names: Mapping[str, Any]) -> None:
+    """ValueError naming what is in one and not in the other."""
+    odd = sorted(targets.keys() ^ names.keys())
     if odd:
         raise ValueError(
             f"weights do not fit the model: {odd[0]} is in one and not in the other ({len(odd)} such names)"
         )
+
+
+def check_shape(name: str, got: torch.Size, want: torch.Size) -> None:
+    """ValueError unless a tensor has the shape that the model wants."""
+    if got != want:
+        raise ValueError(f"weights do not fit the model: {name} is {tuple(got)}, the model wants {tuple(want)}")
+
+
+@torch.no_grad()
+def copy_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy named weights into `module` in place; ValueError names what is missing, unknown or of another shape."""
+    targets = named_tensors(module)
+    check_names({name: x.shape for name, x in targets.items()}, weights)
     for name, x in weights.items():
-        if targets[name].shape != x.shape:
-            raise ValueError(
-                f"weights do not fit the model: {name} is {tuple(x.shape)}, the model wants "
-                f"{tuple(targets[name].shape)}"
-            )
+        check_shape(name, x.shape, targets[name].shape)
         targets[name].copy_(x)

@@ -1,0 +1,30 @@
+"""Plain torch in one process, data parallel or DeepSpeed ZeRO in several, behind one small face.
+
+    ranks.py   who this process is; sums, joins and agreements over all ranks (identities in one process)
+    plain.py   a trained model under torch: `Trained`; the same on several ranks: `DataParallel` (ZeRO 0)
+    zero.py    a trained or frozen model under DeepSpeed: `ZeroTrained` (ZeRO 1-3), `ZeroFrozen`
+    watch.py   signs of life between ranks: one that dies or fails ends the job, named
+`train_model` and `freeze_model` choose among them as `config.sharding` says."""
+
+from ppomax.sharding.choose import freeze_model, run, stage_of, train_model
+from ppomax.sharding.plain import DataParallel, Lazy, Trained, copy_into, lr_at
+from ppomax.sharding.ranks import agree, barrier, gather, largest, rank, total, world_size
+
+__all__ = [
+    "DataParallel",
+    "Lazy",
+    "Trained",
+    "agree",
+    "barrier",
+    "copy_into",
+    "freeze_model",
+    "gather",
+    "largest",
+    "lr_at",
+    "rank",
+    "run",
+    "stage_of",
+    "total",
+    "train_model",
+    "world_size",
+]

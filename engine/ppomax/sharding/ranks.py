@@ -1,0 +1,129 @@
+"""Who this process is among the ranks of a job, and what they sum, join and agree on.
+
+Without an initialised process group of more than one rank every function is the identity, so the code above reads the
+same in one process and in many. All of them are collective: every rank calls, in one order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Ranks of the job; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def launched() -> int:
+    """How many ranks the launcher (torchrun, deepspeed, Slurm with its variables set) started; 1: none did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def restarts() -> int:
+    """How often torchrun has started this job anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def start(device: str = "auto", timeout: float = 3600.0) -> None:
+    """Join the job's process group if a launcher started several ranks: nccl on GPUs, gloo on CPUs.
+
+    `timeout`, in seconds, bounds how long a rank waits for another's work; a rank that is gone is noticed far sooner
+    (watch.py)."""
+    if launched() == 1 or dist.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks: the global count behind every token mean. One process: `x`."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
+
+
+def largest(x: Tensor) -> Tensor:
+    """Elementwise maximum of `x` over all ranks. One process: `x`."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def gather(x: Tensor) -> Tensor:
+    """`x` (n, ...) of every rank, joined in rank order; n may differ. One process: `x`."""
+    if world_size() == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    sizes = [int(c) for c in counts]
+    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+
+def share(count: int) -> range:
+    """This rank's stretch of `count` things: sizes differ by at most one, and ranks follow each other in order."""
+    base, more = divmod(count, world_size())
+    begin = rank() * base + min(rank(), more)
+    return range(begin, begin + base + (rank() < more))
+
+
+def agree(x: T) -> T:
+    """Rank 0's `x` (plain data) on every rank."""
+    if world_size() == 1:
+        return x
+    box = [x]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def everyone(x: T) -> list[T]:
+    """`x` (plain data) of every rank, in rank order."""
+    if world_size() == 1:
+        return [x]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all ranks; one message in float32."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([x.detach().flatten().float() for x in tensors])
+    dist.all_reduce(flat)
+    for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(part.view_as(x))

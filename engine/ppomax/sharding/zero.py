@@ -1,0 +1,304 @@
+"""A trained or frozen model under DeepSpeed ZeRO, behind the face of plain.py.
+
+What is kept from DeepSpeed: partitions, offload, gathering, reduction, its clip (the same formula as ours). What is not:
+its mean over ranks (losses are already shares of a global mean, so each is multiplied by the world size first), its
+schedule and its loss scale (none is needed in float32 and bfloat16).
+
+A loss reads the head's weight by hand, which no module's forward would fetch; so the whole loss runs inside the forward
+of one wrapper, and the head's parameters are registered as parameters that this wrapper reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ppomax.config import OptimConfig, ShardingConfig
+from ppomax.sharding import zero_config
+from ppomax.sharding.plain import Lazy, Trained, check_names, check_shape, named_tensors
+from ppomax.sharding.ranks import rank, world_size
+
+M = TypeVar("M", bound=nn.Module)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Job(nn.Module):
+    """Runs a function of `module` as its own forward, so that DeepSpeed's hooks surround all that it does."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        return function(self.module, *args, **named)
+
+
+class ZeroTrained(Trained[M]):
+    """A module under AdamW whose optimiser (ZeRO 1), gradients (2) and weights (3) are cut over the ranks."""
+
+    def __init__(self, module: M, config: OptimConfig, total_steps: int, sharding: ShardingConfig, stage: int):
+        self.module, self.config, self.total_steps, self.stage = module, config, total_steps, stage
+        self.steps, self.reduced = 0, False
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(
+                "Trained: the module has no parameter with requires_grad=True; unfreeze what is to be trained"
+            )
+        self.names, self.params = [name for name, _ in named], [p for _, p in named]
+        # torch's fused AdamW works on GPU and CPU partitions alike, so that offloading needs no compiler.
+        basic = torch.optim.AdamW(
+            self.params, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+        settings = zero_config.trained(sharding, stage, self.params[0].dtype, config.grad_clip)
+        self.engine = _initialize(Job(module), settings, optimizer=basic)
+        self.zero: Any = self.engine.optimizer
+        if stage == 3:
+            _read_by_hand(self.engine.module)
+
+    def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        return self.engine(function, *args, **named)
+
+    @contextmanager
+    def gathered(self) -> Iterator[M]:
+        if self.stage < 3:
+            yield self.module
+            return
+        with _whole(self.engine):
+            yield self.module
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * world_size())
+        self.reduced = last
+
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the whole gradient over all ranks; NaN where DeepSpeed has its mark for a norm that is not
+        finite."""
+        if not self.reduced:
+            raise RuntimeError("grad_norm: no backward(..., last=True) came before it, so ranks have not summed yet")
+        norms = self.zero._get_norm_groups() if self.stage == 3 else [self.zero.scaled_global_norm()]
+        norm = torch.stack([torch.as_tensor(n).float() for n in norms])
+        return torch.where((norm < 0).any(), norm.new_tensor(float("nan")), norm.norm())
+
+    def step(self, norm: Tensor, lr: float | None = None) -> None:
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = self.lr if lr is None else lr
+        self.engine.step()
+        self.reduced = False
+        self.steps += lr is None
+
+    def skip(self, *, advance: bool = True) -> None:
+        """DeepSpeed forgets gradients only in a step that it takes for an overflow: so it is told that this is one."""
+        zero = self.zero
+        shadowed = {"_get_norm_groups": lambda: [torch.tensor(-1.0, device=self.engine.device)]}
+        if self.stage < 3:
+            shadowed = {"has_overflow": lambda *a, **k: True}
+        checked = getattr(zero, "check_grad_overflow", None)
+        zero.check_grad_overflow = True
+        for name, method in shadowed.items():
+            setattr(zero, name, method)
+        try:
+            self.engine.step()
+        finally:
+            for name in shadowed:
+                delattr(zero, name)
+            zero.check_grad_overflow = checked
+        self.reduced = False
+        self.steps += advance
+
+    # ---- what a checkpoint keeps: the layout of plain.py, so that any other number of ranks can go on ----
+
+    def lazy(self) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
+        weights = {name: _lazy_weight(x) for name, x in named_tensors(self.module).items()}
+        state: dict[str, Lazy] = {}
+        started = self._state_started()
+        for name, p in zip(self.names, self.params, strict=True):
+            shape = _shape(p)
+            if started:
+                at = float(next(iter(self._flat_states()))["step"])
+                state[f"step/{name}"] = Lazy.of(torch.tensor(at))
+                for kind in MOMENTS:
+                    state[f"{kind}/{name}"] = Lazy(torch.float32, shape, _reader(p, kind))
+            if p.dtype != torch.float32:
+                state[f"copy/{name}"] = Lazy(torch.float32, shape, _reader(p, None))
+        return weights, state
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:
+        tensors = named_tensors(self.module)
+        check_names({name: _shape(x) for name, x in tensors.items()}, weights)
+        unknown = [key for key in state if key.partition("/")[2] not in self.names]
+        if unknown:
+            raise ValueError(
+                f"optimiser state for {unknown[0].partition('/')[2]}, which this model does not train; resume with the "
+                "model it was saved from"
+            )
+        for name, target in tensors.items():
+            x = weights[name]
+            check_shape(name, x.shape, _shape(target))
+            _write(target, x)
+        self._start_state(any(key.startswith("step/") for key in state))
+        for name, p in zip(self.names, self.params, strict=True):
+            master = state[f"copy/{name}"] if f"copy/{name}" in state else weights[name].float()
+            self._write_state(p, master, None)
+            for kind in MOMENTS:
+                if f"{kind}/{name}" in state:
+                    self._write_state(p, state[f"{kind}/{name}"], kind)
+        for key in state:
+            if key.startswith("step/"):
+                for flat in self._flat_states():
+                    flat["step"] = state[key].clone()
+                break
+        self.steps = steps
+
+    def _flat(self) -> list[Tensor]:
+        """This rank's float32 partitions, which the optimiser steps."""
+        three = self.stage == 3
+        return list(self.zero.fp32_partitioned_groups_flat if three else self.zero.single_partition_of_fp32_groups)
+
+    def _flat_states(self) -> Iterator[dict[str, Tensor]]:
+        return (self.zero.optimizer.state[flat] for flat in self._flat())
+
+    def _state_started(self) -> bool:
+        return all("exp_avg" in state for state in self._flat_states())
+
+    def _start_state(self, wanted: bool) -> None:
+        """AdamW's state before its first step: zeros; or none at all."""
+        for flat in self._flat():
+            self.zero.optimizer.state.pop(flat, None)
+            if wanted:
+                self.zero.optimizer.state[flat] = {
+                    "step": torch.tensor(0.0), **{kind: torch.zeros_like(flat) for kind in MOMENTS}
+                }  # fmt: skip
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            if wanted:
+                self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _write_state(self, p: Tensor, x: Tensor, kind: str | None) -> None:
+        from deepspeed.utils import tensor_fragment as api
+
+        if self.stage == 3:
+            self.zero.set_local_hp_param(_part(p, x), p, kind)
+        elif kind is None:
+            api.safe_set_full_fp32_param(p, x.to(p.device))
+        else:
+            api.safe_set_full_optimizer_state(p, x.to(p.device), kind)
+
+
+class ZeroFrozen(Generic[M]):
+    """A frozen model cut over the ranks (ZeRO-3 without an optimiser), each layer fetched as its forward comes."""
+
+    def __init__(self, module: M, sharding: ShardingConfig):
+        self.module = module
+        dtype = next(module.parameters()).dtype
+        self.engine = _initialize(Job(module), zero_config.frozen(sharding, dtype))
+        _read_by_hand(self.engine.module)
+
+    def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """`function(module, *args, **named)`, without gradient; every rank must call as often as the others."""
+        with torch.no_grad():
+            return self.engine(function, *args, **named)
+
+    @contextmanager
+    def gathered(self) -> Iterator[M]:
+        """The module with all weights whole."""
+        with _whole(self.engine):
+            yield self.module
+
+
+def _initialize(job: Job, settings: dict[str, Any], optimizer: Any = None) -> Any:
+    import deepspeed
+
+    if not torch.distributed.is_initialized():
+        _alone(settings)
+    engine, *_ = deepspeed.initialize(model=job, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _alone(settings: dict[str, Any]) -> None:
+    """A process group of one rank, for ZeRO without a launcher."""
+    from datetime import timedelta
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(hours=1))
+
+
+def _read_by_hand(job: Job) -> None:
+    """Tell ZeRO-3 which weights are read outside of their own module's forward: those of output heads."""
+    import deepspeed
+
+    for module in job.modules():
+        head = getattr(module, "score", None)
+        if head is None and hasattr(module, "get_output_embeddings"):
+            head = module.get_output_embeddings()
+        for p in head.parameters() if isinstance(head, nn.Module) else ():
+            deepspeed.zero.register_external_parameter(job, p)
+
+
+@contextmanager
+def _whole(engine: Any) -> Iterator[None]:
+    """All weights of a ZeRO-3 engine gathered, its hooks off: a forward inside costs no communication."""
+    import deepspeed
+
+    zero = engine.optimizer
+    offload = getattr(zero, "parameter_offload", zero)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        for p in engine.module.parameters():
+            p.ds_active_sub_modules.clear()
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+def _shape(x: Tensor) -> torch.Size:
+    return getattr(x, "ds_shape", x.shape)  # type: ignore[no-any-return]
+
+
+def _lazy_weight(x: Tensor) -> Lazy:
+    if not hasattr(x, "ds_id"):
+        return Lazy.of(x)
+
+    def get() -> Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([x]):
+            return x.detach().clone()
+
+    return Lazy(x.dtype, _shape(x), get)
+
+
+def _reader(p: Tensor, kind: str | None) -> Callable[[], Tensor]:
+    def get() -> Tensor:
+        from deepspeed.utils import tensor_fragment as api
+
+        found = api.safe_get_full_fp32_param(p) if kind is None else api.safe_get_full_optimizer_state(p, kind)
+        return found.detach()  # type: ignore[no-any-return]
+
+    return get
+
+
+@torch.no_grad()
+def _write(target: Tensor, x: Tensor) -> None:
+    """Copy a whole tensor into a parameter or buffer, or this rank's part of it into a partition."""
+    if hasattr(target, "ds_id"):
+        target.ds_tensor.copy_(_part(target, x))  # type: ignore[attr-defined]
+        if target.ds_status.name == "AVAILABLE":  # kept whole beside its partition
+            target.copy_(x)
+    else:
+        target.copy_(x)
+
+
+def _part(p: Tensor, x: Tensor) -> Tensor:
+    """This rank's partition of the whole `x`, padded with zeros as ZeRO-3 pads."""
+    count = p.ds_tensor.numel()  # type: ignore[attr-defined]
+    flat = x.flatten()[rank() * count : (rank() + 1) * count]
+    return nn.functional.pad(flat, (0, count - len(flat)))
