@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 Plan = list[list[Tensor]]
-"""Minibatches of micro-batches of sequence indices (int64)."""
+"""Minibatches of micro-batches of sequence indices (int64). Under several ranks, this rank's part: an empty micro-batch
+stands where others have one more, so that all make the same number of forwards."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What a frozen trunk made of packed sequences, so that nobody runs it a second time (see branch.py)."""
+
+    layers: int
+    """Blocks in the trunk; `states` is what enters the next one."""
+    states: Tensor
+    """(P-S, D) in the model's dtype: all positions but each sequence's last token, which produces nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class Rollout:
     """(N,) float32, V(s_t) of the critic."""
     plan: Plan
     """The micro-batches that were scored together; the first epoch trains on the same ones."""
+    trunk: Trunk | None = None
+    """Of the policy, where its lower blocks are frozen (`model.train: hydra`); else None."""
 
     @property
     def labels(self) -> Tensor:
@@ -94,6 +107,9 @@ class Minibatch:
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    trunk: Trunk | None = None
+    counts: bool = True
+    """False: a stand-in that keeps ranks in step; its losses are multiplied by 0."""
 
 
 def pack(sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -137,9 +153,28 @@ def select(rollout: Rollout, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return rollout.tokens[at], cu, rollout.states[slots] + per_token(moved, response_cu), slots
 
 
+def trunk_cu(cu: Tensor) -> Tensor:
+    """(S+1,) int32 starts of sequences without their last tokens: `cu - arange(S+1)`."""
+    return cu - torch.arange(len(cu), dtype=cu.dtype, device=cu.device)
+
+
+def select_trunk(trunk: Trunk | None, cu: Tensor, which: Tensor) -> Trunk | None:
+    """The trunk states of the sequences `which`, in that order; `cu` is that of the whole sequences."""
+    if trunk is None:
+        return None
+    at, _ = spans(trunk_cu(cu), which.to(cu.device))
+    return Trunk(trunk.layers, trunk.states[at])
+
+
+def or_shortest(which: Tensor, cu: Tensor) -> Tensor:
+    """`which`; of an empty micro-batch, the shortest sequence: a cheap forward that keeps ranks in step."""
+    return which if len(which) else cu.diff().argmin().view(1).to(which.device)
+
+
 def minibatch(experience: Experience, which: Tensor) -> Minibatch:
-    """The sequences `which` of `experience`, packed for one forward."""
+    """The sequences `which` of `experience`, packed for one forward; a stand-in if there are none."""
     roll = experience.rollout
+    counts, which = len(which) > 0, or_shortest(which, roll.cu_seqlens)
     tokens, cu, states, slots = select(roll, which)
     return Minibatch(
         tokens=tokens,
@@ -152,30 +187,58 @@ def minibatch(experience: Experience, which: Tensor) -> Minibatch:
         old_values=roll.values[slots],
         advantages=experience.advantages[slots],
         returns=experience.returns[slots],
+        trunk=select_trunk(roll.trunk, roll.cu_seqlens, which),
+        counts=counts,
     )
 
 
 def plan_minibatches(
-    lengths: Tensor, minibatch_size: int, micro_tokens: int, generator: torch.Generator | None
+    lengths: Tensor,
+    minibatch_size: int,
+    micro_tokens: int,
+    generator: torch.Generator | None,
+    place: tuple[int, int] = (0, 1),
 ) -> Plan:
     """Cut sequences into minibatches of `minibatch_size`, each into micro-batches of at most `micro_tokens` tokens.
 
-    lengths: (S,) whole lengths. Every sequence is in exactly one micro-batch; the last minibatch may be smaller. A
-    sequence longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the order. Inside a
-    minibatch sequences go by length, so that a micro-batch holds like lengths and wastes little where the forward has
-    to pad.
+    lengths: (S,) whole lengths, of all ranks. Every sequence is in exactly one micro-batch; the last minibatch may be
+    smaller. A sequence longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the
+    order. Inside a minibatch sequences go by length, so that a micro-batch holds like lengths and wastes little where
+    the forward has to pad. `place`: this rank and how many there are. Which sequences share a minibatch does not
+    depend on it; inside one they are dealt out so that ranks get like numbers of tokens.
     """
     host = lengths.tolist()
     order = torch.randperm(len(host), generator=generator).tolist() if generator else list(range(len(host)))
+    rank, ranks = place
     plan: Plan = []
     for start in range(0, len(order), minibatch_size):
-        micros: list[list[int]] = [[]]
-        used = 0
-        for i in sorted(order[start : start + minibatch_size], key=host.__getitem__):
-            if micros[-1] and used + host[i] > micro_tokens:
-                micros.append([])
-                used = 0
-            micros[-1].append(i)
-            used += host[i]
-        plan.append([torch.tensor(m, dtype=torch.int64) for m in micros])
+        hands = _deal(order[start : start + minibatch_size], host, ranks)
+        cuts = [_cut(hand, host, micro_tokens) for hand in hands]
+        mine = cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
+        plan.append([torch.tensor(m, dtype=torch.int64) for m in mine])
     return plan
+
+
+def _deal(which: list[int], lengths: list[int], ranks: int) -> list[list[int]]:
+    """The longest left to the rank with the fewest tokens so far, again and again; each hand in the given order."""
+    if ranks == 1:
+        return [which]
+    hands: list[set[int]] = [set() for _ in range(ranks)]
+    tokens = [0] * ranks
+    for i in sorted(which, key=lengths.__getitem__, reverse=True):
+        least = tokens.index(min(tokens))
+        hands[least].add(i)
+        tokens[least] += lengths[i]
+    return [[i for i in which if i in hand] for hand in hands]
+
+
+def _cut(which: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
+    micros: list[list[int]] = []
+    used = 0
+    for i in sorted(which, key=lengths.__getitem__):
+        if not micros or used + lengths[i] > micro_tokens:
+            micros.append([])
+            used = 0
+        micros[-1].append(i)
+        used += lengths[i]
+    return micros

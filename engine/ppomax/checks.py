@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppomax.branch import TrunkCritic
 from ppomax.models import Critic
 
 
@@ -28,7 +29,7 @@ def check_vocabularies(policy: PreTrainedModel, *others: nn.Module | None) -> No
     words."""
     rows = vocabulary_rows(policy)
     for other in others:
-        if other is None:
+        if other is None or isinstance(other, TrunkCritic):  # which stands on the policy's own embedding
             continue
         model = other.model if isinstance(other, Critic) else other
         found = vocabulary_rows(model)

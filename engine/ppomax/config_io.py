@@ -122,6 +122,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         require(value in args, name, f"one of {', '.join(map(str, args))}", value)
         return value
+    if origin is tuple and args[-1] is Ellipsis:
+        require(isinstance(value, (list, tuple)), name, "a list", value)
+        return tuple(_coerce(v, args[0], name) for v in value)
     if origin is tuple:
         require(
             isinstance(value, (list, tuple)) and len(value) == len(args), name, f"a list of {len(args)} numbers", value

@@ -9,7 +9,6 @@ counters). No global state; two engines in one process do not see each other."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.batch import Experience, Rollout
+from ppomax.branch import TrunkCritic
 from ppomax.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.config import AdvantageConfig, TrainConfig
 from ppomax.measures import experience_metrics
 from ppomax.models import Critic, RewardModel, freeze, load_policy, load_reward_model, load_tokenizer, make_critic
+from ppomax.modes import set_up, trunk_layers
 from ppomax.rewards import (
     FunctionReward,
     KLController,
@@ -45,8 +46,8 @@ ModelSource = str | Path | PreTrainedModel
 class Engine:
     """PPO-max on HF models.
 
-    policy: causal LM, or a path to one; trained in place. reference: likewise, frozen; None: a copy of the policy as
-    it is now.
+    policy: causal LM, or a path to one; trained in place, as `config.model.train` says. reference: likewise, frozen;
+    None: the policy as it is now (copied, or shared where only adapters or top blocks are trained: see modes.py).
     critic: a Critic, a model or path to start one from, or None for what `config.model.critic` says.
     reward: reward model, path to one, or f(prompts: list[str], responses: list[str]) -> one number each.
     tokenizer: needed for text prompts and function rewards; read from the policy's path if that is one.
@@ -57,7 +58,7 @@ class Engine:
         self,
         policy: ModelSource,
         reference: ModelSource | None,
-        critic: ModelSource | Critic | None,
+        critic: ModelSource | Critic | TrunkCritic | None,
         reward: ModelSource | RewardModel | Callable[..., Any],
         config: TrainConfig | None = None,
         *,
@@ -67,6 +68,7 @@ class Engine:
         self.config = config or TrainConfig()
         self.device = pick_device(self.config.run.device)
         self.sources = {
+            "policy": _path(policy),
             "reference": _path(reference) or _path(policy),
             "reward": _path(reward),
             "tokenizer": self.config.model.tokenizer or _path(policy),
@@ -74,16 +76,17 @@ class Engine:
         dtype, trust = DTYPES[self.config.model.dtype], self.config.model.trust_remote_code
         lm = load_policy(policy, dtype, trust_remote_code=trust).eval().requires_grad_(True)
         lm.to(self.device)  # type: ignore[arg-type]
-        frozen = copy.deepcopy(lm) if reference is None else load_policy(reference, dtype, trust_remote_code=trust)
-        frozen.to(self.device)  # type: ignore[arg-type]
-        freeze(frozen)
-        self.reference = frozen
         self.tokenizer = tokenizer
         if tokenizer is None and self.sources["tokenizer"]:
             self.tokenizer = load_tokenizer(self.sources["tokenizer"], trust_remote_code=trust)
         self.reward_model: RewardModel | None = None
         self.reward = self._reward_source(reward, dtype)
+        self.trunk_layers = trunk_layers(lm, self.config.model)
         value_model = self._critic(critic, lm, dtype).to(self.device).eval()
+        given = None if reference is None else load_policy(reference, dtype, trust_remote_code=trust)
+        if given is not None:
+            given.to(self.device)  # type: ignore[arg-type]
+        self.reference = set_up(lm, given, self.config.model, seed=self.config.run.seed)
         self.texts = texts
         if self.config.ptx.coef and texts is None:
             raise ValueError(
@@ -91,11 +94,11 @@ class Engine:
                 "ptx.coef: 0"
             )
         self.eos_ids = eos_ids_of(lm, self.tokenizer)
-        check_vocabularies(lm, self.reference, value_model, self.reward_model)
+        check_vocabularies(lm, given, value_model, self.reward_model)
 
         steps = optimizer_steps(self.config)
         self.policy: Trained[PreTrainedModel] = Trained(lm, self.config.policy_optim, steps)
-        self.critic: Trained[Critic] = Trained(value_model, self.config.critic_optim, steps)
+        self.critic: Trained[Critic | TrunkCritic] = Trained(value_model, self.config.critic_optim, steps)
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
         self.buffers, self.episodes = 0, 0
         self.last_scores: Tensor | None = None
@@ -206,6 +209,7 @@ class Engine:
             uids=uids,
             seed=self.config.run.seed,
             generator=generator,
+            trunk_layers=self.trunk_layers,
             impl=self.config.impl,
         )
 
@@ -238,7 +242,7 @@ class Engine:
             raise ValueError("Engine: a reward function reads text, so a tokenizer is needed; pass tokenizer=")
         return FunctionReward(reward, self.tokenizer)
 
-    def _critic(self, critic: Any, policy: PreTrainedModel, dtype: torch.dtype) -> Critic:
+    def _critic(self, critic: Any, policy: PreTrainedModel, dtype: torch.dtype) -> Critic | TrunkCritic:
         wanted = self.config.model.critic if critic is None else critic
         if wanted == "reward_model":
             if self.reward_model is None:
@@ -247,9 +251,16 @@ class Engine:
                     "or a path"
                 )
             wanted = self.reward_model
+        elif wanted == "trunk" and self.trunk_layers is not None:
+            return TrunkCritic(policy, self.trunk_layers, seed=self.config.run.seed).requires_grad_(True)
         elif wanted == "policy":
             wanted = policy
-        if isinstance(wanted, Critic) and not isinstance(wanted, RewardModel):
+        if isinstance(wanted, TrunkCritic) and wanted.branch.layers != self.trunk_layers:
+            raise ValueError(
+                f"Engine: the critic stands on a trunk of {wanted.branch.layers} blocks, the policy's has "
+                f"{self.trunk_layers or 'none'}; give another critic, or set model.train: hydra and trained_layers"
+            )
+        if isinstance(wanted, (Critic, TrunkCritic)) and not isinstance(wanted, RewardModel):
             return wanted.requires_grad_(True)
         return make_critic(wanted, dtype, seed=self.config.run.seed)
 

@@ -6,15 +6,34 @@ Only the states that produced a response token go through the head, so a prompt 
 from __future__ import annotations
 
 import ppomax_kernels as K
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ppomax.batch import Trunk, trunk_cu
+from ppomax.branch import Branch, TrunkCritic
 from ppomax.models import Critic, Head, head_of, packed_hidden
 
 
-def state_hidden(policy: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, states: Tensor) -> Tensor:
-    """`packed_hidden(policy, tokens, cu_seqlens)[states]`: (N, D), what the head turns into each response token."""
-    return packed_hidden(policy, tokens, cu_seqlens).index_select(0, states)
+def state_hidden(
+    policy: PreTrainedModel | Branch, tokens: Tensor, cu_seqlens: Tensor, states: Tensor, trunk: Trunk | None = None
+) -> Tensor:
+    """`packed_hidden(policy, tokens, cu_seqlens)[states]`: (N, D), what the head turns into each response token.
+
+    With `trunk`, of these very sequences, only the blocks above it run; a Branch cannot do without."""
+    if trunk is None:
+        if isinstance(policy, Branch):
+            raise ValueError(
+                f"state_hidden: a Branch starts from what enters block {policy.layers}; pass trunk= "
+                "(Rollout.trunk, Minibatch.trunk)"
+            )
+        return packed_hidden(policy, tokens, cu_seqlens).index_select(0, states)
+    branch = policy if isinstance(policy, Branch) else Branch(policy, trunk.layers)
+    if branch.layers != trunk.layers:
+        raise ValueError(f"state_hidden: the branch starts at block {branch.layers}, the trunk ends at {trunk.layers}")
+    hidden = branch(trunk.states, trunk_cu(cu_seqlens))
+    sequence = torch.searchsorted(cu_seqlens[1:], states, right=True)  # one token less in each sequence before it
+    return hidden.index_select(0, states - sequence)
 
 
 def head_logprobs(
@@ -44,23 +63,28 @@ def scaled(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
 
 
 def policy_logprobs(
-    policy: PreTrainedModel,
+    policy: PreTrainedModel | Branch,
     tokens: Tensor,
     cu_seqlens: Tensor,
     states: Tensor,
+    trunk: Trunk | None = None,
     *,
     temperature: float = 1.0,
     entropy: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Logprobs (N,) of `tokens[states + 1]`, each given all before it in its sequence, and entropies (N,) or None."""
-    hidden = state_hidden(policy, tokens, cu_seqlens, states)
-    return head_logprobs(
-        hidden, head_of(policy), tokens[states + 1], temperature=temperature, entropy=entropy, impl=impl
-    )
+    hidden = state_hidden(policy, tokens, cu_seqlens, states, trunk)
+    head = policy.head if isinstance(policy, Branch) else head_of(policy)
+    if head is None:
+        raise ValueError("policy_logprobs: this branch has no language-model head; give the policy's or the reference's")
+    return head_logprobs(hidden, head, tokens[states + 1], temperature=temperature, entropy=entropy, impl=impl)
 
 
-def state_values(critic: Critic, tokens: Tensor, cu_seqlens: Tensor, states: Tensor) -> Tensor:
-    """V(s_t) (N,) fp32, read at the token before each response token."""
-    hidden = packed_hidden(critic.model, tokens, cu_seqlens)
-    return critic.values_of(hidden.index_select(0, states))
+def state_values(
+    critic: Critic | TrunkCritic, tokens: Tensor, cu_seqlens: Tensor, states: Tensor, trunk: Trunk | None = None
+) -> Tensor:
+    """V(s_t) (N,) fp32, read at the token before each response token. A TrunkCritic reads `trunk`, others do not."""
+    if isinstance(critic, TrunkCritic):
+        return critic.values_of(state_hidden(critic.branch, tokens, cu_seqlens, states, trunk))
+    return critic.values_of(state_hidden(critic.model, tokens, cu_seqlens, states))

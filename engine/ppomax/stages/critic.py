@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import ppomax_kernels as K
 import torch
 
-from ppomax.batch import Plan, Rollout, plan_minibatches, select
+from ppomax.batch import Plan, Rollout, or_shortest, plan_minibatches, select, select_trunk
 from ppomax.engine import Engine
 from ppomax.measures import explained_variance
 from ppomax.scoring import state_values
+from ppomax.sharding import place, total
 
 
 def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, float], bool]:
@@ -41,7 +42,7 @@ def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[d
     for epoch in range(config.critic.pretrain_epochs):
         plan: Plan = roll.plan
         if epoch:
-            plan = plan_minibatches(lengths, config.batch.minibatch_size, config.batch.micro_tokens, shuffle)
+            plan = plan_minibatches(lengths, config.batch.minibatch_size, config.batch.micro_tokens, shuffle, place())
         losses += [_train(engine, experience.rollout, returns, micros) for micros in plan]
     metrics["pretrain/value_loss"] = sum(losses) / len(losses)
     return metrics, False
@@ -50,15 +51,18 @@ def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[d
 def _train(engine: Engine, roll: Rollout, returns: torch.Tensor, micros: list[torch.Tensor]) -> float:
     """One optimiser step of the critic on the sequences of `micros`; returns the loss."""
     config, critic = engine.config, engine.critic
-    parts = [select(roll, m) for m in micros]
-    count = float(sum(len(slots) for *_, slots in parts))
-    loss = torch.zeros((), device=returns.device)
-    for tokens, cu, states, slots in parts:
-        values = state_values(critic.module, tokens, cu, states)
+    device, loss = returns.device, torch.zeros((), device=returns.device)
+    own = sum(int(roll.lengths[m.to(device)].sum()) for m in micros)
+    count = total(torch.tensor(float(own), device=device))
+    for i, micro in enumerate(micros):
+        which = or_shortest(micro, roll.cu_seqlens)
+        tokens, cu, states, slots = select(roll, which)
+        values = critic.run(state_values, tokens, cu, states, select_trunk(roll.trunk, roll.cu_seqlens, which))
         share, _ = K.value_loss(values, values.detach(), returns[slots], clip=None, normalizer=count, impl=config.impl)
-        critic.backward(share)
+        share = share * float(len(micro) > 0)
+        critic.backward(share, last=i + 1 == len(micros))
         loss += share.detach()
-    norm = critic.grad_norm()
+    loss, norm = total(loss), critic.grad_norm()
     good = bool(torch.isfinite(loss + norm))
     if good:
         critic.step(norm, lr=config.critic.pretrain_lr or config.critic_optim.lr)

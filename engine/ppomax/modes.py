@@ -1,0 +1,70 @@
+"""What of the policy is trained, and what the reference then is (`model.train`).
+
+    full    all weights              a whole frozen model
+    lora    adapters                 the policy with its adapters off: no second copy
+    hydra   the top blocks and norm  a frozen copy of those, run on the trunk's stored states
+The policy stays a HF model whose `requires_grad` flags say what is trained. Tied or not, hydra freezes embeddings and
+head, so that policy and reference share them: the reference is exact, and the loss makes no (V, D) gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from ppomax.adapters import add_adapters, adapters_off, has_adapters
+from ppomax.branch import Branch, check_branch, train_top, with_top_of
+from ppomax.config import ModelConfig
+from ppomax.models import blocks_of, freeze
+
+Reference = PreTrainedModel | Branch | None
+"""A whole model, frozen top blocks on the policy's trunk, or (None) the policy with its adapters off."""
+
+
+def trunk_layers(policy: PreTrainedModel, config: ModelConfig) -> int | None:
+    """Blocks below the trained ones in hydra mode, else None. ValueError if none would be left in the trunk."""
+    if config.train != "hydra":
+        return None
+    depth = len(blocks_of(policy))
+    if config.trained_layers >= depth:
+        raise ValueError(
+            f"model.trained_layers is {config.trained_layers}, but the policy has {depth} blocks and hydra needs a "
+            f"frozen one; set it to 1..{depth - 1}, or model.train: full"
+        )
+    return depth - config.trained_layers
+
+
+def set_up(policy: PreTrainedModel, reference: PreTrainedModel | None, config: ModelConfig, *, seed: int) -> Reference:
+    """Set `policy` up for `config.train`, in place, and return its reference; `reference` None: the policy as it is
+    now."""
+    if reference is not None and config.train != "full":
+        raise ValueError(
+            f"Engine: a reference was given, but with model.train: {config.train} the reference is the policy's own "
+            "start; pass reference=None, or set model.train: full"
+        )
+    if config.train == "lora":
+        add_adapters(policy, config, seed=seed)
+        return None
+    layers = trunk_layers(policy, config)
+    if layers is None:
+        policy.requires_grad_(True)
+        return freeze(copy.deepcopy(policy) if reference is None else reference)  # type: ignore[return-value]
+    check_branch(policy, layers)
+    train_top(policy, layers)
+    return freeze(Branch(policy, layers).copied())  # type: ignore[return-value]
+
+
+@contextmanager
+def start_policy(policy: PreTrainedModel, reference: Reference) -> Iterator[PreTrainedModel]:
+    """The reference as a whole model that can generate, whatever the mode; no weights are copied."""
+    if isinstance(reference, Branch):
+        yield with_top_of(policy, reference)
+    elif reference is None:
+        if not has_adapters(policy):
+            raise ValueError("start_policy: no reference, and the policy has no adapters to switch off")
+        with adapters_off(policy):
+            yield policy
+    else:
+        yield reference
