@@ -1,10 +1,10 @@
 """LoRA on a causal LM, by PEFT: W x becomes W x + alpha/rank * B A x, with B = 0 at the start.
 
-The model stays the HF model that it was (transformers' own adapter mixin), its weights frozen, its adapters trained. The
-reference is the same model with the adapters off, so no second copy exists and the first KL is 0 to the bit. Adapters
-stay unmerged while sampling: merging and unmerging would round the frozen weights. No dropout, since the update's
-logprobs must equal the rollout's. Left out on purpose: adapters on the embeddings or the head, whose weights the fused
-losses read directly."""
+The model stays the HF model that it was (transformers' own adapter mixin), its weights frozen, its adapters trained.
+The reference is the same model with the adapters off, so no second copy exists and the first KL is 0 to the bit.
+Adapters stay unmerged while sampling: merging and unmerging would round the frozen weights. No dropout, since the
+update's logprobs must equal the rollout's. Left out on purpose: adapters on the embeddings or the head, whose weights
+the fused losses read directly."""
 
 from __future__ import annotations
 

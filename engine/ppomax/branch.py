@@ -227,4 +227,3 @@ class _NoEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return torch.zeros(*ids.shape, self.width, device=ids.device)
-

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from ppomax.adapters import add_adapters, adapters_off, has_adapters
+from ppomax.adapters import adapters_off, add_adapters, has_adapters
 from ppomax.branch import Branch, check_branch, train_top, with_top_of
 from ppomax.config import ModelConfig
 from ppomax.models import blocks_of, freeze

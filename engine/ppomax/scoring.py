@@ -77,7 +77,9 @@ def policy_logprobs(
     hidden = state_hidden(policy, tokens, cu_seqlens, states, trunk)
     head = policy.head if isinstance(policy, Branch) else head_of(policy)
     if head is None:
-        raise ValueError("policy_logprobs: this branch has no language-model head; give the policy's or the reference's")
+        raise ValueError(
+            "policy_logprobs: this branch has no language-model head; give the policy's or the reference's"
+        )
     return head_logprobs(hidden, head, tokens[states + 1], temperature=temperature, entropy=entropy, impl=impl)
 
 

@@ -137,9 +137,7 @@ def score(
     )
 
 
-def _trunk(
-    policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, plan: Plan, layers: int
-) -> Trunk:
+def _trunk(policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, plan: Plan, layers: int) -> Trunk:
     """What enters block `layers` at all tokens but each sequence's last: recorded while decoding, or computed here."""
     recorded = getattr(responses, "trunk", None)
     if recorded is not None:
