@@ -36,7 +36,7 @@ from ppomax.rewards import (
     token_rewards,
 )
 from ppomax.rollout import rollout
-from ppomax.sharding import Trained, gather
+from ppomax.sharding import Trained, freeze_model, train_model
 from ppomax.update import Health, TextSource, update
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,8 +97,15 @@ class Engine:
         check_vocabularies(lm, given, value_model, self.reward_model)
 
         steps = optimizer_steps(self.config)
-        self.policy: Trained[PreTrainedModel] = Trained(lm, self.config.policy_optim, steps)
-        self.critic: Trained[Critic | TrunkCritic] = Trained(value_model, self.config.critic_optim, steps)
+        sharding = self.config.sharding
+        self.policy: Trained[PreTrainedModel] = train_model(lm, self.config.policy_optim, steps, sharding)
+        self.critic: Trained[Critic | TrunkCritic] = train_model(
+            value_model, self.config.critic_optim, steps, sharding
+        )
+        if isinstance(self.reference, PreTrainedModel):
+            self.reference = freeze_model(self.reference, sharding)
+        if self.reward_model is not None:
+            self.reward = ModelReward(freeze_model(self.reward_model, sharding))
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
         self.buffers, self.episodes = 0, 0
         self.last_scores: Tensor | None = None
@@ -115,7 +122,7 @@ class Engine:
     def experience(self, roll: Rollout) -> Experience:
         """Raw scores -> running moments -> shaped scores -> token rewards -> advantages and returns."""
         scores = self.reward(roll)
-        self.moments.update(gather(scores))
+        self.moments.update(scores)
         shaped = shape_scores(scores, roll.finished, self.moments, self.config.reward)
         rewards = token_rewards(shaped, roll, self.controller.coef, self.config.kl.estimator, self.config.impl)
         advantages, returns = advantages_and_returns(rewards, roll, self.config.advantage, self.config.impl)
@@ -198,20 +205,21 @@ class Engine:
         return load_engine(cls, Path(path), parts)
 
     def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
-        return rollout(
-            self.policy.module,
-            self.reference,
-            self.critic.module,
-            ids,
-            config=self.config.rollout,
-            batch=self.config.batch,
-            eos_ids=self.eos_ids,
-            uids=uids,
-            seed=self.config.run.seed,
-            generator=generator,
-            trunk_layers=self.trunk_layers,
-            impl=self.config.impl,
-        )
+        with self.policy.gathered() as policy:
+            return rollout(
+                policy,
+                self.reference,
+                self.critic,
+                ids,
+                config=self.config.rollout,
+                batch=self.config.batch,
+                eos_ids=self.eos_ids,
+                uids=uids,
+                seed=self.config.run.seed,
+                generator=generator,
+                trunk_layers=self.trunk_layers,
+                impl=self.config.impl,
+            )
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Shuffles of this buffer: a function of seed and buffer number, so nothing of it needs saving."""

@@ -10,16 +10,20 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ppomax_kernels as K
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ppomax.batch import Rollout, per_token, spans
+from ppomax.batch import Rollout, or_shortest, per_token, spans
 from ppomax.config import KLConfig, RewardConfig
 from ppomax.models import RewardModel
+from ppomax.sharding import gather, run, share, total
+
+if TYPE_CHECKING:
+    from ppomax.sharding.zero import ZeroFrozen
 
 LEAST_STD = 1e-6
 """Below this the scores are taken as equal, and nothing is divided."""
@@ -39,17 +43,17 @@ class RewardSource(Protocol):
 class ModelReward:
     """The frozen reward model, read at each sequence's last token."""
 
-    def __init__(self, model: RewardModel):
+    def __init__(self, model: RewardModel | ZeroFrozen[RewardModel]):
         self.model = model
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
-        scores = torch.empty(len(rollout.finished), device=rollout.tokens.device)
+        scores = torch.zeros(len(rollout.finished), device=rollout.tokens.device)
         for micro in (m for minibatch in rollout.plan for m in minibatch):
-            which = micro.to(scores.device)
+            which = or_shortest(micro, rollout.cu_seqlens).to(scores.device)
             at, cu = spans(rollout.cu_seqlens, which)
-            scores[which] = self.model.scores(rollout.tokens[at], cu)
-        return checked_scores(scores, len(scores), "the reward model")
+            scores[which] = float(len(micro) > 0) * run(self.model, RewardModel.scores, rollout.tokens[at], cu)
+        return checked_scores(total(scores), len(scores), "the reward model")
 
 
 class FunctionReward:
@@ -60,19 +64,20 @@ class FunctionReward:
         self.name = f"the reward function {getattr(function, '__name__', repr(function))}"
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        pairs = rollout.sequences()
+        mine = share(len(rollout.finished))
+        pairs = [pair for i, pair in enumerate(rollout.sequences()) if i in mine]
         prompts, responses = (
             [str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1)
         )
         try:
-            given = self.function(prompts, responses)
+            given = self.function(prompts, responses) if pairs else []
         except Exception as error:
             raise RewardError(f"{self.name} raised {type(error).__name__}: {error}") from error
         try:
             scores = torch.as_tensor(given, dtype=torch.float32, device=rollout.tokens.device).flatten()
         except (TypeError, ValueError, RuntimeError) as error:
             raise RewardError(f"{self.name} must return one number for each response, got {given!r:.80}") from error
-        return checked_scores(scores, len(pairs), self.name)
+        return gather(checked_scores(scores, len(pairs), self.name))
 
 
 def checked_scores(scores: Tensor, count: int, name: str) -> Tensor:

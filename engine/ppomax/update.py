@@ -15,15 +15,26 @@ from dataclasses import dataclass, field
 
 import ppomax_kernels as K
 import torch
+from ppomax_kernels.ppo_loss import METRICS as PG_FIGURES
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.batch import Experience, Minibatch, Plan, minibatch, pack, plan_minibatches
+from ppomax.batch import (
+    Experience,
+    Minibatch,
+    Plan,
+    cumulative,
+    minibatch,
+    or_shortest,
+    pack,
+    plan_minibatches,
+)
+from ppomax.branch import TrunkCritic
 from ppomax.config import TrainConfig
 from ppomax.data import Text
 from ppomax.models import Critic, head_of
 from ppomax.scoring import scaled, state_hidden, state_values
-from ppomax.sharding import Trained, total
+from ppomax.sharding import Trained, largest, place, total
 
 TextSource = Callable[[int], list[Text]]
 """n -> the next n texts of the ptx term."""
@@ -75,7 +86,7 @@ class Tally:
 
 def update(
     policy: Trained[PreTrainedModel],
-    critic: Trained[Critic],
+    critic: Trained[Critic | TrunkCritic],
     experience: Experience,
     config: TrainConfig,
     health: Health,
@@ -92,7 +103,7 @@ def update(
     for epoch in range(config.batch.epochs):
         plan: Plan = experience.rollout.plan
         if epoch:
-            plan = plan_minibatches(lengths, config.batch.minibatch_size, config.batch.micro_tokens, generator)
+            plan = plan_minibatches(lengths, config.batch.minibatch_size, config.batch.micro_tokens, generator, place())
         for micros in plan:
             row = train_minibatch(policy, critic, [minibatch(experience, m) for m in micros], config, health, texts)
             tally.rows.append(row)
@@ -101,23 +112,26 @@ def update(
 
 def train_minibatch(
     policy: Trained[PreTrainedModel],
-    critic: Trained[Critic],
+    critic: Trained[Critic | TrunkCritic],
     micros: list[Minibatch],
     config: TrainConfig,
     health: Health,
     texts: TextSource | None,
 ) -> dict[str, float]:
-    """One optimiser step of each model on the sequences of `micros`."""
+    """One optimiser step of each model on the sequences of `micros`, which are this rank's of the minibatch."""
     device = micros[0].tokens.device
-    tokens = total(torch.tensor(float(sum(len(m.labels) for m in micros)), device=device))
+    tokens = total(torch.tensor(float(sum(len(m.labels) for m in micros if m.counts)), device=device))
+    with_ptx = bool(config.ptx.coef and texts)
     parts = []
-    for micro in micros:
+    for i, micro in enumerate(micros):
+        last = i + 1 == len(micros)
+        share = float(micro.counts)
         pg_loss, pg = policy_loss(policy, micro, tokens, config)
-        policy.backward(pg_loss)
+        policy.backward(share * pg_loss, last=last and not with_ptx)
         v_loss, v, value_gap = critic_loss(critic, micro, tokens, config)
-        critic.backward(v_loss)
-        parts.append((pg_loss.detach(), v_loss.detach(), pg.tensor, v.tensor, value_gap))
-    ptx = ptx_backward(policy, config, texts, device) if config.ptx.coef and texts else torch.zeros((), device=device)
+        critic.backward(share * v_loss, last=last)
+        parts.append([share * x.detach() for x in (pg_loss, v_loss, pg.tensor, v.tensor, value_gap)])
+    ptx = ptx_backward(policy, config, texts, device) if with_ptx and texts else torch.zeros((), device=device)
 
     policy_norm, critic_norm = policy.grad_norm(), critic.grad_norm()
     losses = total(torch.stack([p[0] for p in parts]).sum() + torch.stack([p[1] for p in parts]).sum() + ptx)
@@ -130,7 +144,7 @@ def train_minibatch(
         policy.skip()
         critic.skip()
     health.note(good, config.run.max_bad_steps)
-    return _row(parts, pg.names, v.names, ptx, policy_norm, critic_norm, rates, good)
+    return _row(parts, pg.names, v.names, total(ptx), policy_norm, critic_norm, rates, good)
 
 
 def policy_loss(
@@ -138,13 +152,20 @@ def policy_loss(
 ) -> tuple[Tensor, K.Metrics]:
     """This micro-batch's share of the clipped surrogate, with entropy bonus and KL term; divided by the global
     `tokens`."""
+    pg_loss, figures = policy.run(_surrogate, micro, tokens, config)
+    return pg_loss, K.Metrics(PG_FIGURES, figures)
+
+
+def _surrogate(
+    policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
     loss, kl = config.loss, config.kl
-    head = head_of(policy.module)
-    hidden, bias = scaled(state_hidden(policy.module, micro.tokens, micro.cu_seqlens, micro.states), head)
+    head = head_of(policy)
+    hidden, bias = scaled(state_hidden(policy, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk), head)
     weights = None
     if loss.sampler_is_cap is not None:
         weights = (micro.old_logprobs - micro.sampler_logprobs).exp().clamp(max=loss.sampler_is_cap)
-    return K.linear_ppo_loss(
+    pg_loss, figures = K.linear_ppo_loss(
         hidden,
         head.weight,
         micro.labels,
@@ -164,14 +185,15 @@ def policy_loss(
         estimator=kl.loss_estimator,
         impl=config.impl,
     )
+    return pg_loss, figures.tensor
 
 
 def critic_loss(
-    critic: Trained[Critic], micro: Minibatch, tokens: Tensor, config: TrainConfig
+    critic: Trained[Critic | TrunkCritic], micro: Minibatch, tokens: Tensor, config: TrainConfig
 ) -> tuple[Tensor, K.Metrics, Tensor]:
     """This micro-batch's share of the clipped value loss times vf_coef, and max |V - V_old| (0 before the first
     step)."""
-    values = state_values(critic.module, micro.tokens, micro.cu_seqlens, micro.states)
+    values = critic.run(state_values, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk)
     v_loss, metrics = K.value_loss(
         values, micro.old_values, micro.returns, clip=config.loss.value_clip, normalizer=tokens, impl=config.impl
     )
@@ -181,27 +203,34 @@ def critic_loss(
 def ptx_backward(
     policy: Trained[PreTrainedModel], config: TrainConfig, texts: TextSource, device: torch.device
 ) -> Tensor:
-    """Add the gradient of coef * mean NLL of the next texts, micro-batch by micro-batch; returns that loss."""
+    """Add the gradient of coef * mean NLL of the next texts (the same on all ranks, each works on some),
+    micro-batch by micro-batch; returns this rank's share of that loss."""
     rows = [Text(t.tokens[: config.ptx.max_tokens], t.loss_from) for t in texts(config.ptx.batch_size)]
-    targets = total(torch.tensor(float(sum(max(0, len(t.tokens) - t.loss_from) for t in rows)), device=device))
-    loss, head = torch.zeros((), device=device), head_of(policy.module)
-    plan = plan_minibatches(torch.tensor([len(t.tokens) for t in rows]), len(rows), config.batch.micro_tokens, None)
-    for micro in plan[0]:
-        part = [rows[i] for i in micro.tolist()]
+    targets = torch.tensor(float(sum(max(0, len(t.tokens) - t.loss_from) for t in rows)), device=device)
+    loss, lengths = torch.zeros((), device=device), torch.tensor([len(t.tokens) for t in rows])
+    micros = plan_minibatches(lengths, len(rows), config.batch.micro_tokens, None, place())[0]
+    for i, micro in enumerate(micros):
+        part = [rows[i] for i in or_shortest(micro, cumulative(lengths)).tolist()]
         tokens, cu = pack([t.tokens for t in part], device)
         states = [s + i - 1 for t, s in zip(part, cu.tolist(), strict=False) for i in range(t.loss_from, len(t.tokens))]
-        at = torch.tensor(states, device=device)
-        hidden, bias = scaled(state_hidden(policy.module, tokens, cu, at), head)
-        nll, _ = K.linear_nll(
-            hidden, head.weight, tokens[at + 1], bias=bias, softcap=head.softcap, normalizer=targets, impl=config.impl
-        )
-        policy.backward(config.ptx.coef * nll)
-        loss += config.ptx.coef * nll.detach()
+        share = config.ptx.coef * float(len(micro) > 0)
+        nll = policy.run(_nll, tokens, cu, torch.tensor(states, device=device), targets, config.impl)
+        policy.backward(share * nll, last=i + 1 == len(micros))
+        loss += share * nll.detach()
     return loss
 
 
+def _nll(policy: PreTrainedModel, tokens: Tensor, cu: Tensor, at: Tensor, targets: Tensor, impl: str) -> Tensor:
+    head = head_of(policy)
+    hidden, bias = scaled(state_hidden(policy, tokens, cu, at), head)
+    nll, _ = K.linear_nll(
+        hidden, head.weight, tokens[at + 1], bias=bias, softcap=head.softcap, normalizer=targets, impl=impl
+    )
+    return nll
+
+
 def _row(
-    parts: Sequence[tuple[Tensor, ...]],
+    parts: Sequence[Sequence[Tensor]],
     pg_names: tuple[str, ...],
     v_names: tuple[str, ...],
     ptx: Tensor,
@@ -211,9 +240,10 @@ def _row(
     good: bool,
 ) -> dict[str, float]:
     """Metrics of one minibatch, read back from the device once: sums of shares are means, except the largest ratio."""
-    pg = dict(zip(pg_names, torch.stack([p[2] for p in parts]).sum(0).tolist(), strict=True))
-    v = dict(zip(v_names, torch.stack([p[3] for p in parts]).sum(0).tolist(), strict=True))
-    ratio_max = max(float(p[2][pg_names.index("ratio_max")]) for p in parts)
+    pg = dict(zip(pg_names, total(torch.stack([p[2] for p in parts]).sum(0)).tolist(), strict=True))
+    v = dict(zip(v_names, total(torch.stack([p[3] for p in parts]).sum(0)).tolist(), strict=True))
+    most = torch.stack([torch.stack([p[2][pg_names.index("ratio_max")], p[4]]) for p in parts]).amax(0)
+    ratio_max, value_gap = largest(most).tolist()
     return {
         "loss/policy_avg": pg["pg_loss"],
         "loss/value_avg": v["v_loss"],
@@ -225,7 +255,7 @@ def _row(
         "val/ratio": pg["ratio_mean"],
         "val/ratio_max": ratio_max,
         "val/first_ratio_gap": abs(ratio_max - 1.0),
-        "val/first_value_gap": max(float(p[4]) for p in parts),
+        "val/first_value_gap": value_gap,
         "policy/grad_norm": float(policy_norm),
         "critic/grad_norm": float(critic_norm),
         "lr": rates[0],

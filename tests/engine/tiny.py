@@ -92,9 +92,9 @@ def small_config(preset: str | None = None, **knobs: object) -> TrainConfig:
 
 
 def tiny_engine(config: TrainConfig | None = None, **parts: object) -> Engine:
-    parts = {"reference": None, "critic": None, "reward": tiny_reward(), **parts}
+    parts = {"policy": tiny_policy(), "reference": None, "critic": None, "reward": tiny_reward(), **parts}
     return Engine(
-        tiny_policy(),
+        parts.pop("policy"),
         parts.pop("reference"),
         parts.pop("critic"),
         parts.pop("reward"),

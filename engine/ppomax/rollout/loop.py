@@ -1,5 +1,6 @@
 """Generate, pack, score: policy, reference and critic each see the finished sequences once, in the micro-batches that
-training will use. What they share (a frozen trunk, or all weights but the adapters) is neither held nor run twice."""
+training will use. Under several ranks each generates and scores its share, and all end up with the whole rollout, so
+that what follows (moments, whitening, plans) is that of one process. What they share (a frozen trunk, or all weights but the adapters) is neither held nor run twice."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from ppomax.batch import (
     Trunk,
     cumulative,
     last_tokens,
+    or_shortest,
     pack,
     plan_minibatches,
     select_trunk,
@@ -28,6 +30,7 @@ from ppomax.config import BatchConfig, RolloutConfig
 from ppomax.models import Critic, embedding_weight
 from ppomax.rollout.decode import Responses, decode
 from ppomax.scoring import policy_logprobs, state_values
+from ppomax.sharding import gather, place, run, share, total, world_size
 
 
 @torch.no_grad()
@@ -48,10 +51,11 @@ def rollout(
 ) -> Rollout:
     """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `reference`
     and `trunk_layers` as in `score`."""
+    mine = share(len(prompts))
     responses = decode(
         policy,
-        prompts,
-        uids,
+        [prompts[i] for i in mine],
+        [uids[i] for i in mine],
         eos_ids=eos_ids,
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,
@@ -62,8 +66,9 @@ def rollout(
         batch_size=config.batch_size,
         impl=impl,
     )
+    responses = joined(responses, policy.device)
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses.tokens, strict=True)])
-    plan = plan_minibatches(lengths, batch.minibatch_size, batch.micro_tokens, generator)
+    plan = plan_minibatches(lengths, batch.minibatch_size, batch.micro_tokens, generator, place())
     return score(
         policy,
         reference,
@@ -103,24 +108,29 @@ def score(
     sampled = torch.tensor([x for row in responses.logprobs for x in row], dtype=torch.float32, device=device)
     trunk = None if trunk_layers is None else _trunk(policy, responses, tokens, cu, plan, trunk_layers)
     count = len(states)
-    logprobs, entropy, ref_logprobs, values = (torch.empty(count, device=device) for _ in range(4))
+    logprobs, entropy, ref_logprobs, values = fields = torch.zeros(4, count, device=device)
 
-    def micros() -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor, Trunk | None]]]:
-        """Slots in the (N,) fields, and what a scorer takes, of each micro-batch."""
+    def micros() -> Iterator[tuple[Tensor, float, tuple[Tensor, Tensor, Tensor, Trunk | None]]]:
+        """Slots in the (N,) fields, and what a scorer takes, of each of this rank's micro-batches; 0.0 for a stand-in."""
         for micro in (m for minibatch in plan for m in minibatch):
-            which = micro.to(device)
+            which = or_shortest(micro, cu).to(device)
             at, micro_cu = spans(cu, which)
             slots, micro_response_cu = spans(response_cu, which)
-            yield slots, (tokens[at], micro_cu, _states(micro_cu, micro_response_cu), select_trunk(trunk, cu, which))
+            counts = float(len(micro) > 0)
+            packed = (tokens[at], micro_cu, _states(micro_cu, micro_response_cu), select_trunk(trunk, cu, which))
+            yield slots, counts, packed
 
-    for slots, packed in micros():
-        logprobs[slots], entropy[slots] = policy_logprobs(  # type: ignore[assignment]
-            policy, *packed, temperature=temperature, entropy=True, impl=impl
-        )
-        values[slots] = state_values(critic, *packed)
+    # Each token is scored on one rank and is 0 on the others, so the sum over ranks is exact.
+    for slots, counts, packed in micros():
+        scored = run(policy, policy_logprobs, *packed, temperature=temperature, entropy=True, impl=impl)
+        logprobs[slots], entropy[slots] = (counts * x for x in scored)
+        values[slots] = counts * run(critic, state_values, *packed)
     with adapters_off(policy) if reference is None else nullcontext():
-        for slots, packed in micros():
-            ref_logprobs[slots], _ = policy_logprobs(reference or policy, *packed, temperature=temperature, impl=impl)
+        for slots, counts, packed in micros():
+            owner = policy if reference is None else reference
+            scored = run(owner, policy_logprobs, *packed, temperature=temperature, impl=impl)
+            ref_logprobs[slots] = counts * scored[0]
+    logprobs, entropy, ref_logprobs, values = total(fields)
     return Rollout(
         tokens=tokens,
         cu_seqlens=cu,
@@ -144,11 +154,27 @@ def _trunk(policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Te
         return Trunk(layers, torch.cat(list(recorded)))
     ends = trunk_cu(cu)
     keep = torch.ones(len(tokens), dtype=torch.bool, device=cu.device).index_fill_(0, last_tokens(cu), False)
-    states = torch.empty(int(ends[-1]), embedding_weight(policy).shape[1], dtype=policy.dtype, device=cu.device)
-    for micro in (m for minibatch in plan for m in minibatch):
+    states = torch.zeros(int(ends[-1]), embedding_weight(policy).shape[1], dtype=policy.dtype, device=cu.device)
+    for micro in (m for minibatch in plan for m in minibatch if len(m)):
         at, micro_cu = spans(ends, micro.to(cu.device))
         states[at] = bottom_states(policy, tokens[keep][at], micro_cu, layers)
-    return Trunk(layers, states)
+    return Trunk(layers, total(states))
+
+
+def joined(responses: Responses, device: torch.device) -> Responses:
+    """The responses of all ranks, in rank order, on every rank; their numbers travel as tensors. One process: the
+    same."""
+    if world_size() == 1:
+        return responses
+    lengths = gather(torch.tensor([len(r) for r in responses.tokens], dtype=torch.int64, device=device)).tolist()
+    tokens = torch.tensor([t for r in responses.tokens for t in r], dtype=torch.int64, device=device)
+    logprobs = torch.tensor([x for r in responses.logprobs for x in r], dtype=torch.float32, device=device)
+    finished = torch.tensor(responses.finished, dtype=torch.uint8, device=device)
+    return Responses(
+        [part.tolist() for part in gather(tokens).split(lengths)],
+        [part.tolist() for part in gather(logprobs).split(lengths)],
+        [bool(x) for x in gather(finished).tolist()],
+    )
 
 
 def _states(cu: Tensor, response_cu: Tensor) -> Tensor:

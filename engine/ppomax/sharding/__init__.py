@@ -8,7 +8,7 @@
 
 from ppomax.sharding.choose import freeze_model, run, stage_of, train_model
 from ppomax.sharding.plain import DataParallel, Lazy, Trained, copy_into, lr_at
-from ppomax.sharding.ranks import agree, barrier, gather, largest, rank, total, world_size
+from ppomax.sharding.ranks import agree, barrier, everyone, gather, largest, place, rank, share, total, world_size
 
 __all__ = [
     "DataParallel",
@@ -17,12 +17,15 @@ __all__ = [
     "agree",
     "barrier",
     "copy_into",
+    "everyone",
     "freeze_model",
     "gather",
     "largest",
     "lr_at",
+    "place",
     "rank",
     "run",
+    "share",
     "stage_of",
     "total",
     "train_model",

@@ -180,9 +180,11 @@ class DataParallel(Trained[M]):
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers by name."""
+    """What training may change, by name: trained parameters (tied ones once) and persistent buffers. Frozen ones are
+    those of the model that the run started from."""
     persistent = module.state_dict().keys()
-    return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return {**trained, **{n: b for n, b in module.named_buffers() if n in persistent}}
 
 
 def check_names(targets: Mapping[str, torch.Size], names: Mapping[str, Any]) -> None:

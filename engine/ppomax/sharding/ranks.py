@@ -27,6 +27,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def place() -> tuple[int, int]:
+    """This rank and how many there are."""
+    return rank(), world_size()
+
+
 def launched() -> int:
     """How many ranks the launcher (torchrun, deepspeed, Slurm with its variables set) started; 1: none did."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -214,14 +214,17 @@ def _initialize(job: Job, settings: dict[str, Any], optimizer: Any = None) -> An
     import deepspeed
 
     if not torch.distributed.is_initialized():
-        _alone(settings)
+        _alone()
     engine, *_ = deepspeed.initialize(model=job, optimizer=optimizer, config=settings)
     return engine
 
 
-def _alone(settings: dict[str, Any]) -> None:
+def _alone() -> None:
     """A process group of one rank, for ZeRO without a launcher."""
+    import os
     from datetime import timedelta
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     store = torch.distributed.HashStore()
