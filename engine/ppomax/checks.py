@@ -43,7 +43,8 @@ def check_vocabularies(policy: PreTrainedModel, *others: nn.Module | None) -> No
 
 def vocabulary_rows(model: Any) -> int:
     """Rows of the input embedding: the token ids that the model knows."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # under ZeRO-3 the weight itself is empty
 
 
 def check_prompts(prompts: list[list[int]], policy: PreTrainedModel, max_new_tokens: int) -> list[list[int]]:
