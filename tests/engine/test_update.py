@@ -93,26 +93,33 @@ def assert_same_gradients(engine: Engine, *pairs: tuple[torch.Tensor, torch.Tens
         assert float((x - y).norm()) <= SAME * float(y.norm())
 
 
-def test_fused_and_reference_updates_agree() -> None:
-    """One update on each back-end: the same metrics, and weights that moved alike."""
+def test_fused_and_reference_updates_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whole update on each back-end: the same metrics, the same gradients in every optimiser step of both models,
+    and weights that moved alike."""
     knobs = {"ptx__coef": 0.2, "loss__ent_coef": 0.01, "batch__epochs": 2}
-    rows, moves = [], []
+    rows, moves, gradients = [], [], {}
+    step = Trained.step
     for impl in ("ref", "auto"):
+        taken = gradients.setdefault(impl, [])
+
+        def recorded(trained: Trained, norm: torch.Tensor, lr: float | None = None, taken: list = taken) -> None:
+            taken.append(torch.cat([p.grad.flatten().clone() for p in trained.params if p.grad is not None]))
+            step(trained, norm, lr)
+
+        monkeypatch.setattr(Trained, "step", recorded)
         engine = tiny_engine(small_config(impl=impl, **knobs), texts=lambda n: [Text([1, 5, 6, 7, 8], 2)] * n)
-        before = torch.cat([p.detach().clone().flatten() for p in engine.policy.params])
+        params = [*engine.policy.params, *engine.critic.params]
+        before = torch.cat([p.detach().clone().flatten() for p in params])
         rows.append(engine.step(prompts(8)))
-        moves.append(torch.cat([p.detach().flatten() for p in engine.policy.params]) - before)
-    for key in (
-        "loss/policy_avg",
-        "loss/value_avg",
-        "loss/ptx_avg",
-        "policy/grad_norm",
-        "critic/grad_norm",
-        "objective/kl_per_token",
-        "policy/entropy_avg",
-        "val/ratio_max",
-    ):
-        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-5), key
+        moves.append(torch.cat([p.detach().flatten() for p in params]) - before)
+    for key in ("loss/policy_avg", "loss/value_avg", "loss/ptx_avg", "policy/grad_norm", "critic/grad_norm",
+                "objective/kl_per_token", "policy/entropy_avg", "val/ratio_max"):  # fmt: skip
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=SAME, abs=SAME), key
+    assert len(gradients["ref"]) == len(gradients["auto"]) == 8  # 2 epochs of 2 minibatches, two models
+    for ref, fused in zip(gradients["ref"], gradients["auto"], strict=True):
+        assert float((fused - ref).norm()) <= SAME * float(ref.norm())
+    assert float(moves[0].norm()) > 0
+    assert float((moves[1] - moves[0]).norm()) <= 1e-4 * float(moves[0].norm())
 
 
 def test_first_minibatch_gaps_are_reported_as_zero() -> None:
