@@ -39,7 +39,8 @@ typedef enum ppomax_status {
     PPOMAX_BAD_LOGITS = 7,   /* sampling from a row that holds NaN or +inf, or nothing but -inf; outputs of other rows are valid, its token is -1 */
     PPOMAX_NO_MEMORY = 8,    /* scratch memory could not be allocated */
     PPOMAX_BAD_ISA = 9,      /* an instruction set that this machine, or this build, does not have */
-    PPOMAX_CUDA_ERROR = 10   /* a CUDA call failed: see ppomax_cuda_error() */
+    PPOMAX_CUDA_ERROR = 10,  /* a CUDA call failed: see ppomax_cuda_error() */
+    PPOMAX_BAD_PAGE = 11     /* a sequence, position or page outside the arrays; nothing is written */
 } ppomax_status;
 
 typedef enum ppomax_dtype { PPOMAX_FP32 = 0, PPOMAX_BF16 = 1, PPOMAX_FP16 = 2 } ppomax_dtype;
@@ -158,6 +159,23 @@ PPOMAX_API int ppomax_value_loss_cpu(const void *values, int values_dtype, const
 PPOMAX_API int ppomax_sample_cpu(const void *logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, const int64_t *seeds,
                                  const int64_t *positions, double temperature, int64_t top_k, double top_p, int64_t *token, float *logprob,
                                  float *plain_logprob, float *entropy, int threads);
+
+/* Tokens of a page of the KV cache below. */
+#define PPOMAX_PAGE 16
+
+/* Causal attention over a paged KV cache. Token n stands at positions[n] of sequence sequence_of[n], whose pages are the row of `tables`
+ * (sequences x blocks page numbers). First key and value of every token are written into their places, then
+ *     out[n, h] = sum_t softmax_t(cap(scale * query[n, h] . key_t)) * value_t,  t = max(0, positions[n] - window + 1) .. positions[n],
+ * with cap(x) = softcap * tanh(x / softcap). window 0: from the start; softcap 0: none. Query head h reads key head h / (heads / kv_heads).
+ * query, key, value: token n, head h at n*token_stride + h*head_stride, dimensions next to one another. key_pages: pages x kv_heads x key_dim
+ * x PPOMAX_PAGE; value_pages: pages x kv_heads x PPOMAX_PAGE x value_dim; out: tokens x heads x value_dim; all of `dtype`, contiguous.
+ * A page may belong to several sequences; nobody else may use the pages meanwhile. */
+PPOMAX_API int ppomax_paged_attention_cpu(const void *query, int64_t query_token_stride, int64_t query_head_stride, const void *key,
+                                          int64_t key_token_stride, int64_t key_head_stride, const void *value, int64_t value_token_stride,
+                                          int64_t value_head_stride, int dtype, int64_t tokens, int64_t heads, int64_t kv_heads,
+                                          int64_t key_dim, int64_t value_dim, void *key_pages, void *value_pages, int64_t pages,
+                                          const int32_t *tables, int64_t sequences, int64_t blocks, const int32_t *sequence_of,
+                                          const int32_t *positions, double scale, int64_t window, double softcap, void *out, int threads);
 
 /* Reads `bytes` bytes (a multiple of 256 KiB) once and returns a sum of them: the memory bandwidth that benchmarks compare with. */
 PPOMAX_API uint64_t ppomax_stream_read(const void *data, int64_t bytes, int threads);

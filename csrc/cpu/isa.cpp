@@ -73,6 +73,7 @@ const char *ppomax_status_string(int status) {
         case PPOMAX_BAD_LOGITS: return "a row of logits holds NaN or +inf, or nothing but -inf";
         case PPOMAX_NO_MEMORY: return "scratch memory could not be allocated";
         case PPOMAX_BAD_ISA: return "an instruction set that this machine or build does not have";
+        case PPOMAX_BAD_PAGE: return "a sequence, position or page outside the arrays";
         case PPOMAX_CUDA_ERROR: return "a CUDA call failed";
         default: return "unknown status";
     }

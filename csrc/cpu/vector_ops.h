@@ -75,6 +75,18 @@ struct SampleResult {
     float logprob, plain_logprob, entropy;
 };
 
+constexpr int ATTENTION_PAGE = 16;  // tokens of a page of the KV cache
+
+// One token and one key head: `heads` query heads against positions first .. end of the token's sequence.
+struct AttentionRow {
+    const void *key_pages, *value_pages;  // at this key head of page 0
+    int64_t key_page_stride, value_page_stride;
+    const int32_t *table;
+    int64_t first, end, heads, key_dim, value_dim;
+    float scale, softcap;
+    float *query, *scores, *out;  // scratch: heads x key_dim, 4 x the tokens of the pages, heads x value_dim
+};
+
 struct VectorOps {
     void (*logprob_row)(const LogitRow &, int64_t label, float *logprob, float *entropy, float *lse);
     void (*logits_gradient)(const LogitRow &, const RowUpstream &, void *out);
@@ -86,6 +98,7 @@ struct VectorOps {
     void (*ppo)(const PpoArrays &, int64_t at, int64_t n, PpoSums *out);
     void (*value)(const ValueArrays &, int64_t at, int64_t n, ValueSums *out);
     void (*sample)(const SampleRow &, SampleResult *out);
+    void (*attend)(const AttentionRow &, const void *query, int64_t query_stride, int dtype, void *out);
     float (*one_float)(TypedArray, int64_t at);
     const char *name;
 };

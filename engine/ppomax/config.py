@@ -142,8 +142,11 @@ class RolloutConfig:
     """Consent to top_k or top_p in training, where ratios and KL then are not those of the sampling distribution."""
     samples_per_prompt: int = 1
     """Responses drawn for each prompt."""
-    batch_size: int = 128
-    """Sequences decoded together (memory of the KV cache). The tokens do not depend on it."""
+    slots: int = 128
+    """Sequences decoded together; one that ends gives its slot to the next. The tokens do not depend on it."""
+    cache_tokens: int | None = None
+    """Most tokens that the KV cache holds; sequences wait for room. None: what `slots` sequences of the longest kind
+    need. The tokens do not depend on it."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
@@ -157,7 +160,13 @@ class RolloutConfig:
         require(self.top_k >= 0, "rollout.top_k", "0 (off) or more", self.top_k)
         require(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
         require(self.samples_per_prompt >= 1, "rollout.samples_per_prompt", "at least 1", self.samples_per_prompt)
-        require(self.batch_size >= 1, "rollout.batch_size", "at least 1", self.batch_size)
+        require(self.slots >= 1, "rollout.slots", "at least 1", self.slots)
+        require(
+            self.cache_tokens is None or self.cache_tokens >= 1,
+            "rollout.cache_tokens",
+            "at least 1, or null for what the slots need",
+            self.cache_tokens,
+        )
         if (self.top_k or self.top_p < 1) and not self.allow_biased_sampling:
             raise ConfigError(
                 "config: rollout.top_k / rollout.top_p cut the sampling distribution, so the ratio and the KL would be "
@@ -429,6 +438,8 @@ class RunConfig:
     """`auto`, `cpu`, `cuda`, `cuda:N`."""
     threads: int = 0
     """CPU threads of torch. 0: leave as it is."""
+    ignore_plan: bool = False
+    """Start although `ppomax plan` says that the run does not fit the memory that is there."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "run.steps", "at least 1", self.steps)

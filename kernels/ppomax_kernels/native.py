@@ -15,7 +15,7 @@ from . import checks
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
-BAD_LABEL, BAD_SEQLENS, BAD_LOGITS = 5, 6, 7  # ppomax_status
+BAD_LABEL, BAD_SEQLENS, BAD_LOGITS, BAD_PAGE = 5, 6, 7, 11  # ppomax_status
 LIBRARY = "libppomax_kernels.dylib" if sys.platform == "darwin" else "libppomax_kernels.so"
 
 P, I, L, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double  # noqa: E741
@@ -36,6 +36,7 @@ SIGNATURES = {
     "ppo_loss": [*ARRAY, *ARRAY, *ARRAY, P, *ARRAY, *ARRAY, *ARRAY, L, P, D, D, D, D, D, I, D, P, P, P, P, I],
     "value_loss": [*ARRAY, *ARRAY, *ARRAY, P, L, P, D, D, P, P, P, P, I],
     "sample": [*ARRAY, L, L, L, P, P, D, L, D, P, P, P, P, I],
+    "paged_attention": [*[P, L, L] * 3, I, *[L] * 5, P, P, L, P, L, L, P, P, D, L, D, P, I],
 }
 
 
@@ -364,3 +365,41 @@ def sample_cpu(
             )
         _refuse("sample", status)
     return token, logprob, plain_logprob, entropy
+
+
+def paged_attention_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    tables: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    op = "paged_attention"
+    tokens, heads, dim = query.shape
+    _, kv_heads, value_dim = value.shape
+    q, k, v = query.stride(), key.stride(), value.stride()
+    if ((q[2] != 1 or k[2] != 1) and dim > 1) or (v[2] != 1 and value_dim > 1):
+        raise ValueError(f"{op}: the last dimension of query, key and value must be contiguous, got {q}, {k}, {v}")
+    if not (key_pages.is_contiguous() and value_pages.is_contiguous() and key.is_cpu and key_pages.is_cpu):
+        raise ValueError(f"{op}: pages must be contiguous and on the CPU; make them by empty_pages")
+    out = empty(tokens, heads, value_dim, dtype=query.dtype)
+    status = library().ppomax_paged_attention_cpu(
+        query.data_ptr(), q[0], q[1], key.data_ptr(), k[0], k[1], value.data_ptr(), v[0], v[1], DTYPES[query.dtype],
+        tokens, heads, kv_heads, dim, value_dim, key_pages.data_ptr(), value_pages.data_ptr(), key_pages.shape[0],
+        tables.data_ptr(), *tables.shape, sequences.data_ptr(), positions.data_ptr(), scale, window, softcap,
+        out.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        if status == BAD_PAGE:
+            raise ValueError(
+                f"{op}: a token's sequence, position or page lies outside {tuple(tables.shape)} tables of "
+                f"{key_pages.shape[0]} pages; check tables, sequences and positions"
+            )
+        _refuse(op, status)
+    return out

@@ -330,3 +330,49 @@ def sample(
         picked.masked_fill(bad, nan),
         entropy.masked_fill(bad, nan),
     )
+
+
+def write_pages(
+    key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, tables: Tensor, sequences: Tensor, at: Tensor
+) -> None:
+    """Put each token's key and value (N, G, D) at position `at` (N,) of its sequence."""
+    page = key_pages.shape[-1]
+    where, inside = tables[sequences.long(), at.long() // page].long(), at.long() % page
+    key_pages[where, :, :, inside] = key
+    value_pages[where, :, inside] = value
+
+
+def read_pages(key_pages: Tensor, value_pages: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (S, G, L, D) and values (S, G, L, Dv) of whole table rows, in the order of positions."""
+    keys = key_pages[tables.long()].permute(0, 2, 1, 4, 3).flatten(2, 3)  # (S, blocks, G, D, page) before
+    return keys, value_pages[tables.long()].transpose(1, 2).flatten(2, 3)
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    tables: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    write_pages(key, value, key_pages, value_pages, tables, sequences, positions)
+    keys, values = read_pages(key_pages, value_pages, tables[sequences.long()])
+    tokens, heads, dim = query.shape
+    grouped = _f(query).view(tokens, keys.shape[1], -1, dim)
+    scores = scale * grouped @ _f(keys).transpose(-1, -2)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(keys.shape[2], device=query.device)
+    seen = at <= positions[:, None]
+    if window:
+        seen &= at > positions[:, None] - window
+    weights = torch.softmax(scores.masked_fill(~seen[:, None, None], -torch.inf), -1)
+    # A value that is not attended to may be anything, NaN included.
+    values = _f(values).masked_fill(~seen[:, None, :, None], 0.0)
+    return (weights @ values).reshape(tokens, heads, -1).to(query.dtype)

@@ -63,7 +63,8 @@ def rollout(
         top_k=config.top_k,
         top_p=config.top_p,
         seed=seed,
-        batch_size=config.batch_size,
+        slots=config.slots,
+        cache_tokens=config.cache_tokens,
         impl=impl,
     )
     responses = joined(responses, policy.device)

@@ -65,7 +65,7 @@ class EvaluateConfig:
     """Sampling temperature of both. 0: greedy."""
     top_p: float = 1.0
     """Nucleus of both; 1: off."""
-    batch_size: int = 128
+    slots: int = 128
     """Responses decoded together."""
     seed: int = 0
     """Seeds the responses."""
@@ -237,7 +237,7 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
-        batch_size=config.batch_size,
+        slots=config.slots,
     )
 
     def text(ids: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import Text, check_same_vocabulary, load_prompts, load_texts
 from ppomax.engine import Engine
 from ppomax.models import load_tokenizer
+from ppomax.modes import start_policy
 from ppomax.rewards import load_function
 from ppomax.rollout import decode
 from ppomax.stages.critic import pretrain_critic
@@ -176,7 +177,7 @@ class Run:
         reward = load_function(config.reward.function) if config.reward.function else paths["reward"]
         if not config.reward.function and (Path(paths["reward"]) / "tokenizer_config.json").is_file():
             check_same_vocabulary(self.tokenizer, load_tokenizer(paths["reward"], trust_remote_code=trust))
-        critic = None if config.model.critic in ("reward_model", "policy") else config.model.critic
+        critic = None if config.model.critic in ("reward_model", "policy", "trunk") else config.model.critic
         self.engine = Engine(
             paths["policy"],
             config.model.reference,
@@ -290,16 +291,18 @@ class Run:
             return load_texts(ptx.texts, self.tokenizer, ptx.max_tokens, overlong="truncate")[0]
         prompts = [self.prompts[i % len(self.prompts)] for i in range(ptx.pool)]
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
-        given = decode(
-            self.engine.reference,
-            prompts,
-            uids,
-            eos_ids=self.engine.eos_ids,
-            seed=config.run.seed,
-            max_new_tokens=config.rollout.max_new_tokens,
-            batch_size=config.rollout.batch_size,
-            impl=config.impl,
-        )
+        with start_policy(self.engine.policy.module, self.engine.reference) as start:
+            given = decode(
+                start,
+                prompts,
+                uids,
+                eos_ids=self.engine.eos_ids,
+                seed=config.run.seed,
+                max_new_tokens=config.rollout.max_new_tokens,
+                slots=config.rollout.slots,
+                cache_tokens=config.rollout.cache_tokens,
+                impl=config.impl,
+            )
         return [Text(list(p) + r, len(p)) for p, r in zip(prompts, given.tokens, strict=True)]
 
 

@@ -1,0 +1,261 @@
+"""Attention of a rollout, as a function of transformers' AttentionInterface: it takes the keys that a layer has just
+made, puts them into the arena and attends over each token's own sequence. One implementation a phase:
+
+    native   CPUs: ppomax_kernels.paged_attention, which reads the pages where they lie
+    flash    CUDA with flash-attn installed, half precision: its variable-length kernel with a block table
+    sdpa     elsewhere: pages gathered for torch's scaled_dot_product_attention
+    ref      what `impl: ref` asks for
+
+No mask is made: transformers makes none for an attention that its mask interface does not know, and where a token
+stands is in `Step`. So a layer must name its window and cap in the call; one that works otherwise (attention sinks,
+biases, keys of another layer) is refused by name. The flash path has not been run on a device yet."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from ppomax_kernels import reference
+from ppomax_kernels.paged_attention import PAGE, paged_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ppomax.models import base_of
+from ppomax.rollout.arena import FLASH_PAGE, Arena, Step
+
+NAME = "ppomax_rollout"
+LAYER_TYPES = ("full_attention", "sliding_attention")
+UNHEARD = ("s_aux", "position_bias", "alibi", "head_mask", "cu_seq_lens_q")
+"""Arguments of some models' attention that change its result and that the arena's does not take."""
+
+
+class UnsupportedModel(ValueError):
+    """A model whose attention cannot take the arena."""
+
+
+class Attention:
+    """The arena and its implementation for one phase: what `rollout_attention` works on."""
+
+    def __init__(self, model: PreTrainedModel, arena: Arena, name: str):
+        self.model, self.arena, self.name = model, arena, name
+        self.step: Step | None = None
+        self.checked: set[int] = set()
+
+    def check_all_served(self) -> None:
+        """UnsupportedModel if a layer of the arena saw no attention in the forward just run (looked at once)."""
+        if len(self.checked) < len(self.arena.layers):
+            missing = [i for i in range(len(self.arena.layers)) if i not in self.checked]
+            raise UnsupportedModel(
+                f"rollout: layers {missing} of {type(self.model).__name__} did not attend through the KV arena; use "
+                "another architecture"
+            )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        """query (N, H, D), key and value (N, G, D) of the step's tokens -> (N, H, D)."""
+        step = self.step
+        assert step is not None
+        args = (query, key, value, *self.arena.stores[layer])
+        if self.name in ("native", "ref"):
+            return paged_attention(
+                *args, step.tables, step.slots, step.positions, scale=scale, window=window, softcap=softcap,
+                impl="ref" if self.name == "ref" else "cpu",
+            )  # fmt: skip
+        return (_flash if self.name == "flash" else _sdpa)(*args, step, scale, window, softcap)
+
+
+_CURRENT: ContextVar[Attention] = ContextVar("ppomax_rollout_attention")
+
+
+def choose(model: PreTrainedModel, impl: str = "auto") -> str:
+    """The implementation for this model's device and dtype: native, flash, sdpa or ref."""
+    if impl == "ref":
+        return "ref"
+    if model.device.type == "cpu":
+        return "native"
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if model.device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None:
+        return "flash"
+    return "sdpa"
+
+
+def page_of(name: str) -> int:
+    """Tokens of a page for an implementation."""
+    return FLASH_PAGE if name == "flash" else PAGE
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """UnsupportedModel if the model's attention is not reached through transformers' attention interface, or has
+    layers that are neither full nor sliding-window attention."""
+    name, text = type(model).__name__, model.config.get_text_config()
+    if not getattr(base_of(model), "_supports_attention_backend", False):
+        raise UnsupportedModel(
+            f"rollout: the attention of {name} is not reached through transformers' attention interface, so it cannot "
+            "take the KV arena; use an architecture that supports attention backends (Llama, Qwen, Mistral, Gemma, "
+            "GPT-2 ...)"
+        )
+    other = sorted({t for t in getattr(text, "layer_types", None) or () if t not in LAYER_TYPES})
+    if other or getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
+        what = f"layers of type {', '.join(other)}" if other else "attention that is not causal"
+        raise UnsupportedModel(
+            f"rollout: {name} has {what}, and the KV arena serves causal full and sliding-window attention; use "
+            "another architecture"
+        )
+
+
+@contextmanager
+def arena_attention(model: PreTrainedModel, arena: Arena, name: str) -> Iterator[Attention]:
+    """Inside, the model's layers attend through `arena`; afterwards its attention is what it was."""
+    AttentionInterface.register(NAME, rollout_attention)
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+    before = [c._attn_implementation_internal for c in configs]
+    attention = Attention(model, arena, name)
+    token = _CURRENT.set(attention)
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
+        yield attention
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+        _CURRENT.reset(token)
+
+
+def rollout_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """One layer: query (1, H, N, D), key and value (1, G, N, D) of the step's tokens -> (1, N, H, D)."""
+    now = _CURRENT.get()
+    layer = now.arena.waiting
+    if layer is None or layer not in now.checked:
+        refuse = _refusal(now, module, key, value, attention_mask, sliding_window, rest)
+        if refuse or layer is None:
+            raise UnsupportedModel(
+                f"rollout: {type(now.model).__name__}, {type(module).__name__}: {refuse}; the KV arena cannot serve "
+                "it, use another architecture"
+            )
+        now.checked.add(layer)
+    now.arena.waiting = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    return now.attend(q, k, v, layer, scale, sliding_window or 0, softcap or 0.0)[None], None
+
+
+def _refusal(
+    now: Attention,
+    module: nn.Module,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    rest: dict[str, Any],
+) -> str | None:
+    """Why this call cannot be served, or None: looked at once a layer, in the first forward."""
+    layer, shape, config = now.arena.waiting, now.arena.shape, now.model.config.get_text_config()
+    if layer is None:
+        return "a layer attends to keys that it did not hand to the cache in this forward"
+    got = (key.shape[1], key.shape[3], value.shape[3])
+    if got != (shape.kv_heads, shape.head_dim, shape.head_dim):
+        return (
+            f"layer {layer} keeps (key heads, key width, value width) = {got}, the config says "
+            f"{(shape.kv_heads, shape.head_dim, shape.head_dim)}"
+        )
+    unheard = [name for name in UNHEARD if rest.get(name) is not None]
+    if unheard or mask is not None or getattr(module, "is_causal", True) is False:
+        return f"layer {layer} attends with {', '.join(unheard) or 'a mask of its own'}"
+    types = getattr(config, "layer_types", None)
+    configured = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    wanted = configured if types is None or types[layer] == "sliding_attention" else None
+    if (wanted or 0) != (window or 0):
+        return f"layer {layer} has a sliding window of {wanted} in the config, and attends with {window}"
+    return None
+
+
+# ---- the implementations that are not ours --------------------------------------------------------------------------
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    step: Step,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Decoding rows over their gathered pages, in one batch; then each prompt over its own fresh keys."""
+    reference.write_pages(key, value, key_pages, value_pages, step.tables, step.slots, step.positions)
+    parts, n = [], step.decoding
+    if n:
+        blocks = -(-step.longest // PAGE)
+        keys, values = reference.read_pages(key_pages, value_pages, step.tables[step.slots[:n].long(), :blocks])
+        at, own = torch.arange(keys.shape[2], device=query.device), step.positions[:n, None]
+        seen = (at <= own) & (at > own - window) if window else at <= own
+        parts.append(_attend(query[:n, :, None], keys, values, seen[:, None, None], scale, softcap)[:, :, 0])
+    for length in step.prompts:
+        q, k, v = (x[n : n + length].transpose(0, 1)[None] for x in (query, key, value))
+        at = torch.arange(length, device=query.device)
+        seen = at <= at[:, None]
+        seen = seen & (at > at[:, None] - window) if window else seen
+        parts.append(_attend(q, k, v, seen, scale, softcap)[0].transpose(0, 1))
+        n += length
+    return torch.cat(parts)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, softcap: float) -> Tensor:
+    """(B, H, T, D) over (B, G, L, D); torch's fused attention has no cap, so a capped one is spelt out."""
+    if not softcap:
+        return nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=seen, scale=scale, enable_gqa=True
+        )
+    repeat = query.shape[1] // keys.shape[1]
+    scores = scale * query @ keys.repeat_interleave(repeat, 1).transpose(-1, -2)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores.float().masked_fill(~seen, -torch.inf), -1).to(values.dtype)
+    return weights @ values.repeat_interleave(repeat, 1)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    step: Step,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """flash-attn 2 over pages (pages, FLASH_PAGE, G, D): decoding rows are sequences with one query."""
+    from flash_attn import flash_attn_varlen_func
+
+    slots, at = step.slots.long(), step.positions.long()
+    rows = step.tables[slots, at // FLASH_PAGE].long() * FLASH_PAGE + at % FLASH_PAGE
+    key_pages.flatten(0, 1)[rows] = key
+    value_pages.flatten(0, 1)[rows] = value
+    lengths = [1] * step.decoding + step.prompts
+    queries = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
+    last = queries[1:].long() - 1
+    seen = nn.functional.pad(step.positions[last] + 1, (1, 0)).cumsum(0, dtype=torch.int32)
+    return flash_attn_varlen_func(  # type: ignore[no-any-return]
+        query, key_pages, value_pages, queries, seen, max(lengths), max([step.longest, *step.prompts]),
+        softmax_scale=scale, causal=True, window_size=(window - 1, 0) if window else (-1, -1), softcap=softcap,
+        block_table=step.tables[slots[last]],
+    )  # fmt: skip

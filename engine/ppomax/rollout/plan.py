@@ -1,0 +1,110 @@
+"""What a rollout will take, told before it starts: slots, pages, bytes, and by which attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from ppomax.models import embedding_weight, head_of
+from ppomax.rollout.arena import cache_shape
+from ppomax.rollout.attention import check_model, choose, page_of
+from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
+
+MIB = 2**20
+
+
+class RolloutError(ValueError):
+    """A rollout that cannot be done as asked; raised before a token is made."""
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """A rollout's sizes."""
+
+    slots: int
+    attention: str
+    page: int
+    pages: int
+    arena_bytes: int
+    """Keys and values."""
+    workspace_bytes: int
+    """Activations of the widest forward, and one step's logits."""
+    trunk_bytes: int
+    """Recorded states, if asked for: what is returned, and the rows of living sequences."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it: what the rollout adds to the process at most."""
+        return self.arena_bytes + self.workspace_bytes + self.trunk_bytes
+
+    def sentence(self) -> str:
+        return (
+            f"rollout: {self.slots} slots, {self.pages} pages of {self.page} tokens, attention {self.attention}; "
+            f"peak {self.peak_bytes / MIB:.1f} MiB (cache {self.arena_bytes / MIB:.1f}, workspace "
+            f"{self.workspace_bytes / MIB:.1f}"
+            + (f", trunk states {self.trunk_bytes / MIB:.1f})" if self.trunk_bytes else ")")
+        )
+
+
+def plan_rollout(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    slots: int,
+    *,
+    cache_tokens: int | None = None,
+    trunk: bool = False,
+    impl: str = "auto",
+) -> RolloutPlan:
+    """The plan for these distinct prompts. RolloutError if a prompt is over the model's window or the arena cannot hold
+    one sequence; UnsupportedModel if the model cannot take an arena."""
+    check_model(model)
+    attention = choose(model, impl)
+    page, config = page_of(attention), model.config.get_text_config()
+    longest = max(len(p.tokens) for p in prompts)
+    window = getattr(config, "max_position_embeddings", None)
+    if window is not None and longest + max_new_tokens > window:
+        raise RolloutError(
+            f"rollout: a prompt of {longest} tokens with rollout.max_new_tokens={max_new_tokens} is over the model's "
+            f"window of {window}; shorten it or lower rollout.max_new_tokens"
+        )
+    sequences = sum(len(p.sequences) for p in prompts)
+    slots = min(slots, sequences)
+    least = max(n.own + n.prompt for n in (need_of(p, max_new_tokens, page) for p in prompts))
+    pages = pages_wanted(prompts, slots, max_new_tokens, page)
+    if cache_tokens is not None:
+        pages = min(pages, cache_tokens // page)
+    if pages < least:
+        raise RolloutError(
+            f"rollout: a cache of rollout.cache_tokens={cache_tokens} tokens cannot hold one sequence of {longest} "
+            f"prompt tokens and rollout.max_new_tokens={max_new_tokens}, which takes {least} pages of {page}; raise "
+            f"rollout.cache_tokens to {least * page} or more, or lower rollout.max_new_tokens"
+        )
+    tokens = sum(len(p.tokens) * (len(p.sequences) + 1) for p in prompts) + (sequences + slots) * (max_new_tokens - 1)
+    width = embedding_weight(model).shape[1]
+    return RolloutPlan(
+        slots=slots,
+        attention=attention,
+        page=page,
+        pages=pages,
+        arena_bytes=pages * page * cache_shape(config).token_bytes(model.dtype),
+        workspace_bytes=_workspace(model, prompts, slots),
+        trunk_bytes=tokens * width * model.dtype.itemsize if trunk else 0,
+    )
+
+
+def _workspace(model: PreTrainedModel, prompts: Sequence[Prompt], slots: int) -> int:
+    """Bytes of the widest forward's live activations and of a step's logits."""
+    config, shape = model.config.get_text_config(), cache_shape(model.config)
+    whole = sum(len(p.tokens) for p in prompts)
+    tokens = slots + min(whole, max(PREFILL_TOKENS, *(len(p.tokens) for p in prompts)))
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    heads = config.num_attention_heads * shape.head_dim
+    attention = 3 * heads + 3 * shape.kv_heads * shape.head_dim
+    activations = tokens * (3 * width + max(attention, 3 * inner)) * model.dtype.itemsize
+    head = head_of(model)
+    copies = 1 + (head.scale != 1.0) + 2 * (head.softcap is not None)
+    return activations + copies * slots * head.weight.shape[0] * model.dtype.itemsize

@@ -1,0 +1,161 @@
+"""Which sequence decodes where: a fixed number of slots, filled from a queue in the prompts' order.
+
+A sequence is let in once a slot and the pages of its longest possible course are free, so none is ever put out again.
+Equal prompts are one `Prompt`: it is prefilled once, its full pages are shared by all its sequences, and what stands
+in its last, partly filled page is copied to each of them. It stays in the arena while one of them lives or waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ppomax.rollout.arena import Arena, pages_for
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens let into one forward, beyond the first prompt: bounds its activations."""
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A distinct prompt and what is kept of it for the sequences that continue it."""
+
+    tokens: list[int]
+    sequences: list[int] = field(default_factory=list)
+    """Which sequences these are, in order."""
+    left: int = 0
+    """Sequences that have not ended."""
+    started: bool = False
+    pages: list[int] = field(default_factory=list)
+    """Pages of a prompt that several sequences continue; the last one, if it is not full, is copied to each."""
+    hidden: Tensor | None = None
+    """(D,) state after its last token."""
+    trunk: Tensor | None = None
+    """(len, D) states recorded at its tokens, if asked for."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A response under way."""
+
+    index: int
+    prompt: Prompt
+    slot: int
+    pages: list[int]
+    """Its own."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Of its newest token, which the next forward takes in."""
+        return len(self.prompt.tokens) + len(self.tokens) - 1
+
+
+@dataclass(frozen=True)
+class Need:
+    """Pages that a sequence takes: of its own, and for its prompt once for all that share it."""
+
+    own: int
+    prompt: int
+
+
+def need_of(prompt: Prompt, max_new_tokens: int, page: int) -> Need:
+    """Whole pages for the prompt and all response tokens but the last, which no forward takes in."""
+    total = pages_for(len(prompt.tokens) + max_new_tokens - 1, page)
+    if len(prompt.sequences) == 1:
+        return Need(total, 0)
+    return Need(total - len(prompt.tokens) // page, pages_for(len(prompt.tokens), page))
+
+
+def grouped(prompts: List[List[int]]) -> list[Prompt]:
+    """Distinct prompts in the order in which they come first."""
+    found: dict[tuple[int, ...], Prompt] = {}
+    for i, tokens in enumerate(prompts):
+        found.setdefault(tuple(tokens), Prompt(list(tokens))).sequences.append(i)
+    for prompt in found.values():
+        prompt.left = len(prompt.sequences)
+    return list(found.values())
+
+
+def pages_wanted(prompts: List[Prompt], slots: int, max_new_tokens: int, page: int) -> int:
+    """Pages with which `slots` sequences need not wait: the largest own needs, and room for twice the prompts that a
+    full house has if all its siblings come together. The queue waits in the rare case that it is not enough."""
+    needs = [(need_of(p, max_new_tokens, page), len(p.sequences)) for p in prompts]
+    own = sorted((n.own for n, count in needs for _ in range(min(count, slots))), reverse=True)[:slots]
+    fewest = min(count for _, count in needs)
+    shared = sorted((n.prompt for n, _ in needs), reverse=True)[: min(slots, 2 * -(-slots // fewest))]
+    return sum(own) + sum(shared)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What has just been let in."""
+
+    sequences: list[Sequence]
+    starting: list[tuple[Prompt, int]]
+    """Prompts to prefill with the next forward, each with its row in the tables."""
+    tails: tuple[list[int], list[int]]
+    """Pages to copy, from and to, once those are prefilled."""
+
+
+class Slots:
+    """The queue, the living sequences and their page tables."""
+
+    def __init__(self, prompts: List[Prompt], slots: int, max_new_tokens: int, arena: Arena):
+        self.arena, self.count, self.limit = arena, slots, max_new_tokens
+        self.queue = [(p, i) for p in reversed(prompts) for i in reversed(p.sequences)]
+        self.free = list(range(slots - 1, -1, -1))
+        self.living: list[Sequence] = []
+        blocks = max(pages_for(len(p.tokens) + max_new_tokens - 1, arena.page) for p in prompts)
+        self.tables = torch.zeros(2 * slots, blocks, dtype=torch.int32)
+        """Page numbers, on the host: a row for each slot, and one for the prompt that starts with it."""
+
+    def admit(self) -> Admission:
+        """Let in what fits, in the queue's order."""
+        came = Admission([], [], ([], []))
+        prefill = 0
+        while self.queue and self.free:
+            prompt, index = self.queue[-1]
+            need = need_of(prompt, self.limit, self.arena.page)
+            new = not prompt.started
+            if need.own + (need.prompt if new else 0) > len(self.arena.free):
+                break
+            if new and prefill and prefill + len(prompt.tokens) > PREFILL_TOKENS:
+                break
+            self.queue.pop()
+            if new:
+                prefill += len(prompt.tokens)
+            self._place(prompt, index, need, came)
+        self.living.extend(came.sequences)
+        return came
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back slot and pages of a sequence that has ended; the caller drops it from `living`."""
+        prompt = sequence.prompt
+        self.free.append(sequence.slot)
+        self.arena.give_back(sequence.pages)
+        prompt.left -= 1
+        if not prompt.left:
+            self.arena.give_back(prompt.pages)
+            prompt.pages, prompt.hidden, prompt.trunk = [], None, None
+
+    def _place(self, prompt: Prompt, index: int, need: Need, came: Admission) -> None:
+        sequence = Sequence(index, prompt, self.free.pop(), self.arena.take(need.own))
+        if not prompt.started:
+            prompt.started, prompt.pages = True, self.arena.take(need.prompt)
+            row = sequence.slot + (self.count if prompt.pages else 0)
+            self._write(row, prompt.pages)
+            came.starting.append((prompt, row))
+        full = len(prompt.tokens) // self.arena.page if prompt.pages else 0
+        self._write(sequence.slot, prompt.pages[:full] + sequence.pages)
+        if len(prompt.pages) > full:
+            came.tails[0].append(prompt.pages[full])
+            came.tails[1].append(sequence.pages[0])
+        came.sequences.append(sequence)
+
+    def _write(self, row: int, pages: list[int]) -> None:
+        if pages:
+            self.tables[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
