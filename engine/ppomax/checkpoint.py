@@ -7,8 +7,8 @@
       MANIFEST.json                                                  size and SHA-256 of every file; written last
 
 A folder is filled under another name, synced, then renamed, so at any kill it is whole or not there. Only safetensors
-and JSON: reading a checkpoint cannot run code. Frozen models are not stored; a fingerprint refuses others in their
-place."""
+and JSON: reading a checkpoint cannot run code. Frozen weights are not stored, be it a whole model's, a hydra's trunk or
+those under adapters; a fingerprint refuses others in their place."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppomax.config import TrainConfig, build, to_dict
 from ppomax.models import Critic
-from ppomax.sharding import Trained
+from ppomax.sharding import Lazy, Trained, agree, everyone, rank
+from ppomax.tensor_files import TensorFile, size_of, write_tensors
 
 if TYPE_CHECKING:
     from ppomax.engine import Engine
@@ -54,15 +55,16 @@ class CheckpointError(RuntimeError):
 def save_engine(engine: Engine, path: Path, extra: dict[str, Any]) -> Path:
     """Write `engine` to the folder `path`, replacing one of that name. CheckpointError if the disk does not take it."""
     trained: dict[str, Trained[Any]] = {"policy": engine.policy, "critic": engine.critic}
-    tensors: dict[str, dict[str, Tensor]] = {RNG: random_state()}
+    generators = {_of_rank(r, name): x for r, found in enumerate(everyone(random_state())) for name, x in found.items()}
+    files: dict[str, dict[str, Lazy]] = {RNG: {name: Lazy.of(x) for name, x in generators.items()}}
     for role, part in trained.items():
-        tensors[f"{role}.safetensors"], tensors[f"{role}_optim.safetensors"] = part.tensors()
+        files[f"{role}.safetensors"], files[f"{role}_optim.safetensors"] = part.lazy()
     state = {
         "format": FORMAT,
         "torch": torch.__version__,
         "config": to_dict(engine.config),
         "sources": engine.sources,
-        "fingerprints": fingerprints(engine),
+        "fingerprints": engine.fingerprints,
         "optimizer_steps": {role: part.steps for role, part in trained.items()},
         "buffers": engine.buffers,
         "episodes": engine.episodes,
@@ -70,36 +72,58 @@ def save_engine(engine: Engine, path: Path, extra: dict[str, Any]) -> Path:
         "kl_coef": engine.controller.coef,
         "skipped": engine.health.skipped,
         "skipped_in_a_row": engine.health.in_a_row,
-        "random": python_random_state(),
+        "random": everyone(python_random_state()),
         "extra": extra,
     }
-    with written_whole(path) as part_dir:
-        need = sum(x.numel() * x.element_size() for file in tensors.values() for x in file.values())
-        check_space(part_dir, need)
-        for name, file in tensors.items():
-            save_file({k: x.detach().contiguous().cpu() for k, x in file.items()}, part_dir / name)
-        engine.policy.module.config.save_pretrained(part_dir / "policy_config")
-        engine.critic.module.model.config.save_pretrained(part_dir / "critic_config")
-        (part_dir / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    need = sum(size_of(x) for file in files.values() for x in file.values())
+    with together():
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                check_space(path.parent, need)
+            except OSError as error:
+                raise unwritten(path, error) from error
+    stream = (x.get() for file in files.values() for x in file.values())
+    with together():
+        try:
+            if rank() == 0:
+                _write_state(engine, path, files, stream, state)
+        finally:  # whoever does not write still makes each tensor whole with the others
+            deque(stream, maxlen=0)
     return path
+
+
+def _write_state(
+    engine: Engine, path: Path, files: dict[str, dict[str, Lazy]], stream: Iterator[Tensor], state: dict[str, Any]
+) -> None:
+    """The folder `path`; tensors are taken from `stream` as they become whole."""
+    with written_whole(path) as part_dir:
+        for name, file in files.items():
+            write_tensors(part_dir / name, file.items(), stream)
+        engine.policy.module.config.save_pretrained(part_dir / "policy_config")
+        if isinstance(engine.critic.module, Critic):
+            engine.critic.module.model.config.save_pretrained(part_dir / "critic_config")
+        (part_dir / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def restore_engine(engine: Engine, path: Path) -> dict[str, Any]:
     """Put the state in `path` into `engine`; returns `extra`. CheckpointError if it is damaged or of other models."""
     state = read_state(path)
-    compare_fingerprints(state["fingerprints"], fingerprints(engine), path)
+    compare_fingerprints(state["fingerprints"], engine.fingerprints, path)
     trained: dict[str, Trained[Any]] = {"policy": engine.policy, "critic": engine.critic}
     for role, part in trained.items():
         part.load(
-            load_file(path / f"{role}.safetensors"),
-            load_file(path / f"{role}_optim.safetensors"),
+            TensorFile(path / f"{role}.safetensors"),
+            TensorFile(path / f"{role}_optim.safetensors"),
             state["optimizer_steps"][role],
         )
     engine.buffers, engine.episodes = state["buffers"], state["episodes"]
     engine.moments.load(state["moments"])
     engine.controller.coef = state["kl_coef"]
     engine.health.skipped, engine.health.in_a_row = state["skipped"], state["skipped_in_a_row"]
-    restore_random_state(load_file(path / RNG), state["random"])
+    own = min(rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
+    generators = {name: x for name, x in TensorFile(path / RNG).items()}
+    restore_random_state({n: generators[_of_rank(own, n)] for n in random_state()}, state["random"][own])
     return state["extra"]  # type: ignore[no-any-return]
 
 
@@ -113,56 +137,64 @@ def load_engine(cls: type[Engine], path: Path, parts: dict[str, Any]) -> Engine:
     state = read_state(path)
     config = parts.pop("config", None) or build(TrainConfig, state["config"])
     trust = config.model.trust_remote_code
-    for name in ("reference", "reward"):
-        if parts.get(name) is None and not state["sources"][name]:
+    shared = config.model.train != "full"  # then the checkpoint lacks what is frozen of the policy
+    for name in ("policy" if shared else "reference", "reward"):
+        if parts.get(name) is None and not state["sources"].get(name):
             raise CheckpointError(
                 f"{path} records no path of its {name}, which was passed as an object; give Engine.load(..., {name}=)"
             )
         parts[name] = parts.get(name) or state["sources"][name]
+    parts.setdefault("reference", None)
     if parts.get("tokenizer") is None and state["sources"]["tokenizer"]:
         parts["tokenizer"] = load_tokenizer(state["sources"]["tokenizer"], trust_remote_code=trust)
-    policy_config = AutoConfig.from_pretrained(path / "policy_config", trust_remote_code=trust)
-    critic_config = AutoConfig.from_pretrained(path / "critic_config", trust_remote_code=trust)
-    policy = AutoModelForCausalLM.from_config(policy_config, trust_remote_code=trust)
-    critic = AutoModelForSequenceClassification.from_config(critic_config, trust_remote_code=trust)
-    engine = cls(policy, parts.pop("reference"), Critic(critic), parts.pop("reward"), config, **parts)
+    policy = parts.pop("policy", None)
+    if not shared:
+        policy_config = AutoConfig.from_pretrained(path / "policy_config", trust_remote_code=trust)
+        policy = AutoModelForCausalLM.from_config(policy_config, trust_remote_code=trust)
+    critic = None
+    if (path / "critic_config").is_dir():
+        critic_config = AutoConfig.from_pretrained(path / "critic_config", trust_remote_code=trust)
+        critic = Critic(AutoModelForSequenceClassification.from_config(critic_config, trust_remote_code=trust))
+    engine = cls(policy, parts.pop("reference"), critic, parts.pop("reward"), config, **parts)
     engine.sources = state["sources"]
     restore_engine(engine, path)
     return engine
 
 
 def export_policy(engine: Engine, path: Path) -> Path:
-    """The policy as a HF directory that AutoModelForCausalLM loads, tokenizer included if there is one."""
+    """The policy as a HF directory that AutoModelForCausalLM loads, tokenizer included if there is one; adapters are
+    merged in, and lie beside it in `adapter`."""
+    from ppomax.adapters import export_adapters, has_adapters
     from ppomax.models import save_model
 
+    if has_adapters(engine.policy.module):
+        return export_adapters(engine.policy.module, engine.tokenizer, path)
     if engine.tokenizer is not None:
         return save_model(engine.policy.module, engine.tokenizer, path)
     engine.policy.module.save_pretrained(path, safe_serialization=True)
     return path
 
 
+def _of_rank(number: int, name: str) -> str:
+    return name if number == 0 else f"rank{number}/{name}"
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What is raised inside on any rank is raised on all of them, in the words of the first such rank."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    words = [w for w in everyone(None if error is None else str(error)) if w is not None]
+    if error is not None:
+        raise error
+    if words:
+        raise CheckpointError(words[0])
+
+
 # ---- whose checkpoint it is -----------------------------------------------------------------------------------------
-
-
-def fingerprints(engine: Engine) -> dict[str, str | None]:
-    """Shapes of the trained models; shapes and a sample of the weights of the frozen ones."""
-    return {
-        "policy": fingerprint(engine.policy.module, weights=False),
-        "critic": fingerprint(engine.critic.module, weights=False),
-        "reference": fingerprint(engine.reference, weights=True),
-        "reward model": fingerprint(engine.reward_model, weights=True) if engine.reward_model is not None else None,
-    }
-
-
-def fingerprint(model: nn.Module, *, weights: bool) -> str:
-    """Hash of the class, the parameters' names, shapes and types, and with `weights` of 64 values spread over each."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype};".encode())
-        if weights:
-            flat = p.detach().flatten()
-            digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def compare_fingerprints(saved: dict[str, str | None], now: dict[str, str | None], path: Path) -> None:
@@ -194,17 +226,22 @@ def written_whole(path: Path) -> Iterator[Path]:
         _sync(part)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        reason = "the disk is full" if _is_full(error) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{path} could not be written: {reason}. Free some space or choose another run.out; "
-            "earlier checkpoints are untouched"
-        ) from error
+        raise unwritten(path, error) from error
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(part, path)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def unwritten(path: Path, error: Exception) -> CheckpointError:
+    """What stopped `path` from being written, and the mend."""
+    reason = f"the disk is full ({error})" if _is_full(error) else f"{type(error).__name__}: {error}"
+    return CheckpointError(
+        f"{path} could not be written: {reason}. Free some space or choose another run.out; "
+        "earlier checkpoints are untouched"
+    )
 
 
 def check_space(folder: Path, need: int) -> None:
@@ -236,10 +273,12 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """engine.json of a verified checkpoint."""
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint folder {path}")
-    verify(path)
+    """engine.json of a checkpoint that rank 0 has verified."""
+    with together():
+        if rank() == 0:
+            if not path.is_dir():
+                raise CheckpointError(f"no checkpoint folder {path}")
+            verify(path)
     return json.loads((path / STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -251,6 +290,13 @@ def checkpoints(root: Path) -> list[Path]:
 def newest(root: Path) -> Path | None:
     """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each. None: there are none
     at all. CheckpointError: there are some and none is whole."""
+    found: Path | None = None
+    with together():
+        found = _newest(root) if rank() == 0 else None
+    return agree(found)
+
+
+def _newest(root: Path) -> Path | None:
     found = checkpoints(root)
     for path in reversed(found):
         try:
@@ -268,6 +314,8 @@ def newest(root: Path) -> Path | None:
 
 def prune(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
+    if rank():
+        return
     for path in checkpoints(root)[:-keep]:
         gone = path.with_name(OLD + path.name)
         os.replace(path, gone)  # so that a kill while deleting leaves no half checkpoint under a real name
@@ -305,7 +353,7 @@ def random_state() -> dict[str, Tensor]:
     """torch's generators as uint8 tensors. The engine itself draws from none of them; reward functions may."""
     state = {"torch_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state.update({f"torch_cuda_{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())})
+        state["torch_cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -326,9 +374,8 @@ def restore_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> N
     import numpy
 
     torch.set_rng_state(tensors["torch_cpu"])
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"torch_cuda_{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"torch_cuda_{i}"], i)
+    if "torch_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["torch_cuda"])
     version, words, gauss = plain["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = plain["numpy"]
