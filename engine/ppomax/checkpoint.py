@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppomax.config import TrainConfig, build, to_dict
 from ppomax.models import Critic
@@ -122,7 +122,7 @@ def restore_engine(engine: Engine, path: Path) -> dict[str, Any]:
     engine.controller.coef = state["kl_coef"]
     engine.health.skipped, engine.health.in_a_row = state["skipped"], state["skipped_in_a_row"]
     own = min(rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
-    generators = {name: x for name, x in TensorFile(path / RNG).items()}
+    generators = dict(TensorFile(path / RNG).items())
     restore_random_state({n: generators[_of_rank(own, n)] for n in random_state()}, state["random"][own])
     return state["extra"]  # type: ignore[no-any-return]
 

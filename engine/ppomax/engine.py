@@ -23,6 +23,7 @@ from ppomax.batch import Experience, Rollout
 from ppomax.branch import TrunkCritic
 from ppomax.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.config import AdvantageConfig, TrainConfig
+from ppomax.fingerprints import fingerprints
 from ppomax.measures import experience_metrics
 from ppomax.models import Critic, RewardModel, freeze, load_policy, load_reward_model, load_tokenizer, make_critic
 from ppomax.modes import set_up, trunk_layers
@@ -96,6 +97,7 @@ class Engine:
         self.eos_ids = eos_ids_of(lm, self.tokenizer)
         check_vocabularies(lm, given, value_model, self.reward_model)
 
+        self.fingerprints = fingerprints(lm, value_model, self.reference, self.reward_model)
         steps = optimizer_steps(self.config)
         sharding = self.config.sharding
         self.policy: Trained[PreTrainedModel] = train_model(lm, self.config.policy_optim, steps, sharding)

@@ -51,7 +51,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "in a rollout": lambda: on_call(ppo.Engine, "rollout", 4, after=True),
     "in an update, between two optimiser steps": lambda: on_call(sharding.Trained, "step", 9, after=True),
     "in critic pre-training": lambda: on_call(sharding.Trained, "step", 3),
-    "in a save, first file": lambda: on_call(checkpoint, "save_file", 6, after=True),
+    "in a save, first file": lambda: on_call(checkpoint, "write_tensors", 6, after=True),
     "in a save, before the manifest": lambda: on_call(checkpoint, "sha256", 9),
     "in a save, before the rename": lambda: on_call(checkpoint.os, "replace", 3),
     "in a save, after the rename": lambda: on_call(checkpoint.os, "replace", 3, after=True),

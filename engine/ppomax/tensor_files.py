@@ -1,0 +1,85 @@
+"""safetensors files written and read one tensor at a time, so that no process holds a model to save or load one.
+
+A file is an 8-byte length, a JSON header that gives each tensor's type, shape and place, and the bytes. Names, types
+and shapes are known beforehand (`Lazy`), so the header can go first and each tensor be made whole, written, and
+dropped. Under several ranks all of them make tensors whole together and rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ppomax.sharding import Lazy
+
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def size_of(x: Lazy) -> int:
+    """Bytes of a tensor."""
+    return x.shape.numel() * x.dtype.itemsize
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Lazy]], stream: Iterator[Tensor]) -> None:
+    """Write the tensors to `path`, taking each whole one from `stream`, which gives them in the same order."""
+    listed = list(tensors)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, x in listed:
+        header[name] = {"dtype": TYPES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + size_of(x)]}
+        at += size_of(x)
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little"))
+        file.write(head)
+        for name, x in listed:
+            whole = next(stream)
+            if whole.dtype != x.dtype or whole.shape != x.shape:
+                raise RuntimeError(f"{path}: {name} came as {whole.dtype} {tuple(whole.shape)}, not as announced")
+            file.write(whole.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file as a mapping that reads a tensor when it is asked for."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, "pt")  # type: ignore[no-untyped-call]
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def shards(tensors: Mapping[str, Lazy], limit: int) -> list[list[str]]:
+    """Names in order, cut so that each part has at most `limit` bytes (a larger tensor is a part of its own)."""
+    parts: list[list[str]] = []
+    used = 0
+    for name, x in tensors.items():
+        if not parts or used + size_of(x) > limit:
+            parts.append([])
+            used = 0
+        parts[-1].append(name)
+        used += size_of(x)
+    return parts
