@@ -17,10 +17,8 @@ that.
 
 | file | what |
 |---|---|
-| `policy/` | Llama architecture, {layers} blocks, width {hidden_size}, tied embeddings, {policy_parameters:,}
-parameters, bfloat16 |
-| `reward_model/` | the same with {reward_layers} blocks and a `score` head, {reward_model_parameters:,} parameters,
-bfloat16 |
+| `policy/` | Llama, {layers} blocks, width {hidden_size}, tied embeddings, {policy_parameters:,} parameters, bfloat16 |
+| `reward_model/` | {reward_layers} such blocks and a `score` head, {reward_model_parameters:,} parameters, bfloat16 |
 | `prompts.jsonl` | {prompts} openings, written for ppomax |
 | `classifier.json` | the judge: TF-IDF and logistic regression in plain data; read by `ppomax.assets.classifier` |
 | `figures.json` | the figures below |
@@ -44,7 +42,7 @@ Rows were dealt into three parts that never mix:
 | classifier | {classifier} | the judge, nothing else |
 
 ## Recipe
-`build_default` (seed {seed}, {threads} threads). Byte-level BPE of {vocab_size} tokens. Language modelling on snippets
+`build_default` (seed {seed}, torch threads: {threads}). Byte-level BPE of {vocab_size} tokens. Language modelling on snippets
 and pieces of reviews, {lm_steps} steps of 1,024 tokens; fine-tuning on snippets cut after one to five words, loss on
 the rest, {sft_steps} steps of 1,024 tokens. Reward model: the language model's first {reward_layers} blocks,
 {reward_steps} steps of 1,024 tokens, pairwise softplus loss and 0.2 times the language-model loss on the positive side.
