@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.models import blocks_of, head_of, load_policy, packed_hidden
 from ppomax.modes import start_policy
-from ppomax.rollout.loop import score
+from ppomax.rollout import Responses, score
 from ppomax.scoring import policy_logprobs, state_hidden, state_values
 from ppomax.stages.critic import pretrain_critic
 from ppomax.stages.ppo import PlainMonitor, train_ppo
@@ -249,11 +248,8 @@ def test_trunk_runs_neither_in_scoring_nor_in_the_update() -> None:
         module.register_forward_hook(lambda m, inputs, output: ran.append(type(m).__name__))
     engine.update(experience)
     given = [r for _, r in roll.sequences()]
-    recorded = SimpleNamespace(
-        tokens=given,
-        logprobs=[[0.0] * len(r) for r in given],
-        finished=roll.finished.tolist(),
-        trunk=list(trunk.states.split(lengths)),
+    recorded = Responses(
+        given, [[0.0] * len(r) for r in given], roll.finished.tolist(), list(trunk.states.split(lengths))
     )
     again = score(
         policy, engine.reference, engine.critic.module, [p for p, _ in roll.sequences()], recorded, roll.plan,
@@ -262,6 +258,13 @@ def test_trunk_runs_neither_in_scoring_nor_in_the_update() -> None:
     assert ran == []
     assert torch.equal(again.ref_logprobs, roll.ref_logprobs)
     assert not torch.equal(again.logprobs, roll.logprobs)
+    computed = score(
+        policy, engine.reference, engine.critic.module, [p for p, _ in roll.sequences()],
+        dataclasses.replace(recorded, trunk=None), roll.plan, trunk_layers=trunk.layers, impl="ref",
+    )  # fmt: skip
+    assert len(ran) > 0  # a sampler that recorded nothing: the trunk runs once
+    assert largest(computed.ref_logprobs, roll.ref_logprobs) <= CLOSE
+    ran.clear()
     policy(torch.tensor([[1, 2]]))
     assert len(ran) == 1 + trunk.layers
 

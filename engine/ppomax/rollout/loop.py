@@ -1,10 +1,13 @@
 """Generate, pack, score: policy, reference and critic each see the finished sequences once, in the micro-batches that
 training will use. Under several ranks each generates and scores its share, and all end up with the whole rollout, so
-that what follows (moments, whitening, plans) is that of one process. What they share (a frozen trunk, or all weights but the adapters) is neither held nor run twice."""
+that what follows (moments, whitening, plans) is that of one process. What models share (a frozen trunk, or all weights
+but the adapters) is neither held nor run twice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -29,6 +32,7 @@ from ppomax.branch import Branch, TrunkCritic, bottom_states
 from ppomax.config import BatchConfig, RolloutConfig
 from ppomax.models import Critic, embedding_weight
 from ppomax.rollout.decode import Responses, decode
+from ppomax.rollout.plan import RolloutPlan
 from ppomax.scoring import policy_logprobs, state_values
 from ppomax.sharding import gather, place, run, share, total, world_size
 
@@ -47,12 +51,13 @@ def rollout(
     seed: int,
     generator: torch.Generator | None = None,
     trunk_layers: int | None = None,
+    announce: Callable[[RolloutPlan], None] | None = None,
     impl: str = "auto",
 ) -> Rollout:
     """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `reference`
-    and `trunk_layers` as in `score`."""
+    and `trunk_layers` as in `score`; `announce` is told the plan of decoding, memory included, before it starts."""
     mine = share(len(prompts))
-    responses = decode(
+    own = decode(
         policy,
         [prompts[i] for i in mine],
         [uids[i] for i in mine],
@@ -65,12 +70,15 @@ def rollout(
         seed=seed,
         slots=config.slots,
         cache_tokens=config.cache_tokens,
+        trunk_layers=trunk_layers,
+        announce=announce,
         impl=impl,
     )
-    responses = joined(responses, policy.device)
+    responses = joined(own, policy)
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses.tokens, strict=True)])
     plan = plan_minibatches(lengths, batch.minibatch_size, batch.micro_tokens, generator, place())
-    return score(
+    began = time.perf_counter()
+    roll = score(
         policy,
         reference,
         critic,
@@ -81,6 +89,8 @@ def rollout(
         trunk_layers=trunk_layers,
         impl=impl,
     )
+    scored = {"perf/scoring_tokens_per_second": float(lengths.sum()) / (time.perf_counter() - began)}
+    return dataclasses.replace(roll, stats=own.stats.metrics() | scored)
 
 
 @torch.no_grad()
@@ -112,7 +122,7 @@ def score(
     logprobs, entropy, ref_logprobs, values = fields = torch.zeros(4, count, device=device)
 
     def micros() -> Iterator[tuple[Tensor, float, tuple[Tensor, Tensor, Tensor, Trunk | None]]]:
-        """Slots in the (N,) fields, and what a scorer takes, of each of this rank's micro-batches; 0.0 for a stand-in."""
+        """Of each of this rank's micro-batches: slots in the (N,) fields, 0.0 for a stand-in, what a scorer takes."""
         for micro in (m for minibatch in plan for m in minibatch):
             which = or_shortest(micro, cu).to(device)
             at, micro_cu = spans(cu, which)
@@ -150,9 +160,8 @@ def score(
 
 def _trunk(policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, plan: Plan, layers: int) -> Trunk:
     """What enters block `layers` at all tokens but each sequence's last: recorded while decoding, or computed here."""
-    recorded = getattr(responses, "trunk", None)
-    if recorded is not None:
-        return Trunk(layers, torch.cat(list(recorded)))
+    if responses.trunk is not None:
+        return Trunk(layers, torch.cat(responses.trunk))
     ends = trunk_cu(cu)
     keep = torch.ones(len(tokens), dtype=torch.bool, device=cu.device).index_fill_(0, last_tokens(cu), False)
     states = torch.zeros(int(ends[-1]), embedding_weight(policy).shape[1], dtype=policy.dtype, device=cu.device)
@@ -162,11 +171,12 @@ def _trunk(policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Te
     return Trunk(layers, total(states))
 
 
-def joined(responses: Responses, device: torch.device) -> Responses:
+def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
     """The responses of all ranks, in rank order, on every rank; their numbers travel as tensors. One process: the
     same."""
     if world_size() == 1:
         return responses
+    device = policy.device
     lengths = gather(torch.tensor([len(r) for r in responses.tokens], dtype=torch.int64, device=device)).tolist()
     tokens = torch.tensor([t for r in responses.tokens for t in r], dtype=torch.int64, device=device)
     logprobs = torch.tensor([x for r in responses.logprobs for x in r], dtype=torch.float32, device=device)
@@ -175,7 +185,14 @@ def joined(responses: Responses, device: torch.device) -> Responses:
         [part.tolist() for part in gather(tokens).split(lengths)],
         [part.tolist() for part in gather(logprobs).split(lengths)],
         [bool(x) for x in gather(finished).tolist()],
+        None if responses.trunk is None else _joined_trunk(responses.trunk, policy),
     )
+
+
+def _joined_trunk(trunk: list[Tensor], policy: PreTrainedModel) -> list[Tensor]:
+    sizes = torch.tensor([len(x) for x in trunk], dtype=torch.int64, device=policy.device)
+    none = torch.empty(0, embedding_weight(policy).shape[1], dtype=policy.dtype, device=policy.device)
+    return list(gather(torch.cat([none, *trunk])).split(gather(sizes).tolist()))
 
 
 def _states(cu: Tensor, response_cu: Tensor) -> Tensor:

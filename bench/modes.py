@@ -1,0 +1,117 @@
+"""What the policy trains (`model.train`): the time of a scored rollout and of an update, and what each mode holds.
+
+    python -m bench.modes [--threads 2] [--rounds 5] [--prompts 64] [--tokens 48] [--layers 2]
+
+The shipped policy, reward model and prompts. All modes sample the same tokens from the same prompts (checked), in
+turns, in one process; a rollout is decoding and the logprobs of policy and reference, and values. Prints medians, their
+ratio to full mode, and bytes: reference (what it holds beside the policy), gradients with AdamW's moments, and the
+values' model. `hydra` has the same critic as full mode, `hydra+branch` a value branch on the trunk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from ppomax.assets import default_assets
+from ppomax.batch import Experience
+from ppomax.config import load_config
+from ppomax.engine import Engine
+from torch import nn
+
+MODES = {
+    "full": {},
+    "lora": {"model.train": "lora"},
+    "hydra": {"model.train": "hydra"},
+    "hydra+branch": {"model.train": "hydra", "model.critic": "trunk"},
+}
+
+
+def make(mode: str, prompts: int, tokens: int, layers: int) -> Engine:
+    """An engine on the shipped models, one minibatch a buffer."""
+    shipped = default_assets()
+    config = load_config(
+        overrides={
+            "ptx.coef": 0.0, "batch.rollout_size": prompts, "batch.minibatch_size": prompts, "run.device": "cpu",
+            "rollout.max_new_tokens": tokens, "rollout.min_new_tokens": tokens, "model.trained_layers": layers,
+            "policy_optim.lr": 0.0, "critic_optim.lr": 0.0, **MODES[mode],
+        }
+    )  # fmt: skip
+    return Engine(shipped / "policy", None, None, shipped / "reward_model", config)
+
+
+def read_prompts(engine: Engine, count: int) -> list[list[int]]:
+    """The first shipped prompts as token ids."""
+    rows = (default_assets() / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [list(engine.tokenizer(json.loads(row)["prompt"])["input_ids"]) for row in rows]  # type: ignore[misc]
+
+
+def held(engine: Engine) -> dict[str, int]:
+    """Bytes of the reference beside the policy, of gradients and moments of the policy, of the trained critic."""
+    shared = {p.data_ptr() for p in engine.policy.module.parameters()}
+    reference = engine.reference.parameters() if isinstance(engine.reference, nn.Module) else ()
+    return {
+        "reference": sum(p.nbytes for p in reference if p.data_ptr() not in shared),
+        "trained": 3 * sum(p.nbytes for p in engine.policy.params),
+        "critic": sum(p.nbytes for p in engine.critic.params),
+    }
+
+
+def timed(run: object, *args: object) -> tuple[float, object]:
+    began = time.perf_counter()
+    out = run(*args)  # type: ignore[operator]
+    return time.perf_counter() - began, out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.modes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--layers", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    engines = {mode: make(mode, args.prompts, args.tokens, args.layers) for mode in MODES}
+    prompts = read_prompts(engines["full"], args.prompts)
+    rollouts: dict[str, list[float]] = {mode: [] for mode in MODES}
+    updates: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for turn in range(args.rounds + 1):  # the first warms up
+        drawn: dict[str, Experience] = {}
+        for mode, engine in engines.items():
+            seconds, roll = timed(engine.rollout, prompts)
+            rollouts[mode].append(seconds)
+            drawn[mode] = engine.experience(roll)  # type: ignore[arg-type]
+        for mode, engine in engines.items():
+            updates[mode].append(timed(engine.update, drawn[mode])[0])
+        if turn == 0:
+            report_agreement(drawn)
+    full = {name: statistics.median(x["full"][1:]) for name, x in (("rollout", rollouts), ("update", updates))}
+    for mode, engine in engines.items():
+        rollout, update = (statistics.median(x[mode][1:]) for x in (rollouts, updates))
+        sizes = "   ".join(f"{name} {size / 2**20:6.2f} MiB" for name, size in held(engine).items())
+        print(
+            f"{mode:13} rollout {rollout * 1e3:8.1f} ms ({rollout / full['rollout']:.2f})   "
+            f"update {update * 1e3:8.1f} ms ({update / full['update']:.2f})   {sizes}"
+        )
+
+
+def report_agreement(drawn: dict[str, Experience]) -> None:
+    """Same tokens in every mode, or RuntimeError; prints how far the reference logprobs are apart."""
+    full = drawn["full"].rollout
+    for mode, experience in drawn.items():
+        if not torch.equal(experience.rollout.tokens, full.tokens):
+            raise RuntimeError(f"{mode} sampled other tokens than full mode from the same prompts and seeds")
+    gap = max(float((x.rollout.ref_logprobs - full.ref_logprobs).abs().max()) for x in drawn.values())
+    print(
+        f"{len(full.finished)} sequences, {len(full.tokens)} tokens, {len(full.states)} of them sampled; "
+        f"reference logprobs differ by at most {gap:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()
