@@ -58,7 +58,11 @@ def save_engine(engine: Engine, path: Path, extra: dict[str, Any]) -> Path:
     generators = {_of_rank(r, name): x for r, found in enumerate(everyone(random_state())) for name, x in found.items()}
     files: dict[str, dict[str, Lazy]] = {RNG: {name: Lazy.of(x) for name, x in generators.items()}}
     for role, part in trained.items():
-        files[f"{role}.safetensors"], files[f"{role}_optim.safetensors"] = part.lazy()
+        weights, optim = part.lazy()
+        # In the order of names, so that the bytes do not tell in which order a run came by its tensors.
+        files[f"{role}.safetensors"], files[f"{role}_optim.safetensors"] = (
+            dict(sorted(d.items())) for d in (weights, optim)
+        )
     state = {
         "format": FORMAT,
         "torch": torch.__version__,

@@ -172,9 +172,9 @@ class DataParallel(Trained[M]):
         bucket: list[Tensor] = []
         for p in self.params:
             bucket.append(p.grad)  # type: ignore[arg-type]
-            if sum(g.numel() for g in bucket) >= self.BUCKET:
+            if sum(map(Tensor.numel, bucket)) >= self.BUCKET:
                 sum_in_place(bucket)
-                bucket = []
+                bucket.clear()
         sum_in_place(bucket)
         return super().grad_norm()
 

@@ -1,8 +1,8 @@
 """A trained or frozen model under DeepSpeed ZeRO, behind the face of plain.py.
 
-What is kept from DeepSpeed: partitions, offload, gathering, reduction, its clip (the same formula as ours). What is not:
-its mean over ranks (losses are already shares of a global mean, so each is multiplied by the world size first), its
-schedule and its loss scale (none is needed in float32 and bfloat16).
+What is kept from DeepSpeed: partitions, offload, gathering, reduction, its clip (the same formula as ours). What is
+not: its mean over ranks (losses are already shares of a global mean, so each is multiplied by the world size first),
+its schedule and its loss scale (none is needed in float32 and bfloat16).
 
 A loss reads the head's weight by hand, which no module's forward would fetch; so the whole loss runs inside the forward
 of one wrapper, and the head's parameters are registered as parameters that this wrapper reads."""
