@@ -1,4 +1,4 @@
-"""`ppomax COMMAND`: train, sft, reward-model, build-default, evaluate, report, presets.
+"""`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, report, presets.
 
 Each command reads its flags (options.py), checks the run's folder, and calls one function of stages/. An error is one
 line and exit status 2 (1 for a bug of ours); --debug shows the traceback. No torch before a command starts."""
@@ -17,7 +17,7 @@ from typing import Any
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, save_config, to_dict
 from ppomax.config_io import flat, nearest, read_yaml
 from ppomax.folders import folder_of, taken, training_config
-from ppomax.options import Options, stage_presets
+from ppomax.options import RUN_FLAGS, Options, stage_presets
 from ppomax.stages.configs import BuildDefaultConfig, RewardModelConfig, SftConfig
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
@@ -27,6 +27,7 @@ def train(argv: list[str]) -> None:
     """train a policy by PPO-max; with no flags, the model that ships with ppomax"""
     config = training_config("train", TrainConfig, argv)
     from ppomax.monitor import METRICS, RunMonitor, read_jsonl
+    from ppomax.plan import checked
     from ppomax.report import closing_words, write_report
     from ppomax.stages.ppo import train_ppo
 
@@ -35,6 +36,7 @@ def train(argv: list[str]) -> None:
     console.print(
         f"[bold]ppomax train[/]  preset {config.preset}, {config.run.steps} steps, folder {out}", highlight=False
     )
+    console.print(checked(config), highlight=False, markup=False)
     monitor = RunMonitor(out, config, console)
     train_ppo(config, monitor)
     if monitor.verdict:
@@ -48,6 +50,26 @@ def train(argv: list[str]) -> None:
         console.print(f"report: {write_report([out])}", highlight=False)
     if (out / "policy").is_dir():
         console.print(f"policy: {out / 'policy'}  (AutoModelForCausalLM.from_pretrained loads it)", highlight=False)
+
+
+def plan(argv: list[str]) -> None:
+    """memory and time of a run on given GPUs, before it is started"""
+    from ppomax.stages.plan import parser, run_plan, split
+
+    flags, rest = split(argv)
+    if {"-h", "--help"} & set(rest):
+        parser().print_help()
+        print("\nEvery knob of `ppomax train` (see its --help) can be given too.")
+        return
+    if flags.compare:
+        from ppomax.plan_compare import show_comparison
+
+        show_comparison(start_logging())
+        return
+    config = Options("plan", TrainConfig, RUN_FLAGS).parse(rest)
+    name = taken(rest, "--config")[1] or "default"
+    if not run_plan(flags, config, f"ppomax plan {name}", start_logging()):
+        raise SystemExit(3)
 
 
 def sft(argv: list[str]) -> None:
@@ -115,6 +137,7 @@ def presets(argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "plan": plan,
     "sft": sft,
     "reward-model": reward_model,
     "build-default": build_default,

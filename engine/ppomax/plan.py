@@ -1,0 +1,255 @@
+"""Memory and time of a run on given devices, before it is started.
+
+    plan = make_plan(job_of(config, ranks=8, memory=80 * GiB), DEVICES["a100-80g"])
+    plan.fits, plan.peak, plan.advice            which knob to turn, largest saving first
+From configurations alone: no weight is read, nothing is downloaded for the models whose shapes ship with ppomax.
+plan_trace.py counts models, plan_memory.py bytes, plan_time.py seconds; plan_knobs.py turns knobs and looks again;
+plan_report.py shows all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ppomax.config import CONFIG_DIR, ConfigError, TrainConfig
+from ppomax.plan_job import Job
+from ppomax.plan_knobs import Advice, advice_for
+from ppomax.plan_memory import device_bytes, host_bytes
+from ppomax.plan_time import Assumptions, Device, seconds, tokens_per_second
+
+SHAPE_DIR = CONFIG_DIR / "shapes"
+"""`<owner>--<name>.json`: architecture of a hub model that a shipped configuration names."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job needs, and whether it is there."""
+
+    job: Job
+    phases: dict[str, dict[str, int]]
+    """Phase -> kind -> bytes on one rank's device."""
+    host: dict[str, int]
+    """Kind -> bytes on one node's host; empty on a CPU."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds of one iteration; empty without a device."""
+    device: Device | None = None
+    assumptions: Assumptions = field(default_factory=Assumptions)
+    advice: tuple[Advice, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes on one rank's device at its fullest."""
+        return sum(self.phases[self.peak_phase].values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.job.memory and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        return sum(self.host.values()) <= self.job.host_memory
+
+    @property
+    def tokens_per_second(self) -> dict[str, float]:
+        return tokens_per_second(self.job, self.times)
+
+
+def make_plan(
+    job: Job,
+    device: Device | None = None,
+    assumed: Assumptions | None = None,
+    *,
+    advise: bool = True,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """The plan of `job`; with `advise`, what each knob would save, by planning again with it turned."""
+    assumed = assumed or Assumptions()
+    phases, host = device_bytes(job), host_bytes(job)
+    times = seconds(job, device, assumed) if device else {}
+    plan = Plan(job, phases, host, times, device, assumed, (), notes)
+    if not advise:
+        return plan
+    return replace(plan, advice=advice_for(job))
+
+
+def refuse_if_too_large(plan: Plan) -> None:
+    """ConfigError if the job cannot fit, with the knob that saves most."""
+    if plan.fits:
+        return
+    job, best = plan.job, next(iter(plan.advice or advice_for(plan.job)), None)
+    what, need, there = plan.peak_phase, plan.peak, job.memory
+    if plan.peak <= job.memory:
+        what, need, there = "host memory of a node", sum(plan.host.values()), job.host_memory
+    mend = f"; {best.knob} saves {gib(best.saves)}" + (" and makes it fit" if best.fits else "") if best else ""
+    raise ConfigError(
+        f"config: this run needs {gib(need)} ({what}) and there are {gib(there)}{mend}. `ppomax plan` with the same "
+        "flags shows all of it; --run.ignore_plan true starts the run in spite of this"
+    )
+
+
+# ---- from a configuration -------------------------------------------------------------------------------------------
+
+
+def job_of(
+    config: TrainConfig,
+    *,
+    ranks: int,
+    memory: int,
+    host_memory: int,
+    ranks_per_node: int = 8,
+    cpu: bool = False,
+) -> tuple[Job, tuple[str, ...]]:
+    """The job that `config` describes, and notes on what was assumed. ConfigError: a model's shape cannot be had."""
+    model, notes = config.model, []
+    policy, reward = _model_paths(config)
+    policy_shape = shape_of(policy)
+    reward_shape = None
+    if config.reward.function is None:
+        reward_shape = shape_of(reward) if reward else policy_shape
+        if not reward:
+            notes.append("model.reward_model is not set: planned as large as the policy")
+    critic: str | None = {"reward_model": reward_shape, "policy": policy_shape, "trunk": None}.get(model.critic, "path")
+    if critic == "path":
+        critic = shape_of(model.critic)
+    if model.critic == "reward_model" and critic is None:
+        raise ConfigError("config: model.critic is reward_model, but the reward is a function; set model.critic")
+    stage = config.sharding.zero_stage
+    return (
+        Job(
+            policy=policy_shape,
+            critic=critic,
+            reward=reward_shape,
+            dtype=model.dtype,
+            train=model.train,
+            trained_layers=model.trained_layers,
+            lora_rank=model.lora_rank if model.train == "lora" else 0,
+            lora_targets=tuple(model.lora_targets or ()),
+            zero_stage=2 if stage is None and ranks > 1 else stage,
+            offload_optimizer=config.sharding.offload_optimizer,
+            offload_param=config.sharding.offload_param,
+            frozen=config.sharding.frozen,
+            ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            memory=memory,
+            host_memory=host_memory,
+            cpu=cpu,
+            prompt_tokens=config.data.max_prompt_tokens,
+            response_tokens=config.rollout.max_new_tokens,
+            slots=config.rollout.slots,
+            cache_tokens=config.rollout.cache_tokens,
+            rollout_size=config.batch.rollout_size,
+            minibatch_size=config.batch.minibatch_size,
+            epochs=config.batch.epochs,
+            micro_tokens=config.batch.micro_tokens,
+            ptx_batch=config.ptx.batch_size if config.ptx.coef else 0,
+            ptx_tokens=config.ptx.max_tokens,
+        ),
+        tuple(notes),
+    )
+
+
+def _model_paths(config: TrainConfig) -> tuple[str, str | None]:
+    """Policy and reward model, the shipped ones where the policy is not named."""
+    if config.model.policy is not None:
+        return config.model.policy, config.model.reward_model
+    from ppomax.assets import default_assets
+
+    shipped = default_assets()
+    return str(shipped / "policy"), config.model.reward_model or str(shipped / "reward_model")
+
+
+def shape_of(source: str) -> str:
+    """The HF configuration of a model folder or hub name, as JSON; those that ship with ppomax need no network."""
+    folder = Path(source)
+    shipped = SHAPE_DIR / f"{source.replace('/', '--')}.json"
+    found = folder / "config.json" if folder.is_dir() else shipped
+    if found.is_file():
+        return json.dumps(json.loads(found.read_text(encoding="utf-8")), sort_keys=True)
+    if folder.is_dir():
+        raise ConfigError(f"plan: {folder} has no config.json; name a folder in Hugging Face's layout")
+    try:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source).to_json_string(use_diff=False)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"plan: the architecture of {source} cannot be read (no such folder, none that ships with ppomax, and "
+            f"the hub gives none: {str(error).splitlines()[0]}); name a folder that holds its config.json"
+        ) from error
+
+
+def plan_here(config: TrainConfig) -> Plan:
+    """The plan of `config` on the machine and the ranks that this process is one of."""
+    import torch
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host = free_host_memory()
+    cpu = config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
+    if cpu:
+        memory = host // local
+    else:
+        memory = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    job, notes = job_of(config, ranks=ranks, memory=memory, host_memory=host, ranks_per_node=local, cpu=cpu)
+    return make_plan(job, advise=False, notes=notes)
+
+
+def checked(config: TrainConfig) -> str:
+    """One line about the plan of a run that is about to start here. ConfigError: it cannot fit, and
+    `run.ignore_plan` is off."""
+    if config.model.trust_remote_code:
+        return "plan: none for models that bring code of their own"
+    plan = plan_here(config)
+    if not config.run.ignore_plan:
+        refuse_if_too_large(plan)
+    room = gib(plan.job.memory) + (" a rank" if plan.job.ranks > 1 else "")
+    return f"plan: {gib(plan.peak)} of {room} at most, in {plan.peak_phase}"
+
+
+def free_host_memory() -> int:
+    """Bytes that new processes can have, without swapping: the system's word, and the control group's limit."""
+    available = 1 << 60
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        return available if limit == "max" else min(available, int(limit) - used)
+    except OSError:  # no Linux, or no control group: then the first figure, or no limit that could be known
+        return available
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, for --json."""
+    from dataclasses import asdict
+
+    return {
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "peak_phase": plan.peak_phase,
+        "memory_bytes": plan.job.memory,
+        "bytes": plan.phases,
+        "host_bytes": plan.host,
+        "seconds": plan.times,
+        "tokens_per_second": plan.tokens_per_second,
+        "advice": [asdict(a) for a in plan.advice],
+        "device": asdict(plan.device) if plan.device else None,
+        "assumptions": asdict(plan.assumptions),
+        "notes": list(plan.notes),
+        "job": {
+            k: json.loads(v) if k in ("policy", "critic", "reward") and v else v for k, v in vars(plan.job).items()
+        },
+    }

@@ -1,0 +1,109 @@
+"""What the memory and the time of a run depend on, and how its models lie over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ppomax.plan_trace import Counts, counts
+
+GiB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the memory and the time of a run depend on. `from_config` in plan.py fills it."""
+
+    policy: str
+    """HF configuration of the policy, as JSON; `reference`, `critic` and `reward` likewise."""
+    critic: str | None
+    """None: a branch on the policy's trunk."""
+    reward: str | None
+    """None: a function."""
+    dtype: str = "bfloat16"
+    train: str = "full"
+    trained_layers: int = 2
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    adapted_critic: bool = False
+    """The critic is trained by adapters too."""
+    zero_stage: int | None = None
+    """None: plain torch, one process."""
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    frozen: str = "auto"
+    ranks: int = 1
+    ranks_per_node: int = 8
+    memory: int = 80 * GiB
+    """Bytes of one device; on a CPU those of the machine."""
+    host_memory: int = 1024 * GiB
+    """Bytes of a node."""
+    cpu: bool = False
+    prompt_tokens: int = 512
+    response_tokens: int = 512
+    slots: int = 64
+    """Sequences decoded together on one rank."""
+    cache_tokens: int | None = None
+    """Tokens that the KV cache holds. None: what the slots need."""
+    rollout_size: int = 128
+    minibatch_size: int = 32
+    epochs: int = 1
+    micro_tokens: int = 4096
+    ptx_batch: int = 0
+    ptx_tokens: int = 0
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def length(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one rank's buffer."""
+        return -(-self.rollout_size // self.ranks)
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model as a rank holds it, in elements over all ranks."""
+
+    name: str
+    counts: Counts
+    elements: int
+    trained: int = 0
+
+
+def roles(job: Job) -> list[Role]:
+    """Policy, reference, critic, reward: what each adds to what is there already."""
+    policy = counts(job.policy, "causal_lm")
+    top = job.trained_layers * policy.block + policy.hidden
+    adapters = policy.adapters(job.lora_rank, job.lora_targets)
+    trained = {"full": policy.params, "lora": adapters, "hydra": top}[job.train]
+    out = [
+        Role("policy", policy, policy.params + (adapters if job.train == "lora" else 0), trained),
+        Role("reference", policy, {"full": policy.params, "lora": 0, "hydra": top}[job.train]),
+    ]
+    if job.critic is None:
+        out.append(Role("critic", policy, top + policy.hidden, top + policy.hidden))
+    else:
+        own = counts(job.critic, "scorer")
+        low_rank = own.adapters(job.lora_rank, job.lora_targets) if job.adapted_critic else 0
+        out.append(Role("critic", own, own.params + low_rank, low_rank or own.params))
+    if job.reward is not None:
+        out.append(Role("reward", counts(job.reward, "scorer"), counts(job.reward, "scorer").params))
+    return out
+
+
+def partitioned(job: Job, role: Role) -> bool:
+    """Whether the ranks hold a part each, as ZeRO-3 does."""
+    if role.trained or job.frozen == "auto":
+        return job.zero_stage == 3
+    return job.frozen != "whole"
+
+
+def offloaded(job: Job, role: Role) -> bool:
+    """Whether that part lies on the host."""
+    return partitioned(job, role) and (job.offload_param or (job.frozen == "offloaded" and not role.trained))

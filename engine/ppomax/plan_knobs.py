@@ -1,0 +1,60 @@
+"""Which knob to turn: each one's effect is had by counting again with the knob turned, not by a rule of thumb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ppomax.plan_job import Job
+from ppomax.plan_memory import device_bytes, host_bytes
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What turning one knob would do."""
+
+    knob: str
+    saves: int
+    """Bytes of a rank's peak."""
+    fits: bool
+    """The job fits then."""
+
+
+def advice_for(job: Job) -> tuple[Advice, ...]:
+    """Every knob that lowers the peak or makes the job fit; those that make it fit first, then by what they save."""
+    peak, fits = _looked_at(job)
+    found = []
+    for flag, turn in KNOBS.items():
+        turned = turn(job)
+        if turned == job or (turned.zero_stage is not None and turned.ranks == 1):
+            continue
+        other, then_fits = _looked_at(turned)
+        if other < peak or (then_fits and not fits):
+            found.append(Advice(flag.format(**vars(turned)), peak - other, then_fits))
+    return tuple(sorted(found, key=lambda a: (not a.fits, -a.saves)))
+
+
+def _looked_at(job: Job) -> tuple[int, bool]:
+    peak = max(sum(kinds.values()) for kinds in device_bytes(job).values())
+    return peak, peak <= job.memory and sum(host_bytes(job).values()) <= job.host_memory
+
+
+KNOBS: dict[str, Callable[[Job], Job]] = {
+    "--model.dtype bfloat16": lambda job: replace(job, dtype="bfloat16"),
+    "--model.train lora": lambda job: replace(job, train="lora", lora_rank=job.lora_rank or 16),
+    "--model.train hydra": lambda job: replace(job, train="hydra", critic=None),
+    "--sharding.zero_stage 2": lambda job: replace(job, zero_stage=2),
+    "--sharding.zero_stage 3": lambda job: replace(job, zero_stage=3),
+    "--sharding.offload_optimizer true": lambda job: replace(job, offload_optimizer=True),
+    "--sharding.offload_param true": lambda job: replace(job, zero_stage=3, offload_param=True),
+    "--batch.micro_tokens {micro_tokens}": lambda job: replace(
+        job, micro_tokens=max(job.length, job.micro_tokens // 2)
+    ),
+    "--rollout.slots {slots}": lambda job: replace(job, slots=max(1, min(job.slots, job.sequences) // 2)),
+    "--rollout.max_new_tokens {response_tokens}": lambda job: replace(
+        job, response_tokens=max(1, job.response_tokens // 2)
+    ),
+    "--data.max_prompt_tokens {prompt_tokens}": lambda job: replace(job, prompt_tokens=max(1, job.prompt_tokens // 2)),
+    "twice the GPUs ({ranks})": lambda job: replace(job, ranks=2 * job.ranks),
+}
+"""What a user can turn, by the flag's name, and what it does to a job."""

@@ -1,0 +1,250 @@
+"""Bytes of a run on one rank, by kind and phase: a pure function of a `Job`.
+
+    weights        dtype bytes a parameter; ZeRO-3: / ranks
+    gradients      of what is trained; ZeRO-2 and 3: / ranks
+    optimiser      AdamW: two fp32 moments, and an fp32 copy where weights are 16 bit (DeepSpeed: always);
+                   ZeRO-1 and up: / ranks
+    KV cache       slots x (prompt + response) tokens
+    activations    plan_trace.held: the trunk's own code, run without data
+    logits         one chunk of the fused losses, the fp32 gradient of the head they make, and its input's
+    gathered       ZeRO-3: the whole policy while it generates; elsewhere the layers that are in use
+Lengths are taken at their limits, so a run whose texts are shorter needs less."""
+
+from __future__ import annotations
+
+from ppomax.plan_job import GiB, Job, Role, offloaded, partitioned, roles
+from ppomax.plan_trace import Held, cache_bytes, counts, held, prefill_tokens
+
+PHASES = ("load", "rollout", "scoring", "update", "step", "save")
+LIVE_PARAMS = 1_000_000_000
+"""ZeRO-3 keeps at most so many gathered parameters at a time (DeepSpeed's stage3_max_live_parameters)."""
+BUCKET = 500_000_000
+"""Elements of a DeepSpeed reduction bucket (reduce_bucket_size)."""
+DATA_PARALLEL_BUCKET = 1 << 25
+"""Elements that ZeRO 0 sums in one float32 message (sharding/plain.py)."""
+GPU_OVERHEAD = int(1.5 * GiB)
+"""CUDA context, NCCL and workspaces of a rank: an assumption."""
+FRAGMENTATION = 0.05
+"""Share of a GPU's allocations lost between blocks: an assumption."""
+CPU_OVERHEAD = int(0.55 * GiB)
+"""Resident memory of Python with torch, transformers and the kernels loaded."""
+HOST_OVERHEAD = 3 * GiB
+"""The same on the host beside a GPU, with CUDA libraries: an assumption."""
+
+
+def device_bytes(job: Job) -> dict[str, dict[str, int]]:
+    """Phase -> kind -> bytes that one rank's device holds at that phase's peak."""
+    phases = {"load": _sum(weights(job), _masters(job), overhead(job))}
+    steady = _sum(weights(job), optimiser(job), _buckets(job), overhead(job))
+    for phase, extra in (("rollout", rollout), ("scoring", scoring), ("update", update), ("step", step)):
+        phases[phase] = _sum(steady, extra(job))
+    phases["save"] = _sum(steady, {"gathered": largest_parameter(job)} if job.zero_stage == 3 else {})
+    if not job.cpu:
+        for kinds in phases.values():
+            kinds["overhead"] += int(FRAGMENTATION * (sum(kinds.values()) - kinds["overhead"]))
+    return phases
+
+
+def host_bytes(job: Job) -> dict[str, int]:
+    """Kind -> bytes that one node's host memory holds at its fullest; empty on a CPU, where the device is the host."""
+    if job.cpu:
+        return {}
+    local, everyone = min(job.ranks, job.ranks_per_node), roles(job)
+    held_there = {"processes": local * HOST_OVERHEAD}
+    largest = max(r.elements for r in everyone) * job.width
+    held_there["loading"] = local * (largest // job.ranks if job.zero_stage == 3 else largest)
+    held_there["weights"] = local * sum(r.elements for r in everyone if offloaded(job, r)) * job.width // job.ranks
+    if job.offload_optimizer:
+        # fp32 copy, two moments and the fp32 gradient that the host's AdamW reads
+        held_there["optimiser"] = local * 16 * sum(r.trained for r in everyone) // _optimiser_ranks(job)
+    return held_there
+
+
+# ---- what is always there -------------------------------------------------------------------------------------------
+
+
+def weights(job: Job) -> dict[str, int]:
+    """Bytes of each model's weights on one rank."""
+    out = {}
+    for r in roles(job):
+        on_device = 0 if offloaded(job, r) and not job.cpu else r.elements * job.width
+        out[f"{r.name} weights"] = on_device // (job.ranks if partitioned(job, r) else 1)
+    return out
+
+
+def optimiser(job: Job) -> dict[str, int]:
+    """Two moments, and an fp32 copy of what is trained unless it is fp32 itself in plain torch."""
+    if job.offload_optimizer and not job.cpu:
+        return {"optimiser": 0}
+    return {"optimiser": _masters(job)["optimiser"] + 8 * sum(r.trained for r in roles(job)) // _optimiser_ranks(job)}
+
+
+def _masters(job: Job) -> dict[str, int]:
+    """The fp32 copies alone, which are there before the first step."""
+    needed = job.width == 2 or job.zero_stage
+    on_host = job.offload_optimizer and not job.cpu
+    trained = sum(r.trained for r in roles(job))
+    return {"optimiser": 4 * trained // _optimiser_ranks(job) if needed and not on_host else 0}
+
+
+def _optimiser_ranks(job: Job) -> int:
+    return job.ranks if job.zero_stage else 1
+
+
+def overhead(job: Job) -> dict[str, int]:
+    return {"overhead": CPU_OVERHEAD if job.cpu else GPU_OVERHEAD}
+
+
+def _buckets(job: Job) -> dict[str, int]:
+    """Flat buffers that gradients are reduced through, one of each engine."""
+    if not job.zero_stage:
+        return {} if job.zero_stage is None or job.ranks == 1 else {"buckets": 3 * 4 * DATA_PARALLEL_BUCKET}
+    return {"buckets": sum(min(BUCKET, r.trained) * job.width for r in roles(job) if r.trained)}
+
+
+# ---- what a phase adds ----------------------------------------------------------------------------------------------
+
+
+def rollout(job: Job) -> dict[str, int]:
+    """KV cache, the prefill's activations, one row of logits a slot, the whole policy under ZeRO-3."""
+    policy = counts(job.policy, "causal_lm")
+    slots = min(job.slots, job.sequences)
+    at_once = min(slots * job.prompt_tokens, max(prefill_tokens(), job.prompt_tokens)) + slots
+    cache = cache_bytes(job.policy, job.dtype, slots, job.length)
+    if job.cache_tokens is not None:
+        cache = min(cache, cache_bytes(job.policy, job.dtype, 1, job.cache_tokens))
+    prefill = _held(job, job.policy, 1, at_once)
+    return {
+        "KV cache": cache,
+        **_larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
+        "gathered": _whole_policy(job),
+        "trunk states": _trunk_states(job),
+    }
+
+
+def scoring(job: Job) -> dict[str, int]:
+    """A forward of each model in turn over one micro-batch; the gathered policy stays for its own."""
+    policy = counts(job.policy, "causal_lm")
+    rows, length = micro_batch(job)
+    own = [(job.policy, "causal_lm")] + [(c, "scorer") for c in (job.critic, job.reward) if c]
+    forwards = [_held(job, config, rows, length).forward for config, _ in own]
+    return {
+        **_larger({"activations": max(forwards)}, {"logits": chunk_bytes(policy.vocab, job) + 2 * _picked(job)}),
+        "gathered": _whole_policy(job) + max(_live_layers(job, r) for r in roles(job) if r.name != "policy"),
+        "trunk states": _trunk_states(job),
+    }
+
+
+def update(job: Job) -> dict[str, int]:
+    """The larger of the policy's and the critic's turn on one micro-batch, gradients of both held."""
+    rows, length = micro_batch(job)
+    policy, critic = (next(r for r in roles(job) if r.name == name) for name in ("policy", "critic"))
+    several = job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size > rows
+    turns = [_policy_turn(job, policy, critic, rows, length, several)]
+    if job.ptx_batch:
+        at_once = max(1, min(job.ptx_batch, job.micro_tokens // max(1, job.ptx_tokens)))
+        turns.append(_policy_turn(job, policy, critic, at_once, job.ptx_tokens, True))
+    layers = critic.counts.layers if job.critic else job.trained_layers
+    act = _held(job, job.critic or job.policy, rows, length, layers, job.adapted_critic)
+    before = _gradient(job, policy) + (_gradient(job, critic) if several else 0)
+    turns.append(_turn(before, _gradient(job, policy) + _gradient(job, critic), act, {}))
+    turns[-1]["gathered"] = _live_layers(job, critic)
+    return _sum(_larger(*turns), {"trunk states": _trunk_states(job)})
+
+
+def _policy_turn(job: Job, policy: Role, critic: Role, rows: int, length: int, several: bool) -> dict[str, int]:
+    layers = job.trained_layers if job.train == "hydra" else policy.counts.layers
+    act = _held(job, job.policy, rows, length, layers, job.train == "lora")
+    others = _gradient(job, critic) if several else 0
+    before = others + (_gradient(job, policy) if several else 0)
+    head = policy.counts.head * 4 if job.train == "full" else 0
+    loss = {"logits": chunk_bytes(policy.counts.vocab, job) + head + 2 * _picked(job)}
+    kinds = _turn(before, others + _gradient(job, policy), act, loss)
+    kinds["gathered"] = _live_layers(job, policy)
+    return kinds
+
+
+def _turn(before: int, after: int, act: Held, loss: dict[str, int]) -> dict[str, int]:
+    """At the loss (gradients `before`, all activations, the loss's buffers) or in the backward (gradients `after`)."""
+    at_loss = {"gradients": before, "activations": act.saved, **loss}
+    # Without gradients from before, they grow as the activations shrink: never both whole.
+    grown = {"gradients": after, "activations": act.peak if before == after else act.peak - act.saved}
+    return _larger(at_loss, grown)
+
+
+def step(job: Job) -> dict[str, int]:
+    """Gradients of both, and fp32 copies of one model's (16-bit weights, or DeepSpeed's partition of them)."""
+    trained = [r for r in roles(job) if r.trained]
+    grads = {"gradients": sum(_gradient(job, r) for r in trained)}
+    if job.offload_optimizer and not job.cpu:
+        return grads
+    if job.width == 2 or job.zero_stage:
+        grads["fp32 gradients"] = 4 * max(r.trained for r in trained) // _optimiser_ranks(job)
+    return grads
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def micro_batch(job: Job) -> tuple[int, int]:
+    """(sequences, length) of the fullest micro-batch."""
+    mine = max(1, job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size)
+    return max(1, min(job.micro_tokens // job.length, mine)), job.length
+
+
+def chunk_bytes(vocab: int, job: Job) -> int:
+    """One chunk of logits in the fused losses; 16-bit chunks on a CPU have an fp32 copy beside them."""
+    from ppomax_kernels.chunks import default_chunk
+
+    rows, _ = micro_batch(job)
+    tokens = min(default_chunk(vocab, "cpu" if job.cpu else "cuda"), rows * job.response_tokens)
+    return tokens * vocab * (job.width + (4 if job.cpu and job.width == 2 else 0))
+
+
+def largest_parameter(job: Job) -> int:
+    return max(r.counts.largest for r in roles(job)) * job.width
+
+
+def _picked(job: Job) -> int:
+    """Hidden states of the response tokens of a micro-batch, which the head sees."""
+    return micro_batch(job)[0] * job.response_tokens * counts(job.policy, "causal_lm").hidden * job.width
+
+
+def _gradient(job: Job, role: Role) -> int:
+    ranks = job.ranks if (job.zero_stage or 0) >= 2 else 1
+    if job.offload_optimizer and ranks > 1 and not job.cpu:
+        return 0  # partitions go to the host as they are reduced; the bucket is counted apart
+    return role.trained * job.width // ranks
+
+
+def _whole_policy(job: Job) -> int:
+    return counts(job.policy, "causal_lm").params * job.width if job.zero_stage == 3 else 0
+
+
+def _live_layers(job: Job, role: Role) -> int:
+    return min(LIVE_PARAMS, role.elements) * job.width if partitioned(job, role) else 0
+
+
+def _trunk_states(job: Job) -> int:
+    if job.train != "hydra":
+        return 0
+    return job.sequences * job.length * counts(job.policy, "causal_lm").hidden * job.width
+
+
+def _held(job: Job, config: str, rows: int, length: int, layers: int | None = None, adapted: bool = False) -> Held:
+    """`layers` None: all of them."""
+    everything = 1 << 30 if layers is None else layers
+    return held(config, job.dtype, rows, length, everything, job.lora_targets if adapted else None)
+
+
+def _larger(*moments: dict[str, int]) -> dict[str, int]:
+    """Of moments that follow each other, the one that holds most."""
+    return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def _sum(*parts: dict[str, int]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for part in parts:
+        for kind, size in part.items():
+            out[kind] = out.get(kind, 0) + size
+    return out

@@ -1,0 +1,258 @@
+"""What a model weighs and what its forward and backward hold, found without weights.
+
+Parameters are counted on the meta device (shapes and dtypes, no storage). Activations are counted by running forward
+and backward of a cut of two and of three blocks there and going on in a straight line to the real depth: so any family
+is counted as its own code allocates. The language-model head is not run here: its loss keeps one chunk
+of logits (plan_memory.py). Nothing is downloaded; imports torch on first use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+ATTENTION = "ppomax_plan"
+CUTS = (2, 3)
+"""Depths that are run; more blocks cost what the third costs more than the second."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of one model, in elements."""
+
+    params: int
+    """All parameters, tied ones once."""
+    block: int
+    """One decoder block."""
+    head: int
+    """Output head, (V, D); 0 for a scorer. With tied embeddings the same elements are in `embedding`."""
+    embedding: int
+    largest: int
+    """The largest single parameter."""
+    layers: int
+    hidden: int
+    vocab: int
+    kv_token: int
+    """Keys and values of one token over all blocks."""
+    linears: tuple[tuple[str, int, int], ...]
+    """(name, in, out) of the linear layers of one block; what adapters attach to."""
+    tied: bool
+
+    def adapters(self, rank: int, targets: tuple[str, ...]) -> int:
+        """Parameters of low-rank adapters of all blocks on the linear layers `targets` (none: every one)."""
+        chosen = [(i, o) for name, i, o in self.linears if not targets or name in targets]
+        return self.layers * rank * sum(i + o for i, o in chosen)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a trunk holds beyond parameters and their gradients."""
+
+    forward: int
+    """Peak of a forward without gradient."""
+    saved: int
+    """Live between forward and backward: what the backward needs, and the hidden states."""
+    peak: int
+    """Peak of forward and backward."""
+
+
+@lru_cache(maxsize=64)
+def counts(config: str, kind: str) -> Counts:
+    """Sizes of the model that the HF configuration `config` (JSON) describes. kind: `causal_lm` or `scorer`."""
+    import torch
+
+    hf = _hf_config(config, None)
+    with torch.device("meta"):
+        model = _build(hf, kind, torch.bfloat16)
+    block = _blocks(model.base_model)[0]
+    text = hf.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head = model.get_output_embeddings() if kind == "causal_lm" else None
+    sizes = [p.numel() for p in model.parameters()]
+    linears = [(n, m.in_features, m.out_features) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+    return Counts(
+        params=sum(sizes),
+        block=sum(p.numel() for p in block.parameters()),
+        head=0 if head is None else head.weight.numel(),
+        embedding=model.get_input_embeddings().weight.numel(),
+        largest=max(sizes),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        kv_token=2 * text.num_hidden_layers * kv_heads * width,
+        linears=tuple((n.rpartition(".")[2], i, o) for n, i, o in linears),
+        tied=head is not None and head.weight is model.get_input_embeddings().weight,
+    )
+
+
+def held(config: str, dtype: str, sequences: int, length: int, trained: int, targets: tuple[str, ...] | None) -> Held:
+    """Bytes that the trunk holds for a padded batch (sequences, length). `trained`: how many of the last blocks take
+    gradients (all of them: the embedding too); `targets`: adapters on these linear layers alone, () for every one."""
+    depth = _hf_config(config, None).num_hidden_layers
+    whole = trained >= depth
+    depths = [depth] if depth <= CUTS[1] else list(CUTS)
+    shape = _trunk_only(config)
+    run = [_trace(shape, dtype, sequences, length, d, whole or targets is not None, targets) for d in depths]
+    if len(run) == 1:
+        return run[0]
+    a, b = run
+    more = (trained if not whole else depth) - CUTS[0]
+    return Held(
+        forward=b.forward,
+        saved=a.saved + more * (b.saved - a.saved),
+        peak=a.peak + more * (b.peak - a.peak),
+    )
+
+
+@lru_cache(maxsize=64)
+def _trace(
+    config: str,
+    dtype: str,
+    sequences: int,
+    length: int,
+    depth: int,
+    embedding: bool,
+    targets: tuple[str, ...] | None,
+) -> Held:
+    import torch
+    from transformers import AutoModel
+
+    register_attention()
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(_hf_config(config, depth), dtype=getattr(torch, dtype)).requires_grad_(False)
+        (trunk if embedding and targets is None else _blocks(trunk)).requires_grad_(targets is None)
+        for name, module in _blocks(trunk).named_modules():
+            if targets is not None and isinstance(module, torch.nn.Linear):
+                module.weight.requires_grad_(not targets or name.rpartition(".")[2] in targets)
+        for p in trunk.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        ids = torch.zeros(sequences, length, dtype=torch.int64)
+        with live_bytes() as live:
+            with torch.no_grad():
+                trunk(input_ids=ids, use_cache=False)
+            forward = live.peak
+            live.peak = live.now
+            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+            saved = live.now
+            hidden.backward(torch.empty_like(hidden))
+    return Held(forward, saved, live.peak)
+
+
+def register_attention() -> None:
+    """Teach transformers an attention of no content that holds what fused attention holds: its inputs, its output and
+    one number a row, never a (T, T) matrix."""
+    import torch
+    from torch import Tensor
+    from transformers import AttentionInterface
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            b, h, t, d = q.shape
+            out = q.new_empty(b, t, h, d)
+            ctx.save_for_backward(q, k, v, out, q.new_empty(b, h, t, dtype=torch.float32))
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+            return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any) -> Any:
+        return Fused.apply(query, key, value), None
+
+    AttentionInterface.register(ATTENTION, attention)
+
+
+def cache_bytes(config: str, dtype: str, slots: int, capacity: int) -> int:
+    """Bytes of the rollout's KV arena: `slots` sequences of up to `capacity` tokens."""
+    import torch
+
+    from ppomax.rollout.arena import arena_bytes
+
+    return arena_bytes(_hf_config(config, None), slots, capacity, getattr(torch, dtype))
+
+
+def prefill_tokens() -> int:
+    """Prompt tokens that one forward of the rollout takes at most, unless a single prompt is longer."""
+    from ppomax.rollout.slots import PREFILL_TOKENS
+
+    return PREFILL_TOKENS
+
+
+def _trunk_only(config: str) -> str:
+    """The same for all models whose blocks are alike, so that policy and critic are run once."""
+    apart = ("architectures", "id2label", "label2id", "num_labels", "score_offset", "transformers_version", "dtype")
+    depth = ("num_hidden_layers", "n_layer", "num_layers")
+    return json.dumps({k: v for k, v in sorted(json.loads(config).items()) if k not in (*apart, *depth)})
+
+
+def live_bytes() -> Any:
+    """A context that counts the bytes of tensors made inside it and still alive: `.now`, `.peak`.
+
+    Counts each storage once, whatever views it has; scratch memory inside C++ operators is not seen."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Live(TorchDispatchMode):
+        now = peak = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive: dict[int, tuple[Any, int]] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.note(x.untyped_storage(), old)
+            self.peak = max(self.peak, self.now)
+            return out
+
+        def note(self, storage: Any, old: set[int]) -> None:
+            key = storage._cdata
+            if key in old or key in self.alive:
+                return
+            size = storage.nbytes()
+            self.alive[key] = (weakref.ref(storage, lambda _: self.drop(key)), size)
+            self.now += size
+
+        def drop(self, key: int) -> None:
+            self.now -= self.alive.pop(key)[1]
+
+    return Live()
+
+
+def _hf_config(config: str, depth: int | None) -> Any:
+    """The HF configuration object of the JSON text `config`, cut to `depth` blocks."""
+    from transformers import AutoConfig
+
+    knobs = json.loads(config)
+    hf = AutoConfig.for_model(knobs.pop("model_type"), **knobs)
+    if depth is not None:
+        hf.num_hidden_layers = depth
+        if getattr(hf, "layer_types", None):
+            hf.layer_types = hf.layer_types[:depth]
+    hf._attn_implementation = ATTENTION if depth else "sdpa"
+    return hf
+
+
+def _build(hf: Any, kind: str, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    hf.num_labels = 1
+    auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
+    return auto.from_config(hf, dtype=dtype)
+
+
+def _blocks(trunk: Any) -> Any:
+    """The decoder blocks: the longest list of modules in the trunk."""
+    import torch
+
+    return max((m for m in trunk.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
