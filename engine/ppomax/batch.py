@@ -8,7 +8,7 @@ token y_t at tokens[i] is produced by the state at i-1: `states[n] = i-1` is whe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class Rollout:
     """The micro-batches that were scored together; the first epoch trains on the same ones."""
     trunk: Trunk | None = None
     """Of the policy, where its lower blocks are frozen (`model.train: hydra`); else None."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """What making it cost, by metric name: tokens a second by phase, slot occupancy, cache use."""
 
     @property
     def labels(self) -> Tensor:

@@ -9,6 +9,7 @@ counters). No global state; two engines in one process do not see each other."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,9 +37,11 @@ from ppomax.rewards import (
     shape_scores,
     token_rewards,
 )
-from ppomax.rollout import rollout
+from ppomax.rollout import RolloutPlan, rollout
 from ppomax.sharding import Trained, freeze_model, train_model
 from ppomax.update import Health, TextSource, update
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ModelSource = str | Path | PreTrainedModel
@@ -112,6 +115,7 @@ class Engine:
         self.buffers, self.episodes = 0, 0
         self.last_scores: Tensor | None = None
         """(S,) raw scores of the newest buffer that `step` made; for histograms, not part of the state."""
+        self._announced: tuple[int, str] | None = None
 
     def rollout(self, prompts: Sequence[Sequence[int] | str]) -> Rollout:
         """One scored response to each prompt (token ids, or text if there is a tokenizer)."""
@@ -162,7 +166,7 @@ class Engine:
         times.append(time.perf_counter())
         experience = self.experience(roll)
         self.last_scores = experience.scores
-        metrics = experience_metrics(experience, self.config.impl)
+        metrics = experience_metrics(experience, self.config.impl) | roll.stats
         times.append(time.perf_counter())
         metrics.update(self.update(experience))
         times.append(time.perf_counter())
@@ -220,8 +224,16 @@ class Engine:
                 seed=self.config.run.seed,
                 generator=generator,
                 trunk_layers=self.trunk_layers,
+                announce=self._announce,
                 impl=self.config.impl,
             )
+
+    def _announce(self, plan: RolloutPlan) -> None:
+        """Log what decoding will take, when its slots or its attention are not what they were."""
+        kind = (plan.slots, plan.attention)
+        if kind != self._announced:
+            self._announced = kind
+            log.info(plan.sentence())
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Shuffles of this buffer: a function of seed and buffer number, so nothing of it needs saving."""

@@ -2,5 +2,6 @@
 
 from ppomax.rollout.decode import Responses, decode
 from ppomax.rollout.loop import rollout, score
+from ppomax.rollout.plan import RolloutPlan
 
-__all__ = ["Responses", "decode", "rollout", "score"]
+__all__ = ["Responses", "RolloutPlan", "decode", "rollout", "score"]
