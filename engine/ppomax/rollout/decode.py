@@ -108,7 +108,7 @@ def decode(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trunk_layers: int | None = None,
     announce: Callable[[RolloutPlan], None] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int, bool], None] | None = None,
     impl: str = "auto",
 ) -> Responses:
     """Sample one response to each prompt (token ids, none empty). temperature 0 is greedy. Equal prompts are prefilled
@@ -118,8 +118,8 @@ def decode(
     alone, so neither on batch, slot or rank, and no generator has a state to save. eos_ids: tokens that end a response;
     none: only `stop` and the limit do. stop: strings that end it, found in its text by `tokenizer`.
     slots: sequences decoded at once. cache_tokens: most tokens that the KV arena holds; None: what the slots need.
-    announce: told the plan, memory included, before anything is allocated. on_token(i, token): told each token of
-    sequence i as it comes. Raises RolloutError for prompts, ends or sizes that cannot be served."""
+    announce: told the plan, memory included, before anything is allocated. on_token(i, token, last): told each token
+    of sequence i as it comes. Raises RolloutError for prompts, ends or sizes that cannot be served."""
     sampling = Sampling(
         frozenset(eos_ids), max_new_tokens, min_new_tokens, float(temperature), top_k, top_p, tuple(stop), impl
     )
@@ -167,7 +167,7 @@ class _Loop:
         self.stats = RolloutStats()
         self.seeds = torch.empty(0)
         self.texts: list[TextStream] = []
-        self.on_token: Callable[[int, int], None] | None = None
+        self.on_token: Callable[[int, int, bool], None] | None = None
         self.recorder: _Recorder | None = None
 
     def step(self) -> None:
@@ -260,13 +260,14 @@ class _Loop:
         for sequence, token, logprob in zip(self.slots.living, tokens, logprobs, strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
-            if self.on_token is not None:
-                self.on_token(sequence.index, token)
             stopped = token in how.eos
             if self.texts and not stopped:
                 text = self.texts[sequence.index]
                 stopped = text.ends_with_stop(how.stops, text.push(token)) and len(sequence.tokens) >= how.least
-            if stopped or len(sequence.tokens) == how.limit:
+            last = stopped or len(sequence.tokens) == how.limit
+            if self.on_token is not None:
+                self.on_token(sequence.index, token, last)
+            if last:
                 i = sequence.index
                 self.tokens[i], self.logprobs[i] = sequence.tokens, sequence.logprobs
                 self.finished[i] = stopped

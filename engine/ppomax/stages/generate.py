@@ -1,0 +1,181 @@
+"""`ppomax generate`: try a model by hand. Text appears as it is sampled; the decoding is the rollout's own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ppomax.config import ConfigError
+from ppomax.config_io import require
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sample from a model. Prompts come from --prompt, --file, or standard input, one a line."""
+
+    model: str | None = None
+    """HF directory or hub name. None: the policy that ships with ppomax."""
+    prompt: str | None = None
+    """The prompt. None: lines of `file`, or of standard input."""
+    file: str | None = None
+    """Text file with one prompt a line; `-` is standard input."""
+    samples: int = 1
+    """Responses to each prompt; the prompt is run once for all of them."""
+    max_new_tokens: int = 128
+    """Response limit in tokens, EOS included."""
+    min_new_tokens: int = 0
+    """EOS is forbidden before this many tokens are out."""
+    temperature: float = 1.0
+    """Sampling temperature. 0: greedy."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample from the smallest set with this mass; 1: all."""
+    stop: str | None = None
+    """Text that ends a response, besides EOS; several are separated by `|`."""
+    slots: int = 128
+    """Responses decoded together."""
+    seed: int = 0
+    """Seeds the responses."""
+    dtype: str = "auto"
+    """`float32`, `bfloat16`, or `auto`: what the checkpoint says."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`."""
+    chat: bool = False
+    """Put each prompt into the tokenizer's chat template as the user's turn."""
+    trust_remote_code: bool = False
+    """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, "samples", "at least 1", self.samples)
+        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+        require(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
+        require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        require(self.slots >= 1, "slots", "at least 1", self.slots)
+        known = ("auto", "float32", "bfloat16", "float16")
+        require(self.dtype in known, "dtype", f"one of {', '.join(known)}", self.dtype)
+        if self.prompt is not None and self.file is not None:
+            raise ConfigError("config: prompt and file are both given; give one of them")
+
+
+def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO | None = None) -> list[str]:
+    """Write prompt and response of each sequence to `sink` (standard output), the first one as it comes; returns the
+    responses' texts. A last line tells tokens and tokens a second."""
+    from ppomax.checks import eos_ids_of
+    from ppomax.engine import pick_device
+    from ppomax.models import load_policy, load_tokenizer
+    from ppomax.rollout import decode
+    from ppomax.stages.evaluate import shipped
+
+    texts = prompts_of(config, source or sys.stdin)
+    sink = sink or sys.stdout
+    path = config.model or str(shipped("policy"))
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    model = load_policy(path, dtype_of(path, config), trust_remote_code=config.trust_remote_code)
+    model = model.to(pick_device(config.device)).eval()  # type: ignore[arg-type]
+    ids = [_encode(tokenizer, text, config.chat) for text in texts for _ in range(config.samples)]
+    titles = [text for text in texts for _ in range(config.samples)]
+    shown = Shown(titles, tokenizer, sink)
+    began = time.perf_counter()
+    given = decode(
+        model,
+        ids,
+        range(len(ids)),
+        eos_ids=eos_ids_of(model, tokenizer),
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop=config.stop.split("|") if config.stop else (),
+        tokenizer=tokenizer,
+        seed=config.seed,
+        slots=config.slots,
+        on_token=shown.take,
+    )
+    seconds = time.perf_counter() - began
+    shown.close()
+    count = sum(map(len, given.tokens))
+    sink.write(
+        f"{len(ids)} responses, {count} tokens in {seconds:.2f} s: {count / seconds:.0f} tokens/s "
+        f"(prompts: {given.stats.prefill_tokens} tokens run once)\n"
+    )
+    return shown.responses
+
+
+def prompts_of(config: GenerateConfig, source: TextIO) -> list[str]:
+    """The prompts that the configuration names; ConfigError if there are none."""
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.file is None or config.file == "-":
+        lines = source.read().splitlines()
+    else:
+        if not Path(config.file).is_file():
+            raise ConfigError(f"config: file={config.file} does not exist; give a text file with one prompt a line")
+        lines = Path(config.file).read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise ConfigError("config: no prompt was given; use --prompt TEXT, --file FILE, or lines on standard input")
+    return found
+
+
+class Shown:
+    """Responses on their way to a terminal: sequence 0 piece by piece, each later one once those before it are out."""
+
+    def __init__(self, titles: list[str], tokenizer: Any, sink: TextIO):
+        from ppomax.rollout.text import TextStream
+
+        self.titles, self.sink, self.next = titles, sink, 0
+        self.streams = [TextStream(tokenizer) for _ in titles]
+        self.done = [False] * len(titles)
+        self._begin()
+
+    @property
+    def responses(self) -> list[str]:
+        return [stream.text for stream in self.streams]
+
+    def take(self, index: int, token: int, last: bool) -> None:
+        """One token of sequence `index`."""
+        piece = self.streams[index].push(token)
+        self.done[index] = last
+        if index == self.next:
+            self._write(piece)
+        while self.next < len(self.titles) and self.done[self.next]:
+            self._write("\n\n")
+            self.next += 1
+            if self.next < len(self.titles):
+                self._begin()
+                self._write(self.streams[self.next].text)
+
+    def close(self) -> None:
+        self.sink.flush()
+
+    def _begin(self) -> None:
+        self._write(f"> {self.titles[self.next]}\n")
+
+    def _write(self, text: str) -> None:
+        self.sink.write(text)
+        self.sink.flush()
+
+
+def dtype_of(path: str, config: GenerateConfig) -> Any:
+    """The dtype asked for, or the one of the checkpoint's config (float32 if it names none)."""
+    import torch
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).dtype or torch.float32
+
+
+def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    if not chat:
+        return list(tokenizer.encode(text))
+    turn = [{"role": "user", "content": text}]
+    made = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer.encode(str(made), add_special_tokens=False))
