@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ppomax.config import TrainConfig, build, to_dict
 from ppomax.models import Critic
-from ppomax.sharding import Lazy, Trained, agree, everyone, rank
+from ppomax.sharding import Lazy, Trained, agree, everyone, rank, together
 from ppomax.tensor_files import TensorFile, size_of, write_tensors
 
 if TYPE_CHECKING:
@@ -165,37 +165,8 @@ def load_engine(cls: type[Engine], path: Path, parts: dict[str, Any]) -> Engine:
     return engine
 
 
-def export_policy(engine: Engine, path: Path) -> Path:
-    """The policy as a HF directory that AutoModelForCausalLM loads, tokenizer included if there is one; adapters are
-    merged in, and lie beside it in `adapter`."""
-    from ppomax.adapters import export_adapters, has_adapters
-    from ppomax.models import save_model
-
-    if has_adapters(engine.policy.module):
-        return export_adapters(engine.policy.module, engine.tokenizer, path)
-    if engine.tokenizer is not None:
-        return save_model(engine.policy.module, engine.tokenizer, path)
-    engine.policy.module.save_pretrained(path, safe_serialization=True)
-    return path
-
-
 def _of_rank(number: int, name: str) -> str:
     return name if number == 0 else f"rank{number}/{name}"
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """What is raised inside on any rank is raised on all of them, in the words of the first such rank."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    words = [w for w in everyone(None if error is None else str(error)) if w is not None]
-    if error is not None:
-        raise error
-    if words:
-        raise CheckpointError(words[0])
 
 
 # ---- whose checkpoint it is -----------------------------------------------------------------------------------------

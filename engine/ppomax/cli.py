@@ -1,4 +1,4 @@
-"""`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, report, presets.
+"""`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, generate, report, presets.
 
 Each command reads its flags (options.py), checks the run's folder, and calls one function of stages/. An error is one
 line and exit status 2 (1 for a bug of ours); --debug shows the traceback. No torch before a command starts."""
@@ -17,6 +17,7 @@ from typing import Any
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, save_config, to_dict
 from ppomax.config_io import flat, nearest, read_yaml
 from ppomax.folders import folder_of, taken, training_config
+from ppomax.launch import launched, parsed_together, watched, without_local_rank
 from ppomax.options import RUN_FLAGS, Options, stage_presets
 from ppomax.stages.configs import BuildDefaultConfig, RewardModelConfig, SftConfig
 
@@ -25,20 +26,32 @@ from ppomax.stages.configs import BuildDefaultConfig, RewardModelConfig, SftConf
 
 def train(argv: list[str]) -> None:
     """train a policy by PPO-max; with no flags, the model that ships with ppomax"""
-    config = training_config("train", TrainConfig, argv)
+    with watched(argv) as watch:
+        config = parsed_together(lambda words: training_config("train", TrainConfig, words), argv)
+        if watch is not None:
+            watch.silence = config.sharding.silence
+        _train(config)
+
+
+def _train(config: TrainConfig) -> None:
     from ppomax.monitor import METRICS, RunMonitor, read_jsonl
     from ppomax.plan import checked
     from ppomax.report import closing_words, write_report
+    from ppomax.sharding import rank, together
     from ppomax.stages.ppo import train_ppo
 
     out = Path(str(config.run.out))
-    console = start_logging()
+    console = start_logging(quiet=rank() > 0)
     console.print(
         f"[bold]ppomax train[/]  preset {config.preset}, {config.run.steps} steps, folder {out}", highlight=False
     )
-    console.print(checked(config), highlight=False, markup=False)
+    with together():
+        if rank() == 0:
+            console.print(checked(config), highlight=False, markup=False)
     monitor = RunMonitor(out, config, console)
     train_ppo(config, monitor)
+    if rank():
+        return
     if monitor.verdict:
         console.print(
             f"ended by the collapse alarm ({monitor.verdict}); {out / 'alarms.jsonl'} says why", highlight=False
@@ -108,6 +121,16 @@ def evaluate(argv: list[str]) -> None:
     console.print(run_evaluation(config).sentence(), highlight=False)
 
 
+def generate(argv: list[str]) -> None:
+    """sample from a model by hand: text as it comes, tokens a second"""
+    from ppomax.stages.generate import GenerateConfig
+    from ppomax.stages.generate import generate as run
+
+    config = Options("generate", GenerateConfig, {}, layered=False).parse(argv)
+    start_logging()
+    run(config)
+
+
 def report(argv: list[str]) -> None:
     """one HTML file about a run, or several runs side by side"""
     parser = argparse.ArgumentParser(prog="ppomax report", description=report.__doc__)
@@ -142,6 +165,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reward-model": reward_model,
     "build-default": build_default,
     "evaluate": evaluate,
+    "generate": generate,
     "report": report,
     "presets": presets,
 }
@@ -168,18 +192,19 @@ def preset_text(path: Path) -> str:
     )
 
 
-def start_logging() -> Any:
-    """Log lines above the progress line on a terminal, plain ones elsewhere; returns the rich console."""
+def start_logging(*, quiet: bool = False) -> Any:
+    """Log lines above the progress line on a terminal, plain ones elsewhere; returns the rich console. `quiet`: errors
+    alone, for the ranks but the first."""
     from rich.console import Console
     from rich.logging import RichHandler
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, quiet=quiet)
     handler: logging.Handler = logging.StreamHandler(sys.stdout)
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("ppomax").setLevel(logging.INFO)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
+    logging.getLogger("ppomax").setLevel(logging.ERROR if quiet else logging.INFO)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading takes a moment, and the bars would cut through the progress line
@@ -191,7 +216,7 @@ def start_logging() -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `ppomax` with these arguments; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = without_local_rank(list(sys.argv[1:] if argv is None else argv))
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -201,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}")
+        if launched() > 1 and command != "train":
+            words = f"ppomax {command} runs in one process, but {launched()} were started; leave the launcher out"
+            raise ConfigError(words)
         COMMANDS[command](rest)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

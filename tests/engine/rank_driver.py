@@ -19,7 +19,13 @@ from ppomax.sharding import rank, ranks, world_size
 
 from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy
 
-PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+PARTITION_ALL = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": 100_000,
+        "allgather_bucket_size": 100_000,
+    }
+}
 """DeepSpeed keeps small parameters whole, and all of a tiny model's are small: cut them too."""
 
 COUNTS = (8, 7, 8, 5, 8)

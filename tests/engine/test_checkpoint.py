@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from ppomax import checkpoint
-from ppomax.checkpoint import CheckpointError, export_policy, newest, verify
+from ppomax.checkpoint import CheckpointError, newest, verify
 from ppomax.engine import Engine
+from ppomax.export import export_policy
 from transformers import AutoModelForCausalLM
 
 from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_reward, tiny_tokenizer

@@ -15,10 +15,11 @@ import transformers
 from ppomax import adapters
 from ppomax.batch import Rollout, minibatch, pack, select_trunk
 from ppomax.branch import Branch, TrunkCritic, bottom_states, check_branch
-from ppomax.checkpoint import CheckpointError, export_policy
+from ppomax.checkpoint import CheckpointError
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
 from ppomax.engine import Engine
+from ppomax.export import export_policy
 from ppomax.models import blocks_of, head_of, load_policy, packed_hidden
 from ppomax.modes import start_policy
 from ppomax.rollout import Responses, score

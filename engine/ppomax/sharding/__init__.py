@@ -8,7 +8,19 @@
 
 from ppomax.sharding.choose import freeze_model, run, stage_of, train_model
 from ppomax.sharding.plain import DataParallel, Lazy, Trained, copy_into, lr_at
-from ppomax.sharding.ranks import agree, barrier, everyone, gather, largest, place, rank, share, total, world_size
+from ppomax.sharding.ranks import (
+    agree,
+    barrier,
+    everyone,
+    gather,
+    largest,
+    place,
+    rank,
+    share,
+    together,
+    total,
+    world_size,
+)
 
 __all__ = [
     "DataParallel",
@@ -27,6 +39,7 @@ __all__ = [
     "run",
     "share",
     "stage_of",
+    "together",
     "total",
     "train_model",
     "world_size",

@@ -78,6 +78,9 @@ class Trained(Generic[M]):
         """Learning rate of the next step."""
         return lr_at(self.steps, self.total_steps, self.config)
 
+    cut = False
+    """Whether weights lie in parts on the ranks, and are whole only inside `run` and `gathered`."""
+
     def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """`function(module, *args, **named)` with the module's weights in reach."""
         return function(self.module, *args, **named)
@@ -137,6 +140,10 @@ class Trained(Generic[M]):
         weights = named_tensors(self.module)
         return ({n: Lazy.of(x) for n, x in weights.items()}, {n: Lazy.of(x) for n, x in state.items()})
 
+    def whole_model(self) -> dict[str, Lazy]:
+        """Every weight by name, frozen ones too (tied ones once)."""
+        return {name: Lazy.of(x) for name, x in all_tensors(self.module).items()}
+
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:
         """Put back what `tensors` gave. Raises ValueError if a name or shape does not match."""
@@ -182,9 +189,13 @@ class DataParallel(Trained[M]):
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What training may change, by name: trained parameters (tied ones once) and persistent buffers. Frozen ones are
     those of the model that the run started from."""
+    return {n: x for n, x in all_tensors(module).items() if x.requires_grad or not isinstance(x, nn.Parameter)}
+
+
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and persistent buffers by name."""
     persistent = module.state_dict().keys()
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    return {**trained, **{n: b for n, b in module.named_buffers() if n in persistent}}
+    return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
 
 
 def check_names(targets: Mapping[str, torch.Size], names: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ same in one process and in many. All of them are collective: every rank calls, i
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -60,6 +61,12 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+
+
+def leave() -> None:
+    """Part from the other ranks at the end of the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def total(x: Tensor) -> Tensor:
@@ -116,6 +123,25 @@ def everyone(x: T) -> list[T]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, x)
     return found
+
+
+class OtherRankError(RuntimeError):
+    """Another rank could not go on; its words are the message."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What is raised inside on any rank is raised on all of them: the error itself, or its words as OtherRankError."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    words = [w for w in everyone(None if error is None else str(error)) if w is not None]
+    if error is not None:
+        raise error
+    if words:
+        raise OtherRankError(words[0])
 
 
 def barrier() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, ShardingConfig
 from ppomax.sharding import zero_config
-from ppomax.sharding.plain import Lazy, Trained, check_names, check_shape, named_tensors
+from ppomax.sharding.plain import Lazy, Trained, all_tensors, check_names, check_shape, named_tensors
 from ppomax.sharding.ranks import rank, world_size
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,7 +41,7 @@ class ZeroTrained(Trained[M]):
 
     def __init__(self, module: M, config: OptimConfig, total_steps: int, sharding: ShardingConfig, stage: int):
         self.module, self.config, self.total_steps, self.stage = module, config, total_steps, stage
-        self.steps, self.reduced = 0, False
+        self.steps, self.reduced, self.cut = 0, False, stage == 3
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError(
@@ -125,6 +125,9 @@ class ZeroTrained(Trained[M]):
             if p.dtype != torch.float32:
                 state[f"copy/{name}"] = Lazy(torch.float32, shape, _reader(p, None))
         return weights, state
+
+    def whole_model(self) -> dict[str, Lazy]:
+        return {name: _lazy_weight(x) for name, x in all_tensors(self.module).items()}
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:

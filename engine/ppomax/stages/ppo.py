@@ -18,14 +18,17 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ppomax.checkpoint import CheckpointError, export_policy, newest, prune
+from ppomax.checkpoint import CheckpointError, newest, prune
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import Text, check_same_vocabulary, load_prompts, load_texts
 from ppomax.engine import Engine
+from ppomax.export import export_policy
+from ppomax.launch import settled
 from ppomax.models import load_tokenizer
 from ppomax.modes import start_policy
 from ppomax.rewards import load_function
 from ppomax.rollout import decode
+from ppomax.sharding import agree, largest, rank, ranks, together
 from ppomax.stages.critic import pretrain_critic
 
 log = logging.getLogger(__name__)
@@ -89,6 +92,22 @@ class PlainMonitor:
             file.write(json.dumps(row) + "\n")
 
 
+class NoMonitor:
+    """For the ranks but the first: nothing is kept twice."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> Verdict | None:
+        return None
+
+    def scores(self, step: int, scores: list[float]) -> None:
+        pass
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass
 class Progress:
     """Where the loop is; travels in each checkpoint."""
@@ -129,21 +148,29 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
     Without a `monitor`, PlainMonitor. SIGTERM or Ctrl-C end the step under way, write a checkpoint and return."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    ranks.start(config.run.device, config.sharding.timeout)
+    config = settled(config)
     torch.manual_seed(config.run.seed)
-    out = run_folder(config)
+    with together():
+        out = run_folder(config) if rank() == 0 else None
+    out = agree(out)
+    assert out is not None
     run = Run(config, out)
     found = newest(out / "checkpoints") if config.run.resume else None
     if found:
         run.resume(found)
-    save_config(config, out / "config.yaml")
-    monitor = monitor or PlainMonitor(out, config.run.steps, run.progress.step)
+    if rank() == 0:
+        save_config(config, out / "config.yaml")
+        monitor = monitor or PlainMonitor(out, config.run.steps, run.progress.step)
+    else:
+        monitor = NoMonitor()
     try:
         with stop_requested() as stop:
             run.pretrain(monitor, stop)
             run.train(monitor, stop)
     finally:
         monitor.close()
-    if not stop.is_set():
+    if not run.stopped(stop):
         export_policy(run.engine, out / "policy")
     return out
 
@@ -208,7 +235,7 @@ class Run:
     def pretrain(self, monitor: Monitor, stop: threading.Event) -> None:
         """Critic pre-training until the critic is good enough or its buffers are used up."""
         limit, every = self.config.critic.pretrain_steps, self.config.run.checkpoint_every
-        while not self.progress.critic_ready and self.progress.pretrained < limit and not stop.is_set():
+        while not self.progress.critic_ready and self.progress.pretrained < limit and not self.stopped(stop):
             began = time.perf_counter()
             metrics, self.progress.critic_ready = pretrain_critic(self.engine, self.next_prompts())
             self.progress.pretrained += 1
@@ -221,13 +248,13 @@ class Run:
     def train(self, monitor: Monitor, stop: threading.Event) -> None:
         """PPO steps until the last one, a signal, or the monitor's verdict; ends on a checkpoint."""
         progress, run, every = self.progress, self.config.run, self.config.monitor.samples_every
-        if every and progress.step == 0 and not stop.is_set():
+        if every and progress.step == 0 and not self.stopped(stop):
             monitor.samples(0, self.sample_rows())
         verdict = None
-        while progress.step < run.steps and not stop.is_set() and verdict is None:
+        while progress.step < run.steps and verdict is None and not self.stopped(stop):
             metrics = self.engine.step(self.next_prompts())
             progress.step += 1
-            verdict = monitor.log(progress.step, metrics)
+            verdict = agree(monitor.log(progress.step, metrics))
             if self.engine.last_scores is not None:
                 monitor.scores(progress.step, self.engine.last_scores.tolist())
             if every and (progress.step % every == 0 or progress.step == run.steps):
@@ -242,6 +269,12 @@ class Run:
             log.warning(
                 "stopped by a signal after step %d; checkpoint written, go on with run.resume=true", progress.step
             )
+
+    def stopped(self, stop: threading.Event) -> bool:
+        """Whether a signal asked any rank to stop; then all of them do, at the same step."""
+        if largest(torch.tensor(float(stop.is_set()), device=self.engine.device)):
+            stop.set()
+        return stop.is_set()
 
     def save(self) -> Path:
         """A checkpoint of now, older ones pruned."""
