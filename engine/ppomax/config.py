@@ -593,16 +593,25 @@ def load_config(
     return build(TrainConfig, merged)
 
 
-def _read_source(source: str | Path | None) -> dict[str, Any]:
+def _read_source(source: str | Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A file's knobs, laid over those of the configuration that its key `base` names (a file or a shipped name)."""
     if source is None:
         return {}
-    named = CONFIG_DIR / f"{source}.yaml"
     if str(source) in config_names() and not Path(source).is_file():
-        return read_yaml(named)
-    if not Path(source).exists():
+        path = CONFIG_DIR / f"{source}.yaml"
+    elif Path(source).exists():
+        path = Path(source)
+    else:
         known = ", ".join(config_names()) or "none"
         raise ConfigError(f"config: no file {source} and no shipped configuration of that name (known: {known})")
-    return read_yaml(source)
+    layer = read_yaml(path)
+    base = layer.pop("base", None)
+    if base is None:
+        return layer
+    require(isinstance(base, str), f"base in {path}", "a file or the name of a shipped configuration", base)
+    if str(path) in above:
+        raise ConfigError(f"config: base goes round in a circle: {' -> '.join([*above, str(path)])}")
+    return merge(_read_source(base, (*above, str(path))), layer)
 
 
 def _read_preset(name: str) -> dict[str, Any]:

@@ -1,0 +1,327 @@
+"""The plan against what real runs hold, its bytes by formulas, its advice, and the full-scale configurations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from ppomax.cli import main
+from ppomax.config import ConfigError, config_names, load_config
+from ppomax.engine import Engine
+from ppomax.models import make_reward_model
+from ppomax.plan import checked, job_of, make_plan, plan_here, refuse_if_too_large, shape_of
+from ppomax.plan_job import GiB, Job, roles
+from ppomax.plan_knobs import advice_for
+from ppomax.plan_memory import device_bytes, optimiser, weights
+from ppomax.plan_time import DEVICES, seconds
+from ppomax.plan_trace import cache_bytes, counts, held, live_bytes
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
+
+WITHIN = 0.15
+"""Between planned and measured peaks."""
+SIZES = {
+    "4M": dict(vocab_size=4096, hidden_size=192, intermediate_size=448, num_hidden_layers=8, num_attention_heads=6,
+               num_key_value_heads=2, tie_word_embeddings=True),
+    "30M": dict(vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+                num_key_value_heads=8),
+    "100M": dict(vocab_size=16000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                 num_attention_heads=12, num_key_value_heads=12),
+}  # fmt: skip
+LLAMA_7B = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+LLAMA_13B = dict(
+    vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+)
+
+
+def shape(**knobs) -> str:
+    return LlamaConfig(**{"num_key_value_heads": knobs["num_attention_heads"], **knobs}).to_json_string(use_diff=False)
+
+
+def job(size: str = "4M", **knobs) -> Job:
+    hf = shape(**SIZES[size])
+    return Job(**{"policy": hf, "critic": hf, "reward": hf, **knobs})
+
+
+# ---- against what a run holds ---------------------------------------------------------------------------------------
+
+
+def measured(size: str, prompt: int, response: int, sequences: int, minibatch: int, micro: int, dtype: str):
+    """Peaks of a real second step, by counting live storages: `live_bytes` sees what torch allocates, and not the
+    scratch of C++ operators nor what the allocator keeps, so these are figures without noise. Also the plan's."""
+    knobs = {
+        "batch": {"rollout_size": sequences, "minibatch_size": minibatch, "micro_tokens": micro},
+        "rollout": {"max_new_tokens": response, "min_new_tokens": response},
+        "ptx": {"coef": 0.0},
+        "model": {"dtype": dtype},
+        "run": {"device": "cpu"},
+    }
+    config = load_config(knobs)
+    hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[size])
+    plan = device_bytes(
+        job(size, dtype=dtype, cpu=True, prompt_tokens=prompt, response_tokens=response, rollout_size=sequences,
+            minibatch_size=minibatch, micro_tokens=micro, slots=config.rollout.slots)
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 4000, (prompt,), generator=generator).tolist() for _ in range(sequences)]
+    with live_bytes() as live:
+        policy = LlamaForCausalLM(hf).to(getattr(torch, dtype))
+        reward = make_reward_model(policy)
+        engine = Engine(policy, None, None, reward, config)
+        del policy, reward
+        got = {"load": live.now}
+        for _ in range(2):  # AdamW's moments are there from the second step on
+            live.peak = live.now
+            roll = engine.rollout(prompts)
+            got["rollout"] = live.peak
+            live.peak = live.now
+            engine.update(engine.experience(roll))
+            got["update"] = live.peak
+            del roll
+    planned = {phase: sum(kinds.values()) - kinds["overhead"] for phase, kinds in plan.items()}
+    return got, {
+        "load": planned["load"],
+        "rollout": max(planned["rollout"], planned["scoring"]),
+        "update": max(planned["update"], planned["step"]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "prompt", "response", "sequences", "minibatch", "micro", "dtype"),
+    [
+        ("4M", 16, 8, 16, 8, 96, "float32"),  # weights and optimiser lead
+        ("4M", 48, 16, 24, 24, 4096, "float32"),  # activations lead, one micro-batch
+        ("4M", 16, 8, 8, 8, 64, "bfloat16"),
+        ("30M", 12, 4, 4, 2, 16, "float32"),
+        pytest.param("30M", 64, 32, 16, 8, 512, "float32", marks=pytest.mark.slow),
+        pytest.param("100M", 16, 16, 8, 4, 64, "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_planned_peaks_are_those_of_real_steps(size, prompt, response, sequences, minibatch, micro, dtype):
+    got, planned = measured(size, prompt, response, sequences, minibatch, micro, dtype)
+    for phase, there in got.items():
+        assert planned[phase] == pytest.approx(there, rel=WITHIN), f"{phase}: planned {planned[phase]}, there {there}"
+
+
+def test_what_a_phase_adds_is_planned_too():
+    """Weights and optimiser are easily right; so what comes on top of them is held against a run by itself."""
+    got, planned = measured("4M", 48, 16, 24, 24, 4096, "float32")
+    steady = 16 * counts(shape(**SIZES["4M"]), "causal_lm").params * 2  # four models of 4 B, moments of two of 8 B each
+    for phase in ("rollout", "update"):
+        assert planned[phase] - steady == pytest.approx(got[phase] - steady, rel=WITHIN), phase
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_activations_of_a_real_forward_and_backward(kind):
+    """Depths that are drawn out in a straight line: five blocks, from what two and three hold."""
+    hf = {
+        "llama": LlamaConfig(**{**SIZES["4M"], "num_hidden_layers": 5}),
+        "gpt2": GPT2Config(vocab_size=512, n_embd=64, n_layer=5, n_head=4, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
+        "opt": OPTConfig(vocab_size=512, hidden_size=64, ffn_dim=128, num_hidden_layers=5, num_attention_heads=4,
+                         word_embed_proj_dim=64, dropout=0.0),
+    }[kind]  # fmt: skip
+    trunk = AutoModelForCausalLM.from_config(hf).base_model
+    for p in trunk.parameters():
+        p.grad = torch.zeros_like(p)
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    with live_bytes() as live:
+        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+        saved = live.now
+        hidden.backward(torch.ones_like(hidden))
+    planned = held(hf.to_json_string(use_diff=False), "float32", 2, 64, 5, None)
+    assert planned.saved == pytest.approx(saved, rel=WITHIN)
+    assert planned.peak == pytest.approx(live.peak, rel=WITHIN)
+
+
+# ---- by formula -----------------------------------------------------------------------------------------------------
+
+
+def test_partitions_are_the_published_arithmetic():
+    """16 bytes a trained parameter and 2 a frozen one, over 8 ranks (weights, gradients, AdamW; all under ZeRO-3)."""
+    seven = shape(**LLAMA_7B)
+    big = Job(policy=seven, critic=seven, reward=seven, zero_stage=3, ranks=8)
+    n, m = counts(seven, "causal_lm").params, counts(seven, "scorer").params
+    assert n == 6_738_415_616
+    assert sum(weights(big).values()) == pytest.approx(2 * (2 * n + 2 * m) / 8, abs=8)
+    assert optimiser(big)["optimiser"] == pytest.approx(12 * (n + m) / 8, abs=8)
+    two = replace(big, zero_stage=2)
+    assert sum(weights(two).values()) == 8 * sum(weights(big).values())
+    assert optimiser(two) == optimiser(big)
+    assert optimiser(replace(big, offload_optimizer=True))["optimiser"] == 0
+    assert optimiser(replace(big, zero_stage=None, ranks=1))["optimiser"] == 12 * (n + m)
+    assert optimiser(replace(big, zero_stage=None, ranks=1, dtype="float32"))["optimiser"] == 8 * (n + m)
+
+
+def test_the_cache_is_the_arena():
+    seven = shape(**LLAMA_7B)
+    size = cache_bytes(seven, "bfloat16", 16, 1024)
+    assert size == 16 * 1024 * 2 * 32 * 4096 * 2
+    planned = device_bytes(Job(policy=seven, critic=None, reward=None, train="hydra", slots=16, rollout_size=16))
+    assert planned["rollout"]["KV cache"] == size
+
+
+def test_modes_train_and_hold_what_they_should():
+    full = {r.name: r for r in roles(job())}
+    lora = {r.name: r for r in roles(job(train="lora", lora_rank=4))}
+    hydra = {r.name: r for r in roles(job(train="hydra", trained_layers=2, critic=None))}
+    c = full["policy"].counts
+    assert lora["reference"].elements == 0
+    assert lora["policy"].trained == 4 * 8 * (6 * 192 + 2 * 64 + 3 * (192 + 448)) + 0 * c.params
+    assert hydra["policy"].trained == hydra["reference"].elements == 2 * c.block + 192
+    assert full["policy"].trained == full["reference"].elements == c.params
+    peaks = [max(sum(k.values()) for k in device_bytes(job(train=t, critic=c)).values())
+             for t, c in (("full", job().critic), ("hydra", None))]  # fmt: skip
+    assert peaks[1] < peaks[0]
+
+
+def test_time_falls_with_devices_and_faster_ones():
+    seven = shape(**LLAMA_7B)
+    one = Job(policy=seven, critic=seven, reward=seven, zero_stage=3, ranks=8)
+    a100, h100 = (sum(seconds(one, DEVICES[name]).values()) for name in ("a100-80g", "h100"))
+    sixteen = sum(seconds(replace(one, ranks=16, ranks_per_node=16), DEVICES["a100-80g"]).values())
+    assert h100 < a100
+    assert sixteen < a100
+    times = seconds(replace(one, offload_optimizer=True), DEVICES["a100-80g"])
+    assert times["step"] > seconds(one, DEVICES["a100-80g"])["step"]
+
+
+# ---- advice and refusal ---------------------------------------------------------------------------------------------
+
+
+def test_each_piece_of_advice_is_what_planning_with_it_gives():
+    thirteen = shape(**LLAMA_13B)
+    big = Job(policy=thirteen, critic=thirteen, reward=thirteen, zero_stage=3, ranks=8, micro_tokens=4096)
+    plan = make_plan(big)
+    assert not plan.fits
+    advice = {a.knob: a for a in plan.advice}
+    there = advice["--sharding.offload_optimizer true"]
+    turned = make_plan(replace(big, offload_optimizer=True), advise=False)
+    assert (there.saves, there.fits) == (plan.peak - turned.peak, turned.fits) == (plan.peak - turned.peak, True)
+    order = [(not a.fits, -a.saves) for a in plan.advice]
+    assert order == sorted(order)
+    assert all(a.saves > 0 for a in plan.advice)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_mend(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppomax.plan.free_host_memory", lambda: GiB)
+    config = load_config(overrides={"run.device": "cpu", "batch.micro_tokens": 60_000})
+    with pytest.raises(ConfigError, match=r"needs .* GiB \(update\) and there are 1.0 GiB; --\S+ .* saves"):
+        checked(config)
+    assert "plan: " in checked(replace(config, run=replace(config.run, ignore_plan=True)))
+
+
+def test_train_refuses_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ppomax.plan.free_host_memory", lambda: GiB // 2)
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), "--run.device", "cpu"]) == 2
+    assert "--run.ignore_plan true starts the run" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_too_little_host_memory_is_named():
+    thirteen = shape(**LLAMA_13B)
+    big = Job(policy=thirteen, critic=thirteen, reward=thirteen, zero_stage=3, ranks=8, offload_optimizer=True)
+    plan = make_plan(replace(big, host_memory=64 * GiB), advise=False)
+    assert plan.peak <= plan.job.memory
+    with pytest.raises(ConfigError, match="host memory of a node"):
+        refuse_if_too_large(plan)
+
+
+def test_the_default_run_fits_and_is_planned_on_this_machine():
+    plan = plan_here(load_config(overrides={"run.device": "cpu"}))
+    assert plan.fits
+    assert plan.job.cpu
+    assert not plan.host
+
+
+def test_unknown_models_and_flags_are_named(capsys, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        shape_of(str(tmp_path))
+    for argv, words in (
+        (["--gpus", "0"], "--gpus must be above 0"),
+        (["--device", "a100"], "did you mean a100-80g?"),
+        (["--bandwidth", "-3"], "--bandwidth must be above 0"),
+        (["--gpus", "many"], "invalid int value"),
+    ):
+        assert main(["plan", *argv]) == 2
+        assert words in capsys.readouterr().err
+
+
+# ---- the full-scale configurations ----------------------------------------------------------------------------------
+
+
+def test_there_are_configs_of_three_models_in_three_modes():
+    modes = ("", "-lora", "-hydra")
+    assert config_names() == sorted(f"{m}{mode}" for m in ("llama-7b", "llama-13b", "qwen-7b") for mode in modes)
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_a_full_scale_config_fits_its_node(name):
+    config = load_config(name)
+    assert (config.batch.rollout_size, config.batch.minibatch_size) == (128, 32)
+    assert (config.kl.coef, config.advantage.lam, config.reward.clip) == (0.05, 0.9, 0.8)
+    assert config.model.dtype == "bfloat16"
+    assert config.model.train == (name.split("-")[2] if name.count("-") == 2 else "full")
+    if config.model.train == "full":
+        assert (config.policy_optim.lr, config.critic_optim.lr) == (5e-7, 1.65e-6)
+    planned, notes = job_of(config, ranks=8, memory=80 * GiB, host_memory=1024 * GiB)
+    plan = make_plan(planned, advise=False)
+    assert plan.fits, (plan.peak / GiB, plan.host)
+    assert notes == ("model.reward_model is not set: planned as large as the policy",)
+    params = counts(planned.policy, "causal_lm").params
+    assert params == pytest.approx(
+        {"llama-7b": 6.74e9, "llama-13b": 13.0e9, "qwen-7b": 7.62e9}[name[: name.find("b") + 1]], rel=2e-3
+    )
+    assert plan.phases["rollout"]["KV cache"] > GiB / 4
+
+
+@pytest.mark.parametrize("knobs", [LLAMA_7B, LLAMA_13B])
+def test_models_of_that_size_are_built_without_memory(knobs):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**knobs), dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == counts(shape(**knobs), "causal_lm").params
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_plan_command_prints_tables_and_plain_data(capsys):
+    assert main(["plan", "--config", "llama-7b", "--gpus", "8", "--memory", "80"]) == 0
+    out = capsys.readouterr().out
+    assert "fits: " in out
+    assert "optimiser" in out
+    assert main(["plan", "--config", "llama-7b", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["fits"] is True
+    assert data["peak_bytes"] == sum(data["bytes"][data["peak_phase"]].values())
+    with pytest.raises(SystemExit) as told:
+        main(["plan", "--config", "llama-7b", "--gpus", "8", "--memory", "40"])
+    assert told.value.code == 3
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_a_config_may_stand_on_another(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: llama-7b\nrun: {steps: 7}\n")
+    config = load_config(tmp_path / "a.yaml")
+    assert (config.run.steps, config.sharding.zero_stage, config.preset) == (7, 3, "paper")
+    (tmp_path / "b.yaml").write_text(f"base: {tmp_path / 'b.yaml'}\n")
+    with pytest.raises(ConfigError, match="in a circle"):
+        load_config(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("base: [1]\n")
+    with pytest.raises(ConfigError, match="base in"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_comparison_shows_both_figures(capsys):
+    from ppomax.plan_compare import published
+
+    rows = published()
+    assert {row.engine.split(",")[0] for row in rows} == {"DeepSpeed-Chat", "OpenRLHF"}
+    assert main(["plan", "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert "4.10 h" in out
+    assert "Differs" in out
+    ours, plan = rows[0].ours()
+    assert ours > 0
+    assert plan.fits
