@@ -1,11 +1,12 @@
 """What the policy trains (`model.train`): the time of a scored rollout and of an update, and what each mode holds.
 
-    python -m bench.modes [--threads 2] [--rounds 5] [--prompts 64] [--tokens 48] [--layers 2]
+    python -m bench.modes [--threads 2] [--rounds 5] [--prompts 64] [--tokens 48] [--layers 2] [--cpu-time]
 
 The shipped policy, reward model and prompts. All modes sample the same tokens from the same prompts (checked), in
-turns, in one process; a rollout is decoding and the logprobs of policy and reference, and values. Prints medians, their
-ratio to full mode, and bytes: reference (what it holds beside the policy), gradients with AdamW's moments, and the
-values' model. `hydra` has the same critic as full mode, `hydra+branch` a value branch on the trunk."""
+turns, in one process; a rollout is decoding and the logprobs of policy and reference, and values. Prints medians, the
+median ratio to full mode in the same turn, and bytes: reference (what it holds beside the policy), gradients with
+AdamW's moments, and the values' model. `hydra` has the same critic as full mode, `hydra+branch` a value branch on the
+trunk. --cpu-time counts the process's processor time: for a machine that others use too."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from ppomax.assets import default_assets
@@ -59,10 +62,10 @@ def held(engine: Engine) -> dict[str, int]:
     }
 
 
-def timed(run: object, *args: object) -> tuple[float, object]:
-    began = time.perf_counter()
-    out = run(*args)  # type: ignore[operator]
-    return time.perf_counter() - began, out
+def timed(clock: Callable[[], float], run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    began = clock()
+    out = run(*args)
+    return clock() - began, out
 
 
 def main() -> None:
@@ -74,7 +77,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     engines = {mode: make(mode, args.prompts, args.tokens, args.layers) for mode in MODES}
     prompts = read_prompts(engines["full"], args.prompts)
@@ -83,21 +88,23 @@ def main() -> None:
     for turn in range(args.rounds + 1):  # the first warms up
         drawn: dict[str, Experience] = {}
         for mode, engine in engines.items():
-            seconds, roll = timed(engine.rollout, prompts)
+            seconds, roll = timed(clock, engine.rollout, prompts)
             rollouts[mode].append(seconds)
-            drawn[mode] = engine.experience(roll)  # type: ignore[arg-type]
+            drawn[mode] = engine.experience(roll)
         for mode, engine in engines.items():
-            updates[mode].append(timed(engine.update, drawn[mode])[0])
+            updates[mode].append(timed(clock, engine.update, drawn[mode])[0])
         if turn == 0:
             report_agreement(drawn)
-    full = {name: statistics.median(x["full"][1:]) for name, x in (("rollout", rollouts), ("update", updates))}
     for mode, engine in engines.items():
-        rollout, update = (statistics.median(x[mode][1:]) for x in (rollouts, updates))
         sizes = "   ".join(f"{name} {size / 2**20:6.2f} MiB" for name, size in held(engine).items())
-        print(
-            f"{mode:13} rollout {rollout * 1e3:8.1f} ms ({rollout / full['rollout']:.2f})   "
-            f"update {update * 1e3:8.1f} ms ({update / full['update']:.2f})   {sizes}"
-        )
+        rollout, update = (summary(x[mode][1:], x["full"][1:]) for x in (rollouts, updates))
+        print(f"{mode:13} rollout {rollout}   update {update}   {sizes}")
+
+
+def summary(times: list[float], full: list[float]) -> str:
+    """Median, and the median of the ratios to full mode in the same turn, which a busy machine disturbs least."""
+    ratio = statistics.median(a / b for a, b in zip(times, full, strict=True))
+    return f"{statistics.median(times) * 1e3:8.1f} ms ({ratio:.2f})"
 
 
 def report_agreement(drawn: dict[str, Experience]) -> None:
