@@ -1,23 +1,34 @@
-"""What each rank of a sharded test runs; a test module starts it once by torchrun and reads the verdicts.
+"""What each rank of a sharded test runs; test_sharded.py starts it once for many cases and reads the verdicts.
 
-    torchrun --nproc_per_node 2 -m tests.engine.rank_driver equal OUT.json     every case of `equal`, one after another
-In one process (no torchrun) the same cases give what the ranks are held against."""
+torchrun --nproc_per_node 2 -m tests.engine.rank_driver two FOLDER     every case of two ranks, one after another
+python -m tests.engine.rank_driver one FOLDER                          ZeRO with a single rank
+torchrun --max-restarts 1 ... -m tests.engine.rank_driver job FOLDER NAME MOMENT    `ppomax train`, killed once
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from ppomax.config import TrainConfig
+from ppomax import cli
+from ppomax.checkpoint import CheckpointError
+from ppomax.config import TrainConfig, load_config
 from ppomax.data import Text
 from ppomax.engine import Engine
-from ppomax.sharding import rank, ranks, world_size
+from ppomax.export import export_policy
+from ppomax.launch import settled
+from ppomax.sharding import everyone, rank, ranks, world_size
+from ppomax.stages.ppo import train_ppo
+from transformers import AutoModelForCausalLM
 
-from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy
+from tests.engine.tiny import SMALL, prompts, small_config, tiny_engine, tiny_policy
 
 PARTITION_ALL = {
     "zero_optimization": {
@@ -27,62 +38,221 @@ PARTITION_ALL = {
     }
 }
 """DeepSpeed keeps small parameters whole, and all of a tiny model's are small: cut them too."""
-
 COUNTS = (8, 7, 8, 5, 8)
-"""Prompts in each of five steps: odd ones too."""
+"""Prompts in each of five steps; odd ones too."""
+
+# ---- engines --------------------------------------------------------------------------------------------------------
 
 
-def config_of(stage: int | None, **knobs: object) -> TrainConfig:
-    named = {"batch__minibatch_size": 4, "batch__epochs": 2, "advantage__whiten": True, "ptx__coef": 0.1}
-    named |= {"ptx__batch_size": 3, "kl__controller": "adaptive", "batch__micro_tokens": 40}
+def config_of(folder: Path, stage: int | None, **knobs: object) -> TrainConfig:
+    """All that can depend on ranks: two epochs, whitening, ptx, the adaptive KL controller, tight micro-batches."""
+    named: dict[str, object] = {"batch__epochs": 2, "batch__micro_tokens": 40, "advantage__whiten": True}
+    named |= {"ptx__coef": 0.1, "ptx__batch_size": 3, "kl__controller": "adaptive"}
     if stage in (1, 2, 3):
-        named["sharding__deepspeed"] = extra_file()
+        extra = folder / "deepspeed.json"
+        extra.write_text(json.dumps(PARTITION_ALL), encoding="utf-8")
+        named["sharding__deepspeed"] = str(extra)
     return small_config(sharding__zero_stage=stage, **{**named, **knobs})
-
-
-def extra_file() -> str:
-    path = Path(os.environ["TMPDIR"]) / f"extra-{os.getpid()}.json"
-    path.write_text(json.dumps(PARTITION_ALL), encoding="utf-8")
-    return str(path)
 
 
 def texts(count: int) -> list[Text]:
     return [Text(p, 1) for p in prompts(count, seed=9)]
 
 
-def five_steps(config: TrainConfig, **parts: Any) -> tuple[Engine, list[dict[str, float]]]:
-    engine = tiny_engine(config, texts=texts if config.ptx.coef else None, **parts)
-    return engine, [engine.step(prompts(count, seed=i)) for i, count in enumerate(COUNTS)]
+def engine_of(config: TrainConfig, **parts: Any) -> Engine:
+    return tiny_engine(config, texts=texts, **parts)
 
 
-def weights_of(engine: Engine) -> dict[str, list[float]]:
-    """Every weight of policy and critic, flat."""
+def steps(engine: Engine, counts: tuple[int, ...] = COUNTS) -> list[dict[str, float]]:
+    """Metrics of steps whose prompts are a function of the engine's state alone; times left out."""
+    rows = [engine.step(prompts(count, seed=engine.buffers)) for count in counts]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def state_of(engine: Engine) -> dict[str, list[float]]:
+    """Every trained weight and all optimiser state of policy and critic."""
     out = {}
     for role in ("policy", "critic"):
-        weights, _ = getattr(engine, role).lazy()
-        out.update({f"{role}.{name}": x.get().flatten().tolist() for name, x in weights.items()})
+        for part in getattr(engine, role).lazy():
+            out.update({f"{role}.{name}": x.get().flatten().tolist() for name, x in part.items()})
     return out
 
 
-def equal() -> dict[str, Any]:
-    """Five steps under each ZeRO stage; in one process also under plain torch."""
-    stages = [0, 1, 2, 3] if world_size() > 1 else [None, 1, 2, 3]
-    out = {}
-    for stage in stages:
-        engine, rows = five_steps(config_of(stage))
-        out[str(stage)] = {"metrics": rows, "weights": weights_of(engine)}
-    engine, rows = five_steps(config_of(3 if world_size() > 1 else None), policy=tiny_policy(tied=True))
-    out["tied"] = {"metrics": rows, "weights": weights_of(engine)}
+VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
+    "tied": ({}, {"policy": lambda: tiny_policy(tied=True)}),
+    "hydra": ({"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy"}, {}),
+    "lora": ({"model__train": "lora"}, {}),
+    "bfloat16": ({"model__dtype": "bfloat16"}, {}),
+}
+
+
+def variant(folder: Path, name: str, stage: int | None) -> dict[str, Any]:
+    knobs, parts = VARIANTS[name]
+    engine = engine_of(config_of(folder, stage, **knobs), **{role: make() for role, make in parts.items()})
+    return {"metrics": steps(engine, (8, 7)), "state": state_of(engine)}
+
+
+# ---- cases of two ranks ---------------------------------------------------------------------------------------------
+
+
+def two(folder: Path) -> dict[str, Any]:
+    out: dict[str, Any] = {"world": world_size()}
+    for stage in (0, 1, 2, 3):
+        engine = engine_of(config_of(folder, stage))
+        out[f"zero {stage}"] = {"metrics": steps(engine), "state": state_of(engine)}
+        out[f"resumed {stage}"] = resumed(engine, folder / f"zero-{stage}")
+    out["from one process"] = from_one_process(engine, folder)
+    out["export"] = exported(engine, folder / "export")
+    out["one prompt"] = steps(engine, (1, 3))
+    out["nan"] = nan_on_one_rank(engine)
+    out |= {name: variant(folder, name, 3) for name in ("tied", "hydra")}
+    out["refused"] = refused(folder)
+    out["alone"] = job_alone(folder)
     return out
 
 
-def main(case: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    ranks.start("cpu")
-    verdicts = globals()[case]()
+def resumed(engine: Engine, path: Path) -> dict[str, Any]:
+    """Save, two steps, restore, the same two steps: the same to the bit?"""
+    engine.save(path)
+    first, state = steps(engine, (8, 7)), state_of(engine)
+    engine.restore(path)
+    return {"next": first, "equal": (first, state) == (steps(engine, (8, 7)), state_of(engine))}
+
+
+def from_one_process(engine: Engine, folder: Path) -> list[dict[str, float]]:
+    """The steps after a checkpoint that one process of plain torch wrote."""
+    engine.restore(folder / "plain")
+    return steps(engine, (8, 7))
+
+
+def exported(engine: Engine, path: Path) -> dict[str, Any]:
+    """A cut policy written in shards of 8 KB; is it the model that the engine holds?"""
+    export_policy(engine, path, shard_bytes=8192)
+    held = {name: x.get() for name, x in engine.policy.whole_model().items()}
+    if rank():
+        return {}
+    model = AutoModelForCausalLM.from_pretrained(path)
+    equal = all(torch.equal(p, held[name]) for name, p in model.named_parameters())
+    return {"equal": equal, "files": len(list(path.glob("*.safetensors")))}
+
+
+def nan_on_one_rank(engine: Engine) -> dict[str, Any]:
+    """An advantage that is NaN in one sequence, which one rank alone works on: every rank skips that step."""
+    experience = engine.experience(engine.rollout(prompts(8, seed=3)))
+    bad = experience.advantages.clone()
+    bad[0] = float("nan")
+    before = engine.health.skipped
+    metrics = engine.update(dataclasses.replace(experience, advantages=bad))
+    after = steps(engine, (8,))[0]["loss/policy_avg"]
+    return {"skipped": everyone(engine.health.skipped - before), "in metrics": metrics["val/skipped"], "after": after}
+
+
+def refused(folder: Path) -> dict[str, list[str]]:
+    """What each rank says to input that cannot be right."""
+    contradicting = folder / "contradicting.json"
+    contradicting.write_text(json.dumps({"zero_optimization": {"stage": 1}}), encoding="utf-8")
+    other = {"policy_optim__lr": 2e-3 if rank() else 1e-3}
+    attempts: dict[str, Callable[[], object]] = {
+        "batch": lambda: settled(small_config(batch__rollout_size=8, batch__minibatch_size=3)),
+        "mismatch": lambda: settled(small_config(**other)),
+        "file": lambda: settled(small_config(sharding__zero_stage=3, sharding__deepspeed=str(contradicting))),
+        "missing shard": lambda: without(folder / "zero-0", "policy_optim.safetensors"),
+        "disk": lambda: onto_a_full_disk(folder),
+    }
+    return {name: everyone(words_of(attempt)) for name, attempt in attempts.items()}
+
+
+def words_of(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def without(path: Path, file: str) -> None:
+    ranks.barrier()
     if rank() == 0:
-        out.write_text(json.dumps(verdicts), encoding="utf-8")
+        (path / file).unlink()
+    engine_of(config_of(path.parent, 0)).restore(path)
+
+
+def onto_a_full_disk(folder: Path) -> None:
+    from ppomax import checkpoint
+
+    plain = checkpoint.shutil.disk_usage
+    checkpoint.shutil.disk_usage = lambda path: plain(path)._replace(free=1000)  # type: ignore[assignment]
+    try:
+        engine_of(config_of(folder, 0)).save(folder / "no-room")
+    finally:
+        checkpoint.shutil.disk_usage = plain
+    raise CheckpointError("the save went through")
+
+
+# ---- one rank -------------------------------------------------------------------------------------------------------
+
+
+def one(folder: Path) -> dict[str, Any]:
+    out = {}
+    for stage in (1, 2, 3):
+        engine = engine_of(config_of(folder, stage))
+        out[f"zero {stage}"] = {"metrics": steps(engine), "state": state_of(engine)}
+    return out
+
+
+# ---- a whole job ----------------------------------------------------------------------------------------------------
+
+MOMENTS: dict[str, tuple[str, str, int]] = {
+    "update": ("ppomax.update", "train_minibatch", 5),
+    "rollout": ("ppomax.rollout.loop", "decode", 4),
+    "save": ("ppomax.checkpoint", "write_tensors", 11),
+    "load": ("ppomax.stages.ppo", "Run", 1),
+}
+"""Module, function, and which call of it."""
+
+
+def job_knobs(folder: Path) -> dict[str, object]:
+    """The knobs of a run of four steps under ZeRO-2."""
+    names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+    more = {"ptx.coef": 0.1, "ptx.pool": 16, "run.device": "cpu", "run.keep_checkpoints": 9, "sharding.zero_stage": 2}
+    return {**SMALL, **names, **more}
+
+
+def job_alone(folder: Path) -> str:
+    return str(train_ppo(load_config(overrides={**job_knobs(folder), "run.out": str(folder / "alone")})))
+
+
+def job(folder: Path, name: str, moment: str, number: int = signal.SIGKILL, victim: int = 1) -> int:
+    """`ppomax train` in `folder`/`name`; one rank sends itself a signal at `moment` of the job's first start."""
+    from importlib import import_module
+
+    if moment in MOMENTS and not ranks.restarts() and int(os.environ["RANK"]) == victim:
+        module, function, nth = MOMENTS[moment]
+        owner, count = import_module(module), [0]
+        plain = getattr(owner, function)
+
+        def wrapped(*args: object, **named: object) -> object:
+            count[0] += 1
+            if count[0] == nth:
+                os.kill(os.getpid(), number)
+            return plain(*args, **named)
+
+        setattr(owner, function, wrapped)
+    words = [f"--{knob}={value}" for knob, value in job_knobs(folder).items() if value is not None]
+    return cli.main(["train", *words, "--out", str(folder / name), *sys.argv[5:]])
+
+
+def main(case: str, folder: Path, *rest: str) -> int:
+    torch.set_num_threads(1)
+    if case == "job":
+        number = signal.SIGTERM if rest[1].startswith("term-") else signal.SIGKILL
+        return job(folder, rest[0], rest[1].removeprefix("term-"), number, victim=0 if rest[1] == "save" else 1)
+    ranks.start("cpu")
+    verdicts = globals()[case](folder)
+    if rank() == 0:
+        (folder / f"{case}.json").write_text(json.dumps(verdicts), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]))

@@ -182,7 +182,7 @@ class ZeroTrained(Trained[M]):
                 self.zero._lazy_init_hp_params_optimizer_state()
 
     def _write_state(self, p: Tensor, x: Tensor, kind: str | None) -> None:
-        from deepspeed.utils import tensor_fragment as api
+        import deepspeed.utils as api
 
         if self.stage == 3:
             self.zero.set_local_hp_param(_part(p, x), p, kind)
@@ -284,7 +284,7 @@ def _lazy_weight(x: Tensor) -> Lazy:
 
 def _reader(p: Tensor, kind: str | None) -> Callable[[], Tensor]:
     def get() -> Tensor:
-        from deepspeed.utils import tensor_fragment as api
+        import deepspeed.utils as api
 
         found = api.safe_get_full_fp32_param(p) if kind is None else api.safe_get_full_optimizer_state(p, kind)
         return found.detach()  # type: ignore[no-any-return]

@@ -1,0 +1,285 @@
+"""One process of plain torch and any ZeRO stage on one or two ranks are the same run; a rank that dies ends the job,
+which then goes on to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ppomax.config import ConfigError, ShardingConfig
+from ppomax.sharding import zero_config
+
+from tests.engine import rank_driver as driver
+from tests.engine.tiny import tiny_assets
+
+pytest.importorskip("deepspeed")
+
+ROOT = Path(__file__).parents[2]
+CLOSE = 1e-5
+"""Of losses, KL, norms (relative above 1) and weights after five float32 steps: the order of sums differs."""
+BETWEEN = 1e-4
+"""Of losses after going on with another number of ranks."""
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def start(*words: str, ranks: int = 0, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """The driver under torchrun, or alone with 0 ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, *torchrun, "-m", "tests.engine.rank_driver", *words],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], limit: float = 400) -> str:
+    """What it printed, once it has ended well."""
+    try:
+        said = process.communicate(timeout=limit)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said[-6000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sharded")
+    (root / "names.json").write_text(json.dumps(tiny_assets(root)), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def plain(folder) -> dict[str, Any]:
+    """One process of plain torch."""
+    engine = driver.engine_of(driver.config_of(folder, None))
+    out: dict[str, Any] = {"metrics": driver.steps(engine), "state": driver.state_of(engine)}
+    engine.save(folder / "plain")
+    out["next"] = driver.steps(engine, (8, 7))
+    return out
+
+
+@pytest.fixture(scope="module")
+def verdicts(folder, plain) -> dict[str, Any]:
+    """Of two ranks, and of one rank under ZeRO; both at once."""
+    two, one = start("two", str(folder), ranks=2), start("one", str(folder))
+    ended(two)
+    ended(one)
+    found = {case: json.loads((folder / f"{case}.json").read_text(encoding="utf-8")) for case in ("one", "two")}
+    return {"ranks 1": found["one"], **found["two"]}
+
+
+def assert_same_run(got: dict[str, Any], want: dict[str, Any], tolerance: float = CLOSE) -> None:
+    for step, (a, b) in enumerate(zip(got["metrics"], want["metrics"], strict=True)):
+        assert a.keys() == b.keys()
+        far = {k: (a[k], b[k]) for k in a if abs(a[k] - b[k]) > tolerance * max(1.0, abs(b[k]))}
+        assert not far, f"step {step + 1}: {far}"
+    assert got["state"].keys() == want["state"].keys()
+    far_off = {
+        name: worst
+        for name, x in want["state"].items()
+        if (worst := max(abs(p - q) for p, q in zip(x, got["state"][name], strict=True))) > tolerance
+    }
+    assert not far_off
+
+
+def losses(rows: list[dict[str, float]]) -> list[float]:
+    return [row[key] for row in rows for key in ("loss/policy_avg", "loss/value_avg", "objective/kl_per_token")]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_with_one_rank_is_plain_torch(verdicts, plain, stage: int) -> None:
+    assert_same_run(verdicts["ranks 1"][f"zero {stage}"], plain)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_are_one_process(verdicts, plain, stage: int) -> None:
+    """Odd counts, uneven lengths, ptx, two epochs, whitening, adaptive KL: nothing tells how many ranks there were."""
+    assert verdicts["world"] == 2
+    assert [row["episode"] for row in verdicts[f"zero {stage}"]["metrics"]] == [8, 15, 23, 28, 36]
+    assert_same_run(verdicts[f"zero {stage}"], plain)
+
+
+@pytest.mark.parametrize("name", ["tied", "hydra"])
+def test_two_ranks_are_one_process_in_every_mode(verdicts, folder, name: str) -> None:
+    assert_same_run(verdicts[name], driver.variant(folder, name, None))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sharded_checkpoint_resumes_to_the_bit(verdicts, stage: int) -> None:
+    assert verdicts[f"resumed {stage}"]["equal"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_to_one(verdicts, folder, stage: int) -> None:
+    engine = driver.engine_of(driver.config_of(folder, None))
+    engine.restore(folder / f"zero-{stage}")
+    got = driver.steps(engine, (8, 7))
+    assert losses(got) == pytest.approx(losses(verdicts[f"resumed {stage}"]["next"]), abs=BETWEEN)
+
+
+def test_one_rank_to_two(verdicts, plain) -> None:
+    assert losses(verdicts["from one process"]) == pytest.approx(losses(plain["next"]), abs=BETWEEN)
+
+
+def test_cut_policy_is_exported_in_shards(verdicts) -> None:
+    assert verdicts["export"]["equal"]
+    assert verdicts["export"]["files"] > 3
+
+
+def test_fewer_prompts_than_ranks(verdicts) -> None:
+    assert all(row["rollout/length"] >= 1 for row in verdicts["one prompt"])
+    assert verdicts["one prompt"][0]["val/num_eos_tokens"] <= 1
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(verdicts) -> None:
+    skipped = verdicts["nan"]["skipped"]
+    assert skipped[0] == skipped[1] == verdicts["nan"]["in metrics"] > 0
+    assert abs(verdicts["nan"]["after"]) < 10
+
+
+@pytest.mark.parametrize(
+    ("attempt", "wanted"),
+    [
+        ("batch", "batch.minibatch_size=3 cannot be shared evenly by 2 ranks"),
+        ("mismatch", "rank 1 was started otherwise than rank 0: policy_optim.lr is 0.002 there and 0.001"),
+        ("file", "sets zero_optimization.stage=1, which contradicts ours"),
+        ("missing shard", "policy_optim.safetensors is missing or cut short"),
+        ("disk", "MB needed, 0 MB free"),
+    ],
+)
+def test_bad_input_is_named_on_every_rank(verdicts, attempt: str, wanted: str) -> None:
+    said = verdicts["refused"][attempt]
+    assert len(said) == 2
+    assert all(wanted in words for words in said), said
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def weights_of(run: Path) -> list[bytes]:
+    last = run / "checkpoints" / "step-000004"
+    return [(last / f"{part}.safetensors").read_bytes() for part in ("policy", "policy_optim", "critic_optim")]
+
+
+def steps_of(run: Path) -> list[int]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["step"] for row in rows if row["step"]]
+
+
+def test_killed_rank_is_named_and_torchrun_goes_on_to_the_bit(verdicts, folder) -> None:
+    said = ended(start("job", str(folder), "restarted", "update", ranks=2, options=("--max-restarts=1",)))
+    assert "rank 1" in said
+    assert weights_of(folder / "restarted") == weights_of(folder / "alone")
+    assert steps_of(folder / "restarted") == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["rollout", "update", "save"])
+def test_killed_job_ends_soon_and_resumes_to_the_bit(verdicts, folder, moment: str) -> None:
+    """Without a launcher that looks after its workers: two processes with the variables set, as under srun."""
+    name = f"killed-{moment}"
+    victim = 0 if moment == "save" else 1
+    both = bare_ranks(folder, name, moment)
+    both[victim].wait(timeout=200)
+    died = time.monotonic()
+    said = both[1 - victim].communicate(timeout=100)[0]
+    assert time.monotonic() - died <= 60
+    assert both[1 - victim].returncode != 0
+    assert f"rank {victim}" in said
+    ended(start("job", str(folder), name, "never", "--resume", ranks=2))
+    assert weights_of(folder / name) == weights_of(folder / "alone")
+    assert steps_of(folder / name) == [1, 2, 3, 4]
+
+
+def bare_ranks(folder: Path, name: str, moment: str) -> list[subprocess.Popen[str]]:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(23000 + os.getpid() % 5000), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.rank_driver", "job", str(folder), name, moment],
+            cwd=ROOT,
+            env={**environment(), **address, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in (0, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_rank_checkpoints_all(verdicts, folder) -> None:
+    ended(start("job", str(folder), "termed", "term-update", ranks=2))
+    assert not (folder / "termed" / "policy").exists()
+    ended(start("job", str(folder), "termed", "never", "--resume", ranks=2))
+    assert weights_of(folder / "termed") == weights_of(folder / "alone")
+
+
+@pytest.mark.slow
+def test_error_on_one_rank_is_printed_once(folder) -> None:
+    job = start("job", str(folder), "bad", "never", "--batch.minibatch_size=3", ranks=2)
+    said = job.communicate(timeout=200)[0]
+    assert job.returncode != 0
+    assert said.count("ppomax: error:") == 1
+    assert "cannot be shared evenly" in said
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("knobs", "wanted"),
+    [
+        ({"zero_stage": 4}, "sharding.zero_stage"),
+        ({"offload_optimizer": True}, "when sharding.offload_optimizer is on"),
+        ({"zero_stage": 2, "offload_param": True}, "3 when sharding.offload_param is on"),
+        ({"zero_stage": 1, "hpz": 4}, "3 when sharding.hpz is on"),
+        ({"deepspeed": "x.json"}, "when sharding.deepspeed names a file"),
+        ({"silence": 3}, "sharding.silence"),
+    ],
+)
+def test_impossible_sharding_is_refused(knobs: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        ShardingConfig(**knobs)
+
+
+@pytest.mark.parametrize(
+    ("content", "knob"),
+    [
+        ("optimizer: {type: Adam}", "policy_optim and critic_optim"),
+        ("fp16: {enabled: true}", "model.dtype"),
+        ("gradient_clipping: 0.5", "grad_clip"),
+        ("zero_optimization: {stage: 2}", "sharding.zero_stage"),
+    ],
+)
+def test_deepspeed_file_may_not_contradict(tmp_path, content: str, knob: str) -> None:
+    (tmp_path / "extra.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"contradicts ours.*{knob}"):
+        zero_config.extra(ShardingConfig(zero_stage=3, deepspeed=str(tmp_path / "extra.yaml")))
+
+
+def test_deepspeed_file_is_laid_over_ours(tmp_path) -> None:
+    import torch
+
+    (tmp_path / "extra.yaml").write_text("zero_optimization: {stage: 3, sub_group_size: 7}\nx: 1", encoding="utf-8")
+    config = ShardingConfig(zero_stage=3, hpz=8, offload_param=True, deepspeed=str(tmp_path / "extra.yaml"))
+    made = zero_config.trained(config, 3, torch.bfloat16, 0.5)
+    zero = made["zero_optimization"]
+    assert (zero["stage"], zero["sub_group_size"], zero["zero_hpz_partition_size"]) == (3, 7, 8)
+    assert zero["offload_param"]["device"] == "cpu"
+    assert made["x"] == 1
+    assert made["gradient_clipping"] == 0.5
+    assert made["bf16"] == {"enabled": True}
