@@ -1,0 +1,284 @@
+"""Safetensors shards straight into the ranks' partitions, or onto the device, one tensor at a time.
+
+    model = load_partitioned(path, torch.bfloat16, settings=zero_config.trained(...))   ZeRO-3: each rank its part
+    model = load_whole(path, torch.bfloat16, device="cuda:0")                           one process, or ZeRO 0-2
+The module is made without its weights; then each parameter in turn gets room, is cut by DeepSpeed, and this rank reads
+the rows that hold its part and no others. So a rank's host holds at no time more than its part, the largest single
+tensor, and the pages that this was read from. Tied parameters are read once. Names must match:
+a missing tensor is an error, one too many is logged, a change of type is logged, a shard that is not there is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["causal_lm", "sequence_classification"]
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class LoadingError(ValueError):
+    """A checkpoint whose files or names do not make the model that its config describes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor lies."""
+
+    file: Path
+    name: str
+
+
+def load_partitioned(
+    path: str | Path, dtype: torch.dtype, kind: Kind = "causal_lm", *, settings: dict[str, Any], new_head: bool = False
+) -> PreTrainedModel:
+    """A HF model cut over the ranks as ZeRO-3 cuts it, ready for deepspeed.initialize.
+
+    settings: the DeepSpeed configuration that it will be initialised with (offload, hpZ). new_head: let a scorer's
+    `score` be missing; its values are then those of its initialisation on rank 0. Every rank must call this. Raises
+    LoadingError for files and names that do not fit; a rank that fails alone leaves the others waiting, so all files
+    are looked at before the first exchange."""
+    model, places = _prepare(path, dtype, kind, new_head)
+    first: nn.Parameter | None = None
+    for name, source, file in _opened(places):
+        p = _materialise(model, name, dtype, _compute_device())
+        if source is None:
+            _start_head(p)
+        first = _cut(p, first, settings)
+        if source is not None:
+            _fill(p, file, source.name)
+    return model
+
+
+def load_whole(
+    path: str | Path,
+    dtype: torch.dtype,
+    kind: Kind = "causal_lm",
+    *,
+    device: torch.device | str = "cpu",
+    new_head: bool = False,
+) -> PreTrainedModel:
+    """A HF model on `device`, tensor by tensor: no second copy, on the host or there. Raises LoadingError likewise."""
+    model, places = _prepare(path, dtype, kind, new_head)
+    for name, source, file in _opened(places):
+        p = _materialise(model, name, dtype, torch.device(device))
+        if source is None:
+            _start_head(p)
+        else:
+            p.data.copy_(file.get_tensor(source.name))
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
+    return model
+
+
+# ---- files and names ------------------------------------------------------------------------------------------------
+
+
+def tensor_files(path: str | Path) -> dict[str, Source]:
+    """Every tensor of a checkpoint folder and the file that holds it. LoadingError: a file is missing, is not
+    safetensors, or lacks a tensor that the index places in it."""
+    folder = Path(path)
+    if (folder / INDEX).is_file():
+        placed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        absent = sorted({file for file in placed.values() if not (folder / file).is_file()})
+        if absent:
+            raise LoadingError(
+                f"{folder}: {absent[0]} is missing{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, though "
+                f"{INDEX} places tensors in it; fetch the whole checkpoint again"
+            )
+    elif (folder / SINGLE).is_file():
+        placed = dict.fromkeys(_names_in(folder / SINGLE), SINGLE)
+    else:
+        raise LoadingError(f"{folder} holds neither {SINGLE} nor {INDEX}; save the model with safe_serialization")
+    there = {file: set(_names_in(folder / file)) for file in sorted(set(placed.values()))}
+    lost = [name for name, file in placed.items() if name not in there[file]]
+    if lost:
+        raise LoadingError(f"{folder}: {INDEX} places {lost[0]} in {placed[lost[0]]}, which does not hold it")
+    return {name: Source(folder / file, name) for name, file in placed.items()}
+
+
+def _names_in(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise LoadingError(f"{file} is cut short or is not a safetensors file: {error}") from error
+
+
+def _prepare(
+    path: str | Path, dtype: torch.dtype, kind: Kind, new_head: bool
+) -> tuple[PreTrainedModel, dict[str, Source | None]]:
+    """The module without weights, and where each of its parameters lies (None: it is new)."""
+    folder = _local_folder(path)
+    model, found = _empty_model(folder, dtype, kind), tensor_files(folder)
+    places: dict[str, Source | None] = {}
+    used: set[str] = set()
+    for names in _aliases(model):
+        spellings = [s for name in names for s in _spellings(name, model.base_model_prefix)]
+        source = next((found[s] for s in spellings if s in found), None)
+        if source is None and not (new_head and names[0].startswith("score.")):
+            raise LoadingError(
+                f"{folder}: no tensor for {names[0]} of {type(model).__name__} ({len(found)} tensors are there, "
+                f"{next(iter(found), 'none')} first); name a checkpoint of this architecture"
+            )
+        places[names[0]] = source
+        used.update(s for s in spellings if s in found)
+    _compare(model, places, folder, dtype)
+    extra = [name for name in found if name not in used]
+    if extra:
+        log.warning("%s: %d tensors are not part of %s: %s ...", folder, len(extra), type(model).__name__, extra[0])
+    return model, places
+
+
+def _compare(model: PreTrainedModel, places: dict[str, Source | None], folder: Path, dtype: torch.dtype) -> None:
+    """Shapes against the files' headers; a change of type is said once."""
+    wanted, types = dict(model.named_parameters()), set()
+    for name, source, file in _opened(places):
+        if source is None:
+            continue
+        part = file.get_slice(source.name)
+        shape = tuple(part.get_shape())
+        types.add(part.get_dtype())
+        if shape != tuple(wanted[name].shape):
+            raise LoadingError(
+                f"{folder}: {source.name} is {shape} in {source.file.name}, {type(model).__name__} wants "
+                f"{tuple(wanted[name].shape)}; its config.json and its weights are of two models"
+            )
+    other = types - {{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]}
+    if other:
+        log.info("%s: weights are cast from %s to %s", folder, " and ".join(sorted(other)), str(dtype)[6:])
+
+
+def _local_folder(path: str | Path) -> Path:
+    """The folder itself, or that of a hub name's newest snapshot, fetched if need be."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"]))
+
+
+def _aliases(model: nn.Module) -> Iterator[list[str]]:
+    """All names of each parameter; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return iter(names.values())
+
+
+def _spellings(name: str, prefix: str) -> list[str]:
+    """`name`, and what it is called in a checkpoint of the trunk alone, or of a model that wraps the trunk."""
+    bare = name.removeprefix(f"{prefix}.")
+    return [name, bare if bare != name else f"{prefix}.{name}"]
+
+
+# ---- one parameter --------------------------------------------------------------------------------------------------
+
+
+class _LargeEmpty(TorchFunctionMode):
+    """Parameters without room: `torch.empty` makes nothing, so that constants and buffers alone are really there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _empty_model(folder: Path, dtype: torch.dtype, kind: Kind) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder)
+    auto: Any = AutoModelForCausalLM
+    if kind == "sequence_classification":
+        auto, config.num_labels = AutoModelForSequenceClassification, 1
+    with _LargeEmpty():
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()  # as from_pretrained gives it
+    lost = [name for name, b in model.named_buffers() if b.is_meta]
+    if lost:
+        raise LoadingError(f"{type(model).__name__} makes its buffer {lost[0]} by torch.empty, which is not known here")
+    return model
+
+
+def _opened(places: dict[str, Source | None]) -> Iterator[tuple[str, Source | None, Any]]:
+    """Parameters and their opened files. A file is opened anew for each: it is mapped into memory, and only closing it
+    gives the pages back that were read."""
+    for name, source in places.items():
+        if source is None:
+            yield name, None, None
+        else:
+            with safe_open(source.file, "pt") as file:  # type: ignore[no-untyped-call]
+                yield name, source, file
+
+
+def _materialise(model: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Give the parameter `name` (and whatever is tied to it) room on `device`; its values are undefined."""
+    old = model.get_parameter(name)
+    new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad)
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is old:
+                module._parameters[key] = new
+    return new
+
+
+@torch.no_grad()
+def _start_head(p: nn.Parameter) -> None:
+    """A new score head as models.make_critic draws it, from seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    p.copy_(torch.randn(p.shape, generator=generator) / (p.shape[-1] + 1))
+
+
+def _compute_device() -> torch.device:
+    """Where DeepSpeed gathers parameters."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _cut(p: nn.Parameter, first: nn.Parameter | None, settings: dict[str, Any]) -> nn.Parameter:
+    """Have ZeRO-3 cut `p`; returns the first parameter so cut, whose settings all others take."""
+    import deepspeed
+
+    if first is None:
+        holder = nn.Module()
+        holder.p = p
+        deepspeed.zero.Init(module=holder, config_dict_or_path=settings)
+        return p
+    convert: Callable[..., None] = first.convert_to_zero_parameters  # type: ignore[attr-defined]
+    convert(param_list=[p])
+    return first
+
+
+@torch.no_grad()
+def _fill(p: Any, file: Any, name: str) -> None:
+    """Read this rank's stretch of the flat parameter, and the rows that it lies in only."""
+    part: Tensor = p.ds_tensor
+    if hasattr(part, "ds_quant_scale"):
+        raise LoadingError(f"{name}: partitions quantised to int8 cannot be filled; load the model whole")
+    numel, count = p.ds_shape.numel(), part.numel()
+    start = torch.distributed.get_rank(p.ds_process_group) * count
+    stop = min(start + count, numel)
+    if p.ds_secondary_tensor is not None:  # hpZ's second copy was made of what is not there yet; it is made anew
+        p.ds_secondary_tensor = None
+    if start >= stop:
+        part.zero_()
+        return
+    if not p.ds_shape:
+        part[:1].copy_(file.get_tensor(name).flatten())
+        return
+    stride = numel // p.ds_shape[0]
+    above, below = start // stride, -(-stop // stride)
+    rows = file.get_slice(name)[above:below].flatten()
+    part[: stop - start].copy_(rows[start - above * stride : stop - above * stride])
+    part[stop - start :].zero_()
