@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from ppomax.adapters import adapters_off, add_adapters, has_adapters
 from ppomax.branch import Branch, check_branch, train_top, with_top_of
 from ppomax.config import ModelConfig
 from ppomax.models import blocks_of, freeze
+from ppomax.sharding import Trained
 
 Reference = PreTrainedModel | Branch | None
 """A whole model, frozen top blocks on the policy's trunk, or (None) the policy with its adapters off."""
@@ -57,14 +59,21 @@ def set_up(policy: PreTrainedModel, reference: PreTrainedModel | None, config: M
 
 
 @contextmanager
-def start_policy(policy: PreTrainedModel, reference: Reference) -> Iterator[PreTrainedModel]:
-    """The reference as a whole model that can generate, whatever the mode; no weights are copied."""
-    if isinstance(reference, Branch):
-        yield with_top_of(policy, reference)
-    elif reference is None:
-        if not has_adapters(policy):
-            raise ValueError("start_policy: no reference, and the policy has no adapters to switch off")
-        with adapters_off(policy):
-            yield policy
-    else:
+def start_policy(policy: Trained[PreTrainedModel], reference: Any) -> Iterator[PreTrainedModel]:
+    """The reference as a whole model that can generate, whatever the mode and the sharding; no weights are copied.
+
+    reference: the engine's: one of `Reference`, or the sharded form of a whole model."""
+    if isinstance(reference, PreTrainedModel):
         yield reference
+    elif reference is not None and not isinstance(reference, Branch):
+        with reference.gathered() as whole:
+            yield whole
+    else:
+        with policy.gathered() as module:
+            if reference is not None:
+                yield with_top_of(module, reference)
+            elif has_adapters(module):
+                with adapters_off(module):
+                    yield module
+            else:
+                raise ValueError("start_policy: no reference, and the policy has no adapters to switch off")

@@ -164,7 +164,7 @@ def test_start_policy_is_the_start(mode: str) -> None:
     engine = engine_of(**MODES[mode])
     engine.step(prompts(8))
     tokens, cu = pack([[5, 6, 7, 8, 9], [3, 4]])
-    with torch.no_grad(), start_policy(engine.policy.module, engine.reference) as start:
+    with torch.no_grad(), start_policy(engine.policy, engine.reference) as start:
         assert largest(packed_hidden(start, tokens, cu), packed_hidden(family(), tokens, cu)) <= CLOSE
         assert torch.equal(head_of(start).weight, head_of(family()).weight)
         given = start.generate(tokens[None, :5], max_new_tokens=4, do_sample=False)

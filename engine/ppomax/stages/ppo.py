@@ -324,7 +324,7 @@ class Run:
             return load_texts(ptx.texts, self.tokenizer, ptx.max_tokens, overlong="truncate")[0]
         prompts = [self.prompts[i % len(self.prompts)] for i in range(ptx.pool)]
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
-        with start_policy(self.engine.policy.module, self.engine.reference) as start:
+        with start_policy(self.engine.policy, self.engine.reference) as start:
             given = decode(
                 start,
                 prompts,
