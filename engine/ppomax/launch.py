@@ -74,10 +74,11 @@ def parsed_together(parse: Callable[[list[str]], TrainConfig], argv: list[str]) 
     if launched() == 1 or {"-h", "--help"} & set(argv):
         return parse(argv)
     from ppomax.sharding import agree, rank, ranks, together
-    from ppomax.sharding.watch import job_store
 
-    store, config = job_store(), None
-    if ranks.restarts() and store.check([OUT_KEY]):
+    store, config = ranks.job_store(), None
+    if ranks.restarts():
+        if not store.check([OUT_KEY]):
+            raise ConfigError("the launcher started the job anew, but its folder is not known any more; give --out")
         out = store.get(OUT_KEY).decode()
         argv = [*argv, "--out", out, *(["--resume"] if Path(out).is_dir() and "--resume" not in argv else [])]
     with together():

@@ -68,7 +68,7 @@ def plain(folder) -> dict[str, Any]:
     engine = driver.engine_of(driver.config_of(folder, None))
     out: dict[str, Any] = {"metrics": driver.steps(engine), "state": driver.state_of(engine)}
     engine.save(folder / "plain")
-    out["next"] = driver.steps(engine, (8, 7))
+    out["next"] = driver.steps(engine, driver.NEXT)
     return out
 
 
@@ -107,7 +107,7 @@ def test_zero_with_one_rank_is_plain_torch(verdicts, plain, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_are_one_process(verdicts, plain, stage: int) -> None:
-    """Odd counts, uneven lengths, ptx, two epochs, whitening, adaptive KL: nothing tells how many ranks there were."""
+    """Odd counts, uneven lengths, ptx, whitening, adaptive KL: nothing tells how many ranks there were."""
     assert verdicts["world"] == 2
     assert [row["episode"] for row in verdicts[f"zero {stage}"]["metrics"]] == [8, 15, 23, 28, 36]
     assert_same_run(verdicts[f"zero {stage}"], plain)
@@ -127,7 +127,7 @@ def test_sharded_checkpoint_resumes_to_the_bit(verdicts, stage: int) -> None:
 def test_two_ranks_to_one(verdicts, folder, stage: int) -> None:
     engine = driver.engine_of(driver.config_of(folder, None))
     engine.restore(folder / f"zero-{stage}")
-    got = driver.steps(engine, (8, 7))
+    got = driver.steps(engine, driver.NEXT)
     assert losses(got) == pytest.approx(losses(verdicts[f"resumed {stage}"]["next"]), abs=BETWEEN)
 
 
@@ -147,7 +147,7 @@ def test_fewer_prompts_than_ranks(verdicts) -> None:
 
 def test_nan_on_one_rank_skips_the_step_on_all(verdicts) -> None:
     skipped = verdicts["nan"]["skipped"]
-    assert skipped[0] == skipped[1] == verdicts["nan"]["in metrics"] > 0
+    assert skipped[0] == skipped[1] == verdicts["nan"]["in metrics"] == 1
     assert abs(verdicts["nan"]["after"]) < 10
 
 
@@ -182,7 +182,7 @@ def steps_of(run: Path) -> list[int]:
 
 def test_killed_rank_is_named_and_torchrun_goes_on_to_the_bit(verdicts, folder) -> None:
     said = ended(start("job", str(folder), "restarted", "update", ranks=2, options=("--max-restarts=1",)))
-    assert "rank 1" in said
+    assert "rank: 1" in said  # torchrun's words: it is quicker than our own watch
     assert weights_of(folder / "restarted") == weights_of(folder / "alone")
     assert steps_of(folder / "restarted") == [1, 2, 3, 4]
 

@@ -60,7 +60,28 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
         torch.cuda.set_device(local_rank())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=timeout),
+        store=_store_of_this_start(),
+        **({"rank": int(os.environ["RANK"]), "world_size": launched()} if _under_torchrun() else {}),
+    )
+
+
+def _under_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store_of_this_start() -> dist.Store | None:
+    """torchrun's own store, which outlives a restart, under a prefix: the addresses of dead ranks are still in it.
+    None: torch finds the store by itself."""
+    return dist.PrefixStore(f"ppomax/start-{restarts()}", job_store()) if _under_torchrun() else None
+
+
+def job_store() -> dist.Store:
+    """A connection of our own to the store that the launcher or rank 0 keeps."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=5))
 
 
 def leave() -> None:

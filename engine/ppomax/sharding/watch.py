@@ -15,10 +15,9 @@ import socket
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
-from ppomax.sharding.ranks import rank, restarts, world_size
+from ppomax.sharding.ranks import job_store, rank, restarts, world_size
 
 PERIOD = 2.0
 GRACE = 10.0
@@ -153,11 +152,3 @@ def leave(status: int) -> None:
 
 def address() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-
-
-def job_store():  # type: ignore[no-untyped-def]
-    """A connection of our own to the store that the launcher or rank 0 keeps; under torchrun it outlives restarts."""
-    import torch.distributed as dist
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
