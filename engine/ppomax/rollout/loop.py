@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +35,14 @@ from ppomax.models import Critic, embedding_weight
 from ppomax.rollout.decode import Responses, decode
 from ppomax.rollout.plan import RolloutPlan
 from ppomax.scoring import policy_logprobs, state_values
-from ppomax.sharding import gather, place, run, share, total, world_size
+from ppomax.sharding import Trained, gather, place, run, share, total, world_size
 
 
 @torch.no_grad()
 def rollout(
     policy: PreTrainedModel,
     reference: PreTrainedModel | Branch | None,
-    critic: Critic | TrunkCritic,
+    critic: Critic | TrunkCritic | Trained[Any],
     prompts: Sequence[Sequence[int]],
     *,
     config: RolloutConfig,
@@ -97,7 +98,7 @@ def rollout(
 def score(
     policy: PreTrainedModel,
     reference: PreTrainedModel | Branch | None,
-    critic: Critic | TrunkCritic,
+    critic: Critic | TrunkCritic | Trained[Any],
     prompts: Sequence[Sequence[int]],
     responses: Responses,
     plan: Plan,
