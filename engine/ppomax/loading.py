@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +48,18 @@ class Source:
 
 
 def load_partitioned(
-    path: str | Path, dtype: torch.dtype, kind: Kind = "causal_lm", *, settings: dict[str, Any], new_head: bool = False
+    path: str | Path,
+    dtype: torch.dtype,
+    kind: Kind = "causal_lm",
+    *,
+    settings: dict[str, Any],
+    new_head: bool = False,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """A HF model cut over the ranks as ZeRO-3 cuts it, ready for deepspeed.initialize.
 
     settings: the DeepSpeed configuration that it will be initialised with (offload, hpZ). new_head: let a scorer's
-    `score` be missing; its values are then those of its initialisation on rank 0. Every rank must call this. Raises
+    `score` be missing; it then starts as models.make_critic draws it from `seed`. Every rank must call this. Raises
     LoadingError for files and names that do not fit; a rank that fails alone leaves the others waiting, so all files
     are looked at before the first exchange."""
     model, places = _prepare(path, dtype, kind, new_head)
@@ -54,7 +67,7 @@ def load_partitioned(
     for name, source, file in _opened(places):
         p = _materialise(model, name, dtype, _compute_device())
         if source is None:
-            _start_head(p)
+            _start_head(p, seed)
         first = _cut(p, first, settings)
         if source is not None:
             _fill(p, file, source.name)
@@ -68,19 +81,39 @@ def load_whole(
     *,
     device: torch.device | str = "cpu",
     new_head: bool = False,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """A HF model on `device`, tensor by tensor: no second copy, on the host or there. Raises LoadingError likewise."""
     model, places = _prepare(path, dtype, kind, new_head)
     for name, source, file in _opened(places):
         p = _materialise(model, name, dtype, torch.device(device))
         if source is None:
-            _start_head(p)
+            _start_head(p, seed)
         else:
             p.data.copy_(file.get_tensor(source.name))
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
     return model
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut its parameters."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+@contextmanager
+def whole(what: nn.Module | nn.Parameter) -> Iterator[None]:
+    """Inside, a module's cut parameters, or the one parameter, are whole on every rank; nothing happens to others.
+    Every rank must enter."""
+    cut = [p for p in (what.parameters() if isinstance(what, nn.Module) else [what]) if hasattr(p, "ds_id")]
+    if not cut:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(cut):
+        yield
 
 
 # ---- files and names ------------------------------------------------------------------------------------------------
@@ -204,6 +237,8 @@ def _empty_model(folder: Path, dtype: torch.dtype, kind: Kind) -> PreTrainedMode
         auto, config.num_labels = AutoModelForSequenceClassification, 1
     with _LargeEmpty():
         model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()  # as from_pretrained gives it
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     lost = [name for name, b in model.named_buffers() if b.is_meta]
     if lost:
         raise LoadingError(f"{type(model).__name__} makes its buffer {lost[0]} by torch.empty, which is not known here")
@@ -233,9 +268,9 @@ def _materialise(model: nn.Module, name: str, dtype: torch.dtype, device: torch.
 
 
 @torch.no_grad()
-def _start_head(p: nn.Parameter) -> None:
-    """A new score head as models.make_critic draws it, from seed 0."""
-    generator = torch.Generator().manual_seed(0)
+def _start_head(p: nn.Parameter, seed: int) -> None:
+    """A new score head as models.make_critic draws it."""
+    generator = torch.Generator().manual_seed(seed)
     p.copy_(torch.randn(p.shape, generator=generator) / (p.shape[-1] + 1))
 
 

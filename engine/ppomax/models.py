@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ppomax.loading import load_partitioned, whole
+
 ModelSource = str | Path | PreTrainedModel
 
 
@@ -209,15 +211,23 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def load_policy(
-    source: ModelSource, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False, **options: Any
+    source: ModelSource,
+    dtype: torch.dtype = torch.float32,
+    *,
+    trust_remote_code: bool = False,
+    cut: dict[str, Any] | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """A causal LM from a HF directory, a hub name or a model in memory (cast in place), dropout off, head checked.
 
     Dropout is set to zero for good: with it the update's log-probs would not equal the rollout's. `options` go to
-    from_pretrained (attn_implementation, device_map ...). Weights are read from safetensors only.
+    from_pretrained (attn_implementation, device_map ...). Weights are read from safetensors only. `cut`: the DeepSpeed
+    settings of a model that is read into ZeRO-3's partitions, each rank its own (loading.py).
     """
     if isinstance(source, PreTrainedModel):
         model = source.to(dtype)  # type: ignore[arg-type]
+    elif cut is not None:
+        model = load_partitioned(_local(source), dtype, settings=cut)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             _local(source), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
@@ -225,14 +235,21 @@ def load_policy(
     if model.config.is_encoder_decoder:
         raise ValueError(f"load_policy: {type(model).__name__} is an encoder-decoder; a decoder-only model is wanted")
     disable_dropout(model)
-    check_head(model)
+    with whole(model):
+        check_head(model)
     return model
 
 
 def load_reward_model(
-    source: ModelSource, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False, **options: Any
+    source: ModelSource,
+    dtype: torch.dtype = torch.float32,
+    *,
+    trust_remote_code: bool = False,
+    cut: dict[str, Any] | None = None,
+    **options: Any,
 ) -> RewardModel:
-    """A RewardModel from an AutoModelForSequenceClassification checkpoint with num_labels = 1 and a `score` head."""
+    """A RewardModel from an AutoModelForSequenceClassification checkpoint with num_labels = 1 and a `score` head; `cut`
+    as in load_policy."""
     if isinstance(source, RewardModel):
         return source.to(dtype)  # type: ignore[arg-type]
     if isinstance(source, PreTrainedModel):
@@ -244,6 +261,8 @@ def load_reward_model(
             f"load_reward_model: {path} has num_labels = {config.num_labels}, a reward model has 1 "
             "(a `score` head with one output); train one with `ppomax reward-model`"
         )
+    if cut is not None:
+        return RewardModel(load_partitioned(path, dtype, "sequence_classification", settings=cut))
     model = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
     )
@@ -339,11 +358,18 @@ class RewardModel(Critic):
         return self.values_of(hidden.index_select(0, cu_seqlens[1:].long() - 1))
 
 
-def make_critic(source: ModelSource | Critic, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Critic:
+def make_critic(
+    source: ModelSource | Critic,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    cut: dict[str, Any] | None = None,
+) -> Critic:
     """A trainable critic from a reward model (copied, score head and centring included) or from a policy's trunk.
 
     From a policy (a causal LM) the score head is new, with weights drawn from N(0, (1/(D+1))^2), which starts values
-    near zero; `seed` fixes the draw. A path is read as what its config names: ForCausalLM or ForSequenceClassification.
+    near zero; `seed` fixes the draw. A path is read as what its config names: ForCausalLM or ForSequenceClassification;
+    with `cut` into ZeRO-3's partitions, as in load_policy.
     """
     if isinstance(source, Critic):
         return Critic(copy.deepcopy(source.model).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
@@ -352,7 +378,12 @@ def make_critic(source: ModelSource | Critic, dtype: torch.dtype = torch.float32
             return Critic(copy.deepcopy(source).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
         return Critic(_score_model_of(source, seed).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
     architectures = AutoConfig.from_pretrained(_local(source)).architectures or []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
+    scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if cut is not None:
+        options: dict[str, Any] = {"settings": cut, "new_head": not scorer, "seed": seed}
+        model = load_partitioned(_local(source), dtype, "sequence_classification", **options)
+        return Critic(model).requires_grad_(True)
+    if scorer:
         return Critic(load_reward_model(source, dtype).model).requires_grad_(True)
     return Critic(_score_model_of(load_policy(source, dtype), seed)).requires_grad_(True)
 
@@ -364,7 +395,7 @@ def make_reward_model(policy: PreTrainedModel, *, layers: int | None = None, see
         depth = model.config.num_hidden_layers
         if not 1 <= layers <= depth:
             raise ValueError(f"make_reward_model: layers must be in 1..{depth} (the policy's depth), got {layers}")
-        base = model.base_model
+        base = base_of(model)
         blocks = blocks_name(base)
         setattr(base, blocks, getattr(base, blocks)[:layers])
         model.config.num_hidden_layers = layers

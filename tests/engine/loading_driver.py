@@ -1,6 +1,6 @@
 """What each rank of test_loading.py runs.
 
-torchrun --nproc_per_node 2 -m tests.engine.loading_driver FOLDER OUT.json"""
+torchrun --nproc_per_node 2 -m tests.engine.loading_driver FOLDER OUT.json CASE ..."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-from ppomax.config import ShardingConfig
+from ppomax.config import ShardingConfig, config_names, load_config
+from ppomax.data import Text
+from ppomax.engine import Engine
 from ppomax.loading import LoadingError, load_partitioned
+from ppomax.models import load_policy, load_reward_model, make_reward_model, save_model
+from ppomax.plan import shape_of
 from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.zero import ZeroFrozen
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.engine.tiny import EOS, VOCABULARY, prompts, small_config, tiny_assets, tiny_tokenizer
 
 SHARDING = ShardingConfig(zero_stage=3)
 
@@ -53,6 +59,85 @@ def equal(folder: Path) -> dict[str, float]:
     return out
 
 
+def as_whole(folder: Path) -> dict[str, list[float]]:
+    """Two steps of an engine whose models were read into partitions, and of one that cut them after; each metric that
+    differs. In full and lora, the critic from the reward model and from the policy."""
+    out = {}
+    assets = {k: v for k, v in tiny_assets(folder / f"assets-{ranks.rank()}").items() if k.startswith("model.")}
+    assets = ranks.agree(assets)
+    ranks.barrier()
+    for train, critic in (("full", "reward_model"), ("full", "policy"), ("lora", "reward_model")):
+        knobs = {"model__train": train, "model__critic": critic, "sharding__zero_stage": 3}
+        config = small_config(**{k.replace(".", "__"): v for k, v in assets.items()}, **knobs)
+        paths = str(assets["model.policy"]), str(assets["model.reward_model"])
+        cut = Engine(paths[0], None, None, paths[1], config)
+        assert all(hasattr(p, "ds_id") for p in cut.policy.module.parameters())
+        late = Engine(load_policy(paths[0]), None, None, load_reward_model(paths[1]), config, tokenizer=cut.tokenizer)
+        assert cut.fingerprints == late.fingerprints
+        rows = [(cut.step(prompts(8, seed=i)), late.step(prompts(8, seed=i))) for i in range(2)]
+        gap = [abs(a[k] - b[k]) for a, b in rows for k in a if not k.startswith(("time/", "perf/")) and a[k] == a[k]]
+        out[f"{train} {critic}"] = max(gap)
+    return out
+
+
+CUT = {
+    "data.max_prompt_tokens": 16,
+    "data.overlong": "truncate",
+    "rollout.max_new_tokens": 8,
+    "rollout.slots": 4,
+    "batch.rollout_size": 8,
+    "batch.minibatch_size": 4,
+    "batch.micro_tokens": 48,
+    "ptx.max_tokens": 16,
+    "model.trained_layers": 1,
+    "sharding.zero_stage": 3,
+    "sharding.offload_optimizer": True,
+    "sharding.offload_param": True,
+    "run.device": "cpu",
+}
+"""What a full-scale configuration is cut down to beside its two layers: lengths, counts and, so that two ranks fit a
+small machine, the width."""
+
+
+def configs(folder: Path) -> dict[str, float]:
+    """Two steps of a two-layer cut of every full-scale configuration, under ZeRO-3 with everything on the host."""
+    out = {}
+    for name in config_names():
+        paths = ranks.agree([str(x) for x in _cut_models(name, folder)] if ranks.rank() == 0 else [])
+        knobs = {**CUT, "model.policy": paths[0], "model.reward_model": paths[1]}
+        config = load_config(name, overrides=knobs)
+        engine = Engine(
+            paths[0], None, None, paths[1], config, tokenizer=tiny_tokenizer(), texts=lambda n: [Text([1, 5, 6], 1)] * n
+        )
+        before = weights_of(engine)
+        rows = [engine.step(prompts(8, seed=i)) for i in range(2)]
+        after = weights_of(engine)
+        assert all(row["val/skipped"] == 0 for row in rows)
+        assert any((before[key] != after[key]).any() for key in before), f"{name}: no weight moved"
+        out[name] = rows[-1]["policy/grad_norm"]
+    return out
+
+
+def _cut_models(name: str, folder: Path) -> tuple[Path, Path]:
+    """The configuration's own architecture, two layers deep and narrow, with random weights."""
+    shape = json.loads(shape_of(str(load_config(name).model.policy)))
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    shape |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": VOCABULARY}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4 * kv_heads // heads or 1, "eos_token_id": EOS}
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape, pad_token_id=0)
+    torch.manual_seed(1)
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    save_model(policy, tiny_tokenizer(), folder / name / "policy")
+    save_model(make_reward_model(policy), tiny_tokenizer(), folder / name / "reward")
+    return folder / name / "policy", folder / name / "reward"
+
+
+def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """The trained weights of the policy in float32 (a bfloat16 one need not move in a step of 5e-7)."""
+    _, state = engine.policy.lazy()
+    return {name: x.get().clone() for name, x in state.items() if name.startswith("copy/")}
+
+
 def missing_shard(folder: Path) -> str:
     try:
         load_partitioned(folder / "lost", torch.float32, settings=settings())
@@ -72,16 +157,14 @@ def host_memory(folder: Path) -> dict[str, int]:
     return {"grown": grown, "bytes": sum(sizes), "largest": max(sizes)}
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path, out: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     ranks.start("cpu")
-    mine = {"equal": equal(folder), "lost": missing_shard(folder)}
-    if (folder / "large").is_dir():
-        mine["memory"] = host_memory(folder)
+    mine = {case: globals()[case](folder) for case in cases}
     everyone = ranks.everyone(mine)
     if ranks.rank() == 0:
         out.write_text(json.dumps(everyone), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -39,21 +39,33 @@ def checkpoints(tmp_path_factory) -> Path:
     return folder
 
 
-def on_ranks(folder: Path, out: Path) -> list[dict]:
+def on_ranks(folder: Path, out: Path, *cases: str) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
-    command += ["-m", "tests.engine.loading_driver", str(folder), str(out)]
+    command += ["-m", "tests.engine.loading_driver", str(folder), str(out), *cases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
 
-def test_partitions_hold_what_from_pretrained_loads(checkpoints, tmp_path):
-    for rank in on_ranks(checkpoints, tmp_path / "out.json"):
+def test_partitions_hold_what_from_pretrained_loads_and_train_like_it(checkpoints, tmp_path):
+    for rank in on_ranks(checkpoints, tmp_path / "out.json", "equal", "missing_shard", "as_whole"):
+        assert max(rank["as_whole"].values()) < 1e-5, rank["as_whole"]
+        assert len(rank["as_whole"]) == 3
         assert set(rank["equal"]) == {"untied", "tied", "gpt2"}
         assert max(rank["equal"].values()) < 1e-5, rank["equal"]
-        assert "model-00002-of-" in rank["lost"]
-        assert "is missing" in rank["lost"]
+        assert "model-00002-of-" in rank["missing_shard"]
+        assert "is missing" in rank["missing_shard"]
+
+
+@pytest.mark.slow
+def test_cuts_of_the_full_scale_configs_train_under_zero_3_with_offload(tmp_path):
+    from ppomax.config import config_names
+
+    first, second = on_ranks(tmp_path, tmp_path / "out.json", "configs")
+    assert first == second
+    assert set(first["configs"]) == set(config_names())
+    assert all(0 < norm < 1e3 for norm in first["configs"].values())
 
 
 @pytest.mark.slow
@@ -66,10 +78,9 @@ def test_a_rank_holds_its_part_and_little_more(checkpoints, tmp_path, shard):
         (folder / name).symlink_to(checkpoints / name)
     large = dict(vocab_size=8000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, head_dim=64)
     llama(num_attention_heads=16, **large).save_pretrained(folder / "large", max_shard_size=shard)
-    for rank in on_ranks(folder, tmp_path / "out.json"):
-        memory = rank["memory"]
+    for rank in on_ranks(folder, tmp_path / "out.json", "host_memory"):
+        memory = rank["host_memory"]
         assert memory["bytes"] > 300e6
-        print(memory, memory["grown"] / memory["bytes"])
         assert memory["grown"] <= 1.5 * memory["bytes"] / RANKS + memory["largest"], memory
 
 
