@@ -115,9 +115,10 @@ def test_logprobs_equal_full_forwards_of_start_and_trained_model(name: str, mode
     assert all(torch.equal(x, after[n]) for n, x in frozen.items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_first_ratio_is_one_and_values_are_those_of_the_rollout(mode: str) -> None:
-    engine = engine_of(batch__epochs=2, **MODES[mode])
+def test_first_ratio_is_one_and_values_are_those_of_the_rollout(mode: str, dtype: str) -> None:
+    engine = engine_of(batch__epochs=2, model__dtype=dtype, **MODES[mode])
     for seed in range(2):
         metrics = engine.step(prompts(8, seed=seed))
         assert metrics["val/first_ratio_gap"] <= 1e-6
