@@ -87,8 +87,14 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "tied": ({"batch__epochs": 2}, {"policy": lambda: tiny_policy(tied=True)}),
     "hydra": ({"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy"}, {}),
     "lora": ({"model__train": "lora"}, {}),
+    "whole critic": ({"model__critic": "policy", "sharding__frozen": "whole"}, {}),
+    "offloaded": ({"sharding__offload_optimizer": True, "sharding__offload_param": True}, {}),
+    "optimiser offloaded": ({"sharding__offload_optimizer": True}, {}),
+    "frozen offloaded": ({"sharding__frozen": "offloaded"}, {}),
     "bfloat16": ({"model__dtype": "bfloat16"}, {}),
 }
+STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3)}
+"""Of ZeRO in which a variant is tried by `more`; the others under 3."""
 
 
 def variant(folder: Path, name: str, stage: int | None) -> dict[str, Any]:
@@ -192,6 +198,16 @@ def onto_a_full_disk(folder: Path) -> None:
     finally:
         checkpoint.shutil.disk_usage = plain
     raise CheckpointError("the save went through")
+
+
+def more(folder: Path) -> dict[str, Any]:
+    """Every variant, under each ZeRO stage that it is about; 16-bit weights resumed beside their float32 copies."""
+    out = {f"{name} {stage}": variant(folder, name, stage) for name in VARIANTS for stage in STAGES.get(name, (3,))}
+    for stage in (2, 3):
+        engine = engine_of(config_of(folder, stage, model__dtype="bfloat16"))
+        steps(engine, (8,))
+        out[f"resumed {stage}"] = resumed(engine, folder / f"bfloat16-{stage}")["equal"]
+    return out
 
 
 # ---- one rank -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 CLOSE = 1e-5
 """Of losses, KL, norms (relative above 1) and weights after five float32 steps: the order of sums differs."""
+BFLOAT16 = 0.05
+"""The same with weights and gradients in bfloat16, whose sums differ by their rounding."""
 BETWEEN = 1e-4
 """Of losses after going on with another number of ranks."""
 
@@ -165,6 +167,32 @@ def test_bad_input_is_named_on_every_rank(verdicts, attempt: str, wanted: str) -
     said = verdicts["refused"][attempt]
     assert len(said) == 2
     assert all(wanted in words for words in said), said
+
+
+@pytest.mark.slow
+def test_every_variant_is_one_process(folder) -> None:
+    """Modes, offloading, frozen models cut or not; bfloat16 to its own rounding."""
+    ended(start("more", str(folder), ranks=2))
+    found = json.loads((folder / "more.json").read_text(encoding="utf-8"))
+    assert found.pop("resumed 2")
+    assert found.pop("resumed 3")
+    for case, got in found.items():
+        name = case.rpartition(" ")[0]
+        want = alone(folder, name)
+        if name != "bfloat16":
+            assert_same_run(got, want)
+        else:  # the second step's tokens are drawn from weights that differ by bfloat16's rounding
+            first, same = got["metrics"][0], want["metrics"][0]
+            assert losses([first]) == pytest.approx(losses([same]), rel=BFLOAT16, abs=BFLOAT16)
+            assert first["policy/grad_norm"] == pytest.approx(same["policy/grad_norm"], rel=BFLOAT16)
+
+
+def alone(folder: Path, name: str) -> dict[str, Any]:
+    """A variant in one process, where there is nothing to offload."""
+    knobs, parts = driver.VARIANTS[name]
+    kept = {k: v for k, v in knobs.items() if not k.startswith("sharding__")}
+    engine = driver.engine_of(driver.config_of(folder, None, **kept), **{role: make() for role, make in parts.items()})
+    return {"metrics": driver.steps(engine, (8, 7)), "state": driver.state_of(engine)}
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------

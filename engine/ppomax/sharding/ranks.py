@@ -60,22 +60,13 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
         torch.cuda.set_device(local_rank())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=timeout),
-        store=_store_of_this_start(),
-        **({"rank": int(os.environ["RANK"]), "world_size": launched()} if _under_torchrun() else {}),
-    )
-
-
-def _under_torchrun() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _store_of_this_start() -> dist.Store | None:
-    """torchrun's own store, which outlives a restart, under a prefix: the addresses of dead ranks are still in it.
-    None: torch finds the store by itself."""
-    return dist.PrefixStore(f"ppomax/start-{restarts()}", job_store()) if _under_torchrun() else None
+    backend, wait = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's own store outlives a restart, and the addresses of dead ranks are still in it: hence the prefix.
+        store = dist.PrefixStore(f"ppomax/start-{restarts()}", job_store())
+        dist.init_process_group(backend, timeout=wait, store=store, rank=int(os.environ["RANK"]), world_size=launched())
+    else:
+        dist.init_process_group(backend, timeout=wait)
 
 
 def job_store() -> dist.Store:

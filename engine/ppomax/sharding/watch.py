@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from ppomax.sharding.ranks import job_store, rank, restarts, world_size
 
@@ -29,7 +30,8 @@ class Watch:
 
     def __init__(self, silence: float = 40.0):
         self.silence, self.ended = silence, threading.Event()
-        self.rank, self.store = 0, None
+        self.rank = 0
+        self.store: Any = None
 
     def start(self) -> None:
         """Begin to give and look for signs of life."""
@@ -112,7 +114,7 @@ class Watch:
 
     def _gone(self, other: int) -> bool:
         """Whether a process of this host has ended (a zombie has too)."""
-        if not self._store().check([self._key(f"who/{other}")]):
+        if not self.store.check([self._key(f"who/{other}")]):
             return False
         host, _, pid = self._get(f"who/{other}").partition(" ")
         if host != socket.gethostname() or not Path("/proc/self/stat").is_file():
@@ -127,20 +129,17 @@ class Watch:
 
     # ---- the store ----
 
-    def _store(self):  # type: ignore[no-untyped-def]
-        return self.store
-
     def _key(self, name: str) -> str:
         return f"ppomax/{restarts()}/{name}"
 
     def _add(self, name: str, amount: int) -> int:
-        return int(self._store().add(self._key(name), amount))
+        return int(self.store.add(self._key(name), amount))
 
     def _set(self, name: str, text: str) -> None:
-        self._store().set(self._key(name), text)
+        self.store.set(self._key(name), text)
 
     def _get(self, name: str) -> str:
-        return self._store().get(self._key(name)).decode()  # type: ignore[no-any-return]
+        return self.store.get(self._key(name)).decode()  # type: ignore[no-any-return]
 
 
 def leave(status: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ppomax.config import OptimConfig, ShardingConfig
 from ppomax.sharding import zero_config
@@ -79,6 +80,8 @@ class ZeroTrained(Trained[M]):
         finite."""
         if not self.reduced:
             raise RuntimeError("grad_norm: no backward(..., last=True) came before it, so ranks have not summed yet")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # offloaded gradients may still be on their way to the host
         norms = self.zero._get_norm_groups() if self.stage == 3 else [self.zero.scaled_global_norm()]
         norm = torch.stack([torch.as_tensor(n).float() for n in norms])
         return torch.where((norm < 0).any(), norm.new_tensor(float("nan")), norm.norm())
@@ -93,9 +96,9 @@ class ZeroTrained(Trained[M]):
     def skip(self, *, advance: bool = True) -> None:
         """DeepSpeed forgets gradients only in a step that it takes for an overflow: so it is told that this is one."""
         zero = self.zero
-        shadowed = {"_get_norm_groups": lambda: [torch.tensor(-1.0, device=self.engine.device)]}
-        if self.stage < 3:
-            shadowed = {"has_overflow": lambda *a, **k: True}
+        shadowed: dict[str, Callable[..., Any]] = {"has_overflow": lambda *a, **k: True}
+        if self.stage == 3:
+            shadowed = {"_get_norm_groups": lambda: [torch.tensor(-1.0, device=self.engine.device)]}
         checked = getattr(zero, "check_grad_overflow", None)
         zero.check_grad_overflow = True
         for name, method in shadowed.items():
@@ -240,7 +243,7 @@ def _read_by_hand(job: Job) -> None:
 
     for module in job.modules():
         head = getattr(module, "score", None)
-        if head is None and hasattr(module, "get_output_embeddings"):
+        if head is None and isinstance(module, PreTrainedModel):
             head = module.get_output_embeddings()
         for p in head.parameters() if isinstance(head, nn.Module) else ():
             deepspeed.zero.register_external_parameter(job, p)
@@ -297,7 +300,7 @@ def _write(target: Tensor, x: Tensor) -> None:
     """Copy a whole tensor into a parameter or buffer, or this rank's part of it into a partition."""
     if hasattr(target, "ds_id"):
         target.ds_tensor.copy_(_part(target, x))  # type: ignore[attr-defined]
-        if target.ds_status.name == "AVAILABLE":  # kept whole beside its partition
+        if target.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]  # kept whole beside its partition
             target.copy_(x)
     else:
         target.copy_(x)

@@ -28,7 +28,8 @@ from ppomax.models import load_tokenizer
 from ppomax.modes import start_policy
 from ppomax.rewards import load_function
 from ppomax.rollout import decode
-from ppomax.sharding import agree, largest, rank, ranks, together
+from ppomax.rollout.loop import joined
+from ppomax.sharding import agree, largest, rank, ranks, share, together
 from ppomax.stages.critic import pretrain_critic
 
 log = logging.getLogger(__name__)
@@ -324,11 +325,12 @@ class Run:
             return load_texts(ptx.texts, self.tokenizer, ptx.max_tokens, overlong="truncate")[0]
         prompts = [self.prompts[i % len(self.prompts)] for i in range(ptx.pool)]
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
+        mine = share(ptx.pool)
         with start_policy(self.engine.policy, self.engine.reference) as start:
             given = decode(
                 start,
-                prompts,
-                uids,
+                [prompts[i] for i in mine],
+                [uids[i] for i in mine],
                 eos_ids=self.engine.eos_ids,
                 seed=config.run.seed,
                 max_new_tokens=config.rollout.max_new_tokens,
@@ -336,6 +338,7 @@ class Run:
                 cache_tokens=config.rollout.cache_tokens,
                 impl=config.impl,
             )
+            given = joined(given, start)
         return [Text(list(p) + r, len(p)) for p, r in zip(prompts, given.tokens, strict=True)]
 
 
