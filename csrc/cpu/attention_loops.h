@@ -70,6 +70,16 @@ static inline void page_scores(const float *query, int64_t dim, const T *keys, f
         }
 }
 
+// All lanes joined by `join`, halving what is left.
+template <class Join>
+PPOMAX_INLINE float across(Vec v, Join join) {
+    float lanes[WIDTH];
+    store(lanes, v);
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k) lanes[k] = join(lanes[k], lanes[k + half]);
+    return lanes[0];
+}
+
 // Scores of `n` tokens (a multiple of PAGE) into weights e^(score - max); returns their sum. Tokens before `first` and from `end` on weigh 0.
 static inline float weights_of_scores(float *scores, int64_t n, int64_t first, int64_t end, float scale, float softcap) {
     if (softcap > 0.0f) {
@@ -83,8 +93,7 @@ static inline float weights_of_scores(float *scores, int64_t n, int64_t first, i
     for (int64_t i = end; i < n; ++i) scores[i] = -INFINITY;
     Vec most = all(-INFINITY);
     for (int64_t i = 0; i < n; i += WIDTH) most = larger(load(scores + i), most);
-    float max = most[0];
-    for (int k = 1; k < WIDTH; ++k) max = most[k] > max ? most[k] : max;
+    const float max = across(most, [](float a, float b) { return a > b ? a : b; });
     const float c = scale * 1.44269504f;
     Vec sum = {};
     for (int64_t i = 0; i < n; i += WIDTH) {
@@ -94,9 +103,7 @@ static inline float weights_of_scores(float *scores, int64_t n, int64_t first, i
         store(scores + i, w);
         sum += w;
     }
-    float total = 0.0f;
-    for (int k = 0; k < WIDTH; ++k) total += sum[k];
-    return total;
+    return across(sum, [](float a, float b) { return a + b; });
 }
 
 // out[h][0 .. width) += sum of weight[h][t] * value[t] over tokens first .. end of one page; width = SPAN registers.
@@ -172,15 +179,17 @@ static void attend_typed(const AttentionRow &row) {
 
 // The group's queries, read as fp32, against its pages; the result in the dtype of the queries.
 static void attend(const AttentionRow &row, const void *query, int64_t query_stride, int dtype, void *out) {
-    for (int64_t h = 0; h < row.heads; ++h) {
-        float *into = row.query + h * row.key_dim;
-        const TypedArray array = {query, dtype};
-        const float *from = as_floats(array, h * query_stride, (int)row.key_dim, into);
-        if (from != into) memcpy(into, from, (size_t)row.key_dim * sizeof(float));
+    if (dtype == PPOMAX_FP32) {
+        for (int64_t h = 0; h < row.heads; ++h)
+            for (int64_t d = 0; d < row.key_dim; ++d) row.query[h * row.key_dim + d] = ((const float *)query)[h * query_stride + d];
+        AttentionRow direct = row;
+        direct.out = (float *)out;
+        attend_typed<float>(direct);
+        return;
     }
-    if (dtype == PPOMAX_FP32)
-        attend_typed<float>(row);
-    else if (dtype == PPOMAX_BF16)
+    const TypedArray array = {query, dtype};
+    for (int64_t h = 0; h < row.heads; ++h) as_floats(array, h * query_stride, (int)row.key_dim, row.query + h * row.key_dim);
+    if (dtype == PPOMAX_BF16)
         attend_typed<Bf16>(row);
     else
         attend_typed<Fp16>(row);
