@@ -7,7 +7,7 @@ A batch is one row of tokens (N,) with cu_seqlens (S+1,) int32: sequence s is to
     scores = reward_model.scores(tokens, cu_seqlens)       (S,) fp32: the value at each sequence's last token
 Critic and reward model are one kind of module, a `*ForSequenceClassification` with a single output named `score`; the
 critic reads it everywhere, the reward model at the last token. The scalar head runs in fp32 whatever the trunk's dtype.
-Left out on purpose: encoder-decoders, quantised loading, adapters.
+Left out on purpose: encoder-decoders, quantised loading. Adapters: adapters.py; top blocks alone: branch.py.
 """
 
 from __future__ import annotations
