@@ -108,6 +108,8 @@ def job_of(
     cpu: bool = False,
 ) -> tuple[Job, tuple[str, ...]]:
     """The job that `config` describes, and notes on what was assumed. ConfigError: a model's shape cannot be had."""
+    from ppomax.sharding import zero_config
+
     model, notes = config.model, []
     policy, reward = _model_paths(config)
     policy_shape = shape_of(policy)
@@ -122,6 +124,7 @@ def job_of(
     if model.critic == "reward_model" and critic is None:
         raise ConfigError("config: model.critic is reward_model, but the reward is a function; set model.critic")
     stage = config.sharding.zero_stage
+    zero = zero_config.extra(config.sharding).get("zero_optimization", {})
     return (
         Job(
             policy=policy_shape,
@@ -136,6 +139,8 @@ def job_of(
             offload_optimizer=config.sharding.offload_optimizer,
             offload_param=config.sharding.offload_param,
             frozen=config.sharding.frozen,
+            bucket=int(zero.get("reduce_bucket_size", Job.bucket)),
+            live=int(zero.get("stage3_max_live_parameters", Job.live)),
             ranks=ranks,
             ranks_per_node=ranks_per_node,
             memory=memory,

@@ -52,7 +52,7 @@ def published() -> list[Published]:
     chat_job = {"critic": "facebook/opt-350m", "reward": "facebook/opt-350m", "prompt_tokens": 256}
     chat_job |= {"response_tokens": 256, "rollout_size": 128, "minibatch_size": 128, "slots": 16}
     open_job = {"prompt_tokens": 1024, "response_tokens": 1024, "rollout_size": 1024, "minibatch_size": 128}
-    open_job |= {"slots": 32, "micro_tokens": 2048, "offload_optimizer": True}
+    open_job |= {"slots": 16, "micro_tokens": 2048, "offload_optimizer": True}
     seven, thirteen = "huggyllama/llama-7b", "huggyllama/llama-13b"
     pairs = 131_900
     return [

@@ -31,6 +31,10 @@ class Job:
     offload_optimizer: bool = False
     offload_param: bool = False
     frozen: str = "auto"
+    bucket: int = 500_000_000
+    """Elements of DeepSpeed's reduction bucket (reduce_bucket_size)."""
+    live: int = 1_000_000_000
+    """Gathered parameters that ZeRO-3 keeps at a time (stage3_max_live_parameters)."""
     ranks: int = 1
     ranks_per_node: int = 8
     memory: int = 80 * GiB

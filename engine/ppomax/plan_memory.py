@@ -16,10 +16,6 @@ from ppomax.plan_job import GiB, Job, Role, offloaded, partitioned, roles
 from ppomax.plan_trace import Held, cache_bytes, counts, held, prefill_tokens
 
 PHASES = ("load", "rollout", "scoring", "update", "step", "save")
-LIVE_PARAMS = 1_000_000_000
-"""ZeRO-3 keeps at most so many gathered parameters at a time (DeepSpeed's stage3_max_live_parameters)."""
-BUCKET = 500_000_000
-"""Elements of a DeepSpeed reduction bucket (reduce_bucket_size)."""
 DATA_PARALLEL_BUCKET = 1 << 25
 """Elements that ZeRO 0 sums in one float32 message (sharding/plain.py)."""
 GPU_OVERHEAD = int(1.5 * GiB)
@@ -34,8 +30,8 @@ HOST_OVERHEAD = 3 * GiB
 
 def device_bytes(job: Job) -> dict[str, dict[str, int]]:
     """Phase -> kind -> bytes that one rank's device holds at that phase's peak."""
-    phases = {"load": _sum(weights(job), _masters(job), overhead(job))}
-    steady = _sum(weights(job), optimiser(job), _buckets(job), overhead(job))
+    phases = {"load": _sum(weights(job), _masters(job), _kept(job), overhead(job))}
+    steady = _sum(weights(job), optimiser(job), _kept(job), overhead(job))
     for phase, extra in (("rollout", rollout), ("scoring", scoring), ("update", update), ("step", step)):
         phases[phase] = _sum(steady, extra(job))
     phases["save"] = _sum(steady, {"gathered": largest_parameter(job)} if job.zero_stage == 3 else {})
@@ -95,11 +91,15 @@ def overhead(job: Job) -> dict[str, int]:
     return {"overhead": CPU_OVERHEAD if job.cpu else GPU_OVERHEAD}
 
 
-def _buckets(job: Job) -> dict[str, int]:
-    """Flat buffers that gradients are reduced through, one of each engine."""
-    if not job.zero_stage:
-        return {} if job.zero_stage is None or job.ranks == 1 else {"buckets": 3 * 4 * DATA_PARALLEL_BUCKET}
-    return {"buckets": sum(min(BUCKET, r.trained) * job.width for r in roles(job) if r.trained)}
+def _kept(job: Job) -> dict[str, int]:
+    """What each engine keeps from its start on under ZeRO-3: a flat buffer that gradients are reduced through, and its
+    partition of them."""
+    if job.zero_stage != 3:
+        return {}
+    trained = [r for r in roles(job) if r.trained]
+    on_host = job.offload_optimizer and not job.cpu
+    gradients = 0 if on_host else sum(r.trained for r in trained) * job.width // job.ranks
+    return {"buckets": len(trained) * job.bucket * job.width, "gradients": gradients}
 
 
 # ---- what a phase adds ----------------------------------------------------------------------------------------------
@@ -149,7 +149,13 @@ def update(job: Job) -> dict[str, int]:
     before = _gradient(job, policy) + (_gradient(job, critic) if several else 0)
     turns.append(_turn(before, _gradient(job, policy) + _gradient(job, critic), act, {}))
     turns[-1]["gathered"] = _live_layers(job, critic)
-    return _sum(_larger(*turns), {"trunk states": _trunk_states(job)})
+    return _sum(_larger(*turns), {"trunk states": _trunk_states(job), "buckets": _passing_buckets(job)})
+
+
+def _passing_buckets(job: Job) -> int:
+    """Flat buffers that gradients are reduced through under ZeRO 1 and 2, one of each engine."""
+    engines = sum(r.trained > 0 for r in roles(job))
+    return engines * job.bucket * job.width if job.zero_stage in (1, 2) else 0
 
 
 def _policy_turn(job: Job, policy: Role, critic: Role, rows: int, length: int, several: bool) -> dict[str, int]:
@@ -178,6 +184,9 @@ def step(job: Job) -> dict[str, int]:
     grads = {"gradients": sum(_gradient(job, r) for r in trained)}
     if job.offload_optimizer and not job.cpu:
         return grads
+    if job.zero_stage == 0 and job.ranks > 1:
+        message = min(DATA_PARALLEL_BUCKET, max(r.trained for r in trained))
+        grads["buckets"] = 2 * 4 * message  # float32, its parts and their sum
     if job.width == 2 or job.zero_stage:
         grads["fp32 gradients"] = 4 * max(r.trained for r in trained) // _optimiser_ranks(job)
     return grads
@@ -211,10 +220,10 @@ def _picked(job: Job) -> int:
 
 
 def _gradient(job: Job, role: Role) -> int:
-    ranks = job.ranks if (job.zero_stage or 0) >= 2 else 1
-    if job.offload_optimizer and ranks > 1 and not job.cpu:
-        return 0  # partitions go to the host as they are reduced; the bucket is counted apart
-    return role.trained * job.width // ranks
+    """What `backward` leaves behind until the step, beside what is always there."""
+    if job.zero_stage == 3 or (job.zero_stage == 2 and job.offload_optimizer and not job.cpu):
+        return 0
+    return role.trained * job.width // (job.ranks if job.zero_stage == 2 else 1)
 
 
 def _whole_policy(job: Job) -> int:
@@ -222,7 +231,7 @@ def _whole_policy(job: Job) -> int:
 
 
 def _live_layers(job: Job, role: Role) -> int:
-    return min(LIVE_PARAMS, role.elements) * job.width if partitioned(job, role) else 0
+    return min(job.live, role.elements) * job.width if partitioned(job, role) else 0
 
 
 def _trunk_states(job: Job) -> int:

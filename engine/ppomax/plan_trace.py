@@ -130,7 +130,7 @@ def _trace(
         for p in trunk.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         ids = torch.zeros(sequences, length, dtype=torch.int64)
-        with live_bytes() as live:
+        with live_bytes("meta") as live:
             with torch.no_grad():
                 trunk(input_ids=ids, use_cache=False)
             forward = live.peak
@@ -189,10 +189,11 @@ def _trunk_only(config: str) -> str:
     return json.dumps({k: v for k, v in sorted(json.loads(config).items()) if k not in (*apart, *depth)})
 
 
-def live_bytes() -> Any:
-    """A context that counts the bytes of tensors made inside it and still alive: `.now`, `.peak`.
+def live_bytes(device: str = "cpu") -> Any:
+    """A context that counts the bytes of tensors made inside it on `device` and still alive: `.now`, `.peak`.
 
-    Counts each storage once, whatever views it has; scratch memory inside C++ operators is not seen."""
+    Each storage counts once, whatever views it has; scratch memory inside C++ operators is not seen. `meta`: of a run
+    without data."""
     import weakref
 
     import torch
@@ -210,7 +211,7 @@ def live_bytes() -> Any:
             out = func(*args, **(kwargs or {}))
             old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
             for x in tree_leaves(out):
-                if isinstance(x, torch.Tensor):
+                if isinstance(x, torch.Tensor) and x.device.type == device:
                     self.note(x.untyped_storage(), old)
             self.peak = max(self.peak, self.now)
             return out
