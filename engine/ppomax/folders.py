@@ -13,8 +13,8 @@ from ppomax.options import RUN_FLAGS, Options
 
 C = TypeVar("C")
 
-FREE_ON_RESUME = ("run.", "monitor.", "threads", "out")
-"""Knobs that a resumed run may change, run.seed apart: how long, where and how it is watched."""
+FREE_ON_RESUME = ("run.", "monitor.", "sharding.", "threads", "out")
+"""Knobs that a resumed run may change, run.seed apart: how long, where, on how many ranks and how it is watched."""
 RUN_FILES = ("metrics.jsonl", "checkpoints", "work")
 """What shows that a folder holds a run."""
 

@@ -96,7 +96,7 @@ def settled(config: TrainConfig) -> TrainConfig:
     """`config` with rank 0's folder, resumed if the launcher has started it anew, once all ranks are found to have the
     same one and to share its batches evenly. Raises ConfigError on every rank otherwise."""
     from ppomax.sharding import agree, everyone, world_size
-    from ppomax.sharding.ranks import restarts
+    from ppomax.sharding.ranks import restarts, talks_by_nccl
     from ppomax.sharding.zero_config import extra
 
     out = agree(config.run.out)
@@ -115,5 +115,9 @@ def settled(config: TrainConfig) -> TrainConfig:
                 f"config: batch.{knob}={value} cannot be shared evenly by {count} ranks; make it a multiple of "
                 f"{count}, or start another number of ranks"
             )
+    if count > 1 and config.run.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"config: run.device={config.run.device}, but each rank takes its own GPU; use auto or cuda")
+    if count > 1 and config.run.device == "cpu" and talks_by_nccl():
+        raise ConfigError("config: run.device=cpu is only in a file, and ranks talk by nccl; give --run.device cpu too")
     extra(config.sharding)
     return config

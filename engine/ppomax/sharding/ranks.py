@@ -75,6 +75,11 @@ def job_store() -> dist.Store:
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=5))
 
 
+def talks_by_nccl() -> bool:
+    """Whether tensors must be on a GPU to be exchanged."""
+    return dist.is_initialized() and dist.get_backend() == "nccl"
+
+
 def leave() -> None:
     """Part from the other ranks at the end of the job."""
     if dist.is_initialized():
