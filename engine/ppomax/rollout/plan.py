@@ -13,6 +13,8 @@ from ppomax.rollout.attention import check_model, choose, page_of
 from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
 
 MIB = 2**20
+TEMPORARIES = 1.7
+"""Measured on a CPU: what a forward's temporaries and the blocks that the allocator keeps add to its activations."""
 
 
 class RolloutError(ValueError):
@@ -107,4 +109,4 @@ def _workspace(model: PreTrainedModel, prompts: Sequence[Prompt], slots: int) ->
     activations = tokens * (3 * width + max(attention, 3 * inner)) * model.dtype.itemsize
     head = head_of(model)
     copies = 1 + (head.scale != 1.0) + 2 * (head.softcap is not None)
-    return activations + copies * slots * head.weight.shape[0] * model.dtype.itemsize
+    return round(TEMPORARIES * activations) + copies * slots * head.weight.shape[0] * model.dtype.itemsize

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ppomax.rollout.arena import Arena, pages_for
 
-PREFILL_TOKENS = 2048
-"""Prompt tokens let into one forward, beyond the first prompt: bounds its activations."""
+PREFILL_TOKENS = 512
+"""Prompt tokens let into one forward, unless a single prompt has more: bounds its activations."""
 
 
 @dataclass(eq=False)
