@@ -1,0 +1,6 @@
+"""Tests of every floor. OpenMP reads its policy when torch loads it, so it is set here, before conftest.py: threads
+that spin while they wait make a busy machine ten times slower."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
