@@ -14,15 +14,17 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-from ppomax.config import ShardingConfig, config_names, load_config
+from ppomax.config import ShardingConfig, TrainConfig, config_names, load_config
 from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.loading import LoadingError, load_partitioned
 from ppomax.models import load_policy, load_reward_model, make_reward_model, save_model
-from ppomax.plan import shape_of
+from ppomax.plan import job_of, shape_of
+from ppomax.plan_memory import device_bytes
+from ppomax.plan_trace import live_bytes
 from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.zero import ZeroFrozen
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.engine.tiny import EOS, VOCABULARY, prompts, small_config, tiny_assets, tiny_tokenizer
 
@@ -136,6 +138,55 @@ def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
     """The trained weights of the policy in float32 (a bfloat16 one need not move in a step of 5e-7)."""
     _, state = engine.policy.lazy()
     return {name: x.get().clone() for name, x in state.items() if name.startswith("copy/")}
+
+
+BUCKET = 1_000_000
+DEEPSPEED = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
+DEEPSPEED |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+
+
+def planned(folder: Path) -> dict[str, float]:
+    """Planned peaks over measured ones (live storages) of a second step, by stage, dtype and phase."""
+    out = {}
+    file = folder / f"deepspeed-{ranks.rank()}.json"
+    file.write_text(json.dumps({"zero_optimization": DEEPSPEED}), encoding="utf-8")
+    hf = LlamaConfig(vocab_size=4096, hidden_size=192, intermediate_size=448, num_hidden_layers=8,
+                     num_attention_heads=6, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    hf.save_pretrained(folder / f"shape-{ranks.rank()}")
+    for stage, dtype in ((0, "float32"), (2, "bfloat16"), (3, "float32")):
+        shape = str(folder / f"shape-{ranks.rank()}")
+        knobs = {"model__policy": shape, "model__reward_model": shape, "model__dtype": dtype, "run__device": "cpu"}
+        knobs |= {"batch__rollout_size": 16, "batch__minibatch_size": 8, "batch__micro_tokens": 96, "impl": "auto"}
+        knobs |= {"rollout__max_new_tokens": 8, "rollout__min_new_tokens": 8, "data__max_prompt_tokens": 16}
+        knobs |= {"sharding__zero_stage": stage, "sharding__deepspeed": str(file) if stage else None}
+        config = small_config(**knobs)
+        job, _ = job_of(config, ranks=2, memory=1 << 40, host_memory=1 << 40, cpu=True)
+        plan = {phase: sum(kinds.values()) - kinds["overhead"] for phase, kinds in device_bytes(job).items()}
+        there = _held(hf, config)
+        plan["rollout"], plan["update"] = max(plan["rollout"], plan["scoring"]), max(plan["update"], plan["step"])
+        out |= {f"ZeRO-{stage} {dtype} {phase}": plan[phase] / size for phase, size in there.items()}
+    return out
+
+
+def _held(hf: LlamaConfig, config: TrainConfig) -> dict[str, int]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    batch = [torch.randint(4, 4000, (16,), generator=generator).tolist() for _ in range(16)]
+    with live_bytes() as live:
+        policy = LlamaForCausalLM(hf).to(getattr(torch, config.model.dtype))
+        engine = Engine(policy, None, None, make_reward_model(policy), config)
+        del policy
+        got = {"load": live.now}
+        for _ in range(2):
+            live.peak = live.now
+            roll = engine.rollout(batch)
+            got["rollout"] = live.peak
+            experience = engine.experience(roll)
+            live.peak = live.now
+            engine.update(experience)
+            got["update"] = live.peak
+            del roll, experience
+    return got
 
 
 def missing_shard(folder: Path) -> str:
