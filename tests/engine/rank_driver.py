@@ -114,6 +114,7 @@ def two(folder: Path) -> dict[str, Any]:
         out[f"resumed {stage}"] = resumed(engine, folder / f"zero-{stage}")
     out["from one process"] = from_one_process(engine, folder)
     out["export"] = exported(engine, folder / "export")
+    out["gathered"] = gathered(engine)
     out["one prompt"] = steps(engine, (1,))
     out["nan"] = nan_on_one_rank(engine)
     out |= {name: variant(folder, name, 3) for name in ("tied", "hydra")}
@@ -134,6 +135,20 @@ def from_one_process(engine: Engine, folder: Path) -> list[dict[str, float]]:
     """The steps after a checkpoint that one process of plain torch wrote."""
     engine.restore(folder / "plain")
     return steps(engine, NEXT)
+
+
+def gathered(engine: Engine) -> dict[str, Any]:
+    """Hooks and whole weights inside and outside of a rollout phase."""
+
+    def look() -> tuple[int, bool]:
+        module = engine.policy.module
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+        return hooks, all(p.numel() == p.ds_numel for p in module.parameters())  # type: ignore[attr-defined]
+
+    before = look()
+    with engine.policy.gathered():
+        inside = look()
+    return {"before": before, "inside": inside, "after": look()}
 
 
 def exported(engine: Engine, path: Path) -> dict[str, Any]:
@@ -247,7 +262,7 @@ def job(folder: Path, name: str, moment: str, number: int = signal.SIGKILL, vict
     """`ppomax train` in `folder`/`name`; one rank sends itself a signal at `moment` of the job's first start."""
     from importlib import import_module
 
-    if moment in MOMENTS and not ranks.restarts() and int(os.environ["RANK"]) == victim:
+    if moment in MOMENTS and not ranks.restarts() and int(os.environ.get("RANK", "0")) == victim:
         module, function, nth = MOMENTS[moment]
         owner, count = import_module(module), [0]
         plain = getattr(owner, function)

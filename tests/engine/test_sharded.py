@@ -137,6 +137,15 @@ def test_one_rank_to_two(verdicts, plain) -> None:
     assert losses(verdicts["from one process"]) == pytest.approx(losses(plain["next"]), abs=BETWEEN)
 
 
+def test_weights_are_gathered_once_for_a_rollout(verdicts) -> None:
+    """Inside the phase no hook is left that could gather or release a weight as tokens are decoded."""
+    found = verdicts["gathered"]
+    assert found["inside"] == [0, True]
+    assert found["before"] == found["after"]
+    assert found["before"][0] > 0
+    assert not found["before"][1]
+
+
 def test_cut_policy_is_exported_in_shards(verdicts) -> None:
     assert verdicts["export"]["equal"]
     assert verdicts["export"]["files"] > 3
@@ -254,6 +263,24 @@ def test_sigterm_on_one_rank_checkpoints_all(verdicts, folder) -> None:
     assert not (folder / "termed" / "policy").exists()
     ended(start("job", str(folder), "termed", "never", "--resume", ranks=2))
     assert weights_of(folder / "termed") == weights_of(folder / "alone")
+
+
+@pytest.mark.slow
+def test_zero_3_to_plain_to_zero_1_from_the_command_line(folder) -> None:
+    """The seam shows in no loss: as in a run of two ranks that was left alone."""
+    ended(start("job", str(folder), "three", "never", "--sharding.zero_stage=3", ranks=2))
+    ended(start("job", str(folder), "seams", "never", "--sharding.zero_stage=3", "--run.steps=2", ranks=2))
+    plain = ("--resume", "--sharding.zero_stage=null", "--run.steps=3")
+    alone = start("job", str(folder), "seams", "never", *plain)
+    ended(alone)
+    ended(start("job", str(folder), "seams", "never", "--resume", "--sharding.zero_stage=1", ranks=2))
+    rows = [
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("three", "seams")
+    ]
+    assert steps_of(folder / "seams") == [1, 2, 3, 4]
+    want, got = ([row for row in run if row["step"]] for run in rows)
+    assert losses(got) == pytest.approx(losses(want), abs=BETWEEN)
 
 
 @pytest.mark.slow
