@@ -177,6 +177,15 @@ PPOMAX_API int ppomax_paged_attention_cpu(const void *query, int64_t query_token
                                           const int32_t *tables, int64_t sequences, int64_t blocks, const int32_t *sequence_of,
                                           const int32_t *positions, double scale, int64_t window, double softcap, void *out, int threads);
 
+/* Output columns of a panel below. */
+#define PPOMAX_PANEL 32
+
+/* y = x W^T + bias in fp32, rows x outputs, contiguous. x: rows x inputs, contiguous. panels: ceil(outputs / PPOMAX_PANEL) x inputs x
+ * PPOMAX_PANEL, W packed so that panel p holds W[p * PPOMAX_PANEL + c, i] at [i][c]; columns past `outputs` are not used. bias: `outputs`
+ * floats, or NULL. */
+PPOMAX_API int ppomax_packed_linear_cpu(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias,
+                                        int64_t outputs, float *y, int threads);
+
 /* Reads `bytes` bytes (a multiple of 256 KiB) once and returns a sum of them: the memory bandwidth that benchmarks compare with. */
 PPOMAX_API uint64_t ppomax_stream_read(const void *data, int64_t bytes, int threads);
 

@@ -75,6 +75,7 @@ struct SampleResult {
     float logprob, plain_logprob, entropy;
 };
 
+constexpr int LINEAR_PANEL = 32;    // output columns that packed weights hold side by side
 constexpr int ATTENTION_PAGE = 16;  // tokens of a page of the KV cache
 
 // One token and one key head: `heads` query heads against positions first .. end of the token's sequence.
@@ -99,6 +100,8 @@ struct VectorOps {
     void (*value)(const ValueArrays &, int64_t at, int64_t n, ValueSums *out);
     void (*sample)(const SampleRow &, SampleResult *out);
     void (*attend)(const AttentionRow &, const void *query, int64_t query_stride, int dtype, void *out);
+    void (*linear_panel)(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y, int64_t y_stride,
+                         int64_t columns);
     float (*one_float)(TypedArray, int64_t at);
     const char *name;
 };

@@ -160,7 +160,10 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V); the readable form, for tests and sampling. Losses go straight from hidden."""
-        z = nn.functional.linear(hidden, self.weight, self.bias)
+        return self.capped(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def capped(self, z: Tensor) -> Tensor:
+        """Scale and softcap over a product `hidden @ weight.T + bias` that was made elsewhere."""
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)

@@ -36,6 +36,7 @@ SIGNATURES = {
     "ppo_loss": [*ARRAY, *ARRAY, *ARRAY, P, *ARRAY, *ARRAY, *ARRAY, L, P, D, D, D, D, D, I, D, P, P, P, P, I],
     "value_loss": [*ARRAY, *ARRAY, *ARRAY, P, L, P, D, D, P, P, P, P, I],
     "sample": [*ARRAY, L, L, L, P, P, D, L, D, P, P, P, P, I],
+    "packed_linear": [P, L, L, P, P, L, P, I],
     "paged_attention": [*[P, L, L] * 3, I, *[L] * 5, P, P, L, P, L, L, P, P, D, L, D, P, I],
 }
 
@@ -403,3 +404,15 @@ def paged_attention_cpu(
             )
         _refuse(op, status)
     return out
+
+
+def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    inputs = panels.shape[1]
+    y = empty(*x.shape[:-1], outputs, dtype=float32)
+    status = library().ppomax_packed_linear_cpu(
+        x.data_ptr(), x.numel() // inputs, inputs, panels.data_ptr(), _at(bias), outputs, y.data_ptr(),
+        get_num_threads(),
+    )  # fmt: skip
+    if status:
+        _refuse("packed_linear", status)
+    return y

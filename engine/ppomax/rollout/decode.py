@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import ppomax_kernels as K
 import torch
+from ppomax_kernels.packed_linear import packed_linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from ppomax.models import base_of, blocks_of, embedding_weight, head_of
 from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Arena, Step
 from ppomax.rollout.attention import Attention, arena_attention
+from ppomax.rollout.packed import packed_linears
 from ppomax.rollout.plan import RolloutError, RolloutPlan, plan_rollout
 from ppomax.rollout.slots import Admission, Prompt, Slots
 from ppomax.rollout.text import TextStream
@@ -133,10 +135,10 @@ def decode(
     if announce is not None:
         announce(plan)
     arena = Arena(model.config, plan.pages, model.dtype, model.device, plan.page)
-    with arena_attention(model, arena, plan.attention) as attention:
+    with arena_attention(model, arena, plan.attention) as attention, packed_linears(model, plan.attention) as panels:
         loop = _Loop(model, attention, Slots(distinct, plan.slots, max_new_tokens, arena), sampling, len(prompts))
         loop.seeds = stream_seeds(seed, uids).to(model.device)
-        loop.on_token = on_token
+        loop.on_token, loop.panels = on_token, panels
         if stop:
             loop.texts = [TextStream(tokenizer) for _ in prompts]  # type: ignore[arg-type]
         if trunk_layers is not None:
@@ -169,6 +171,8 @@ class _Loop:
         self.texts: list[TextStream] = []
         self.on_token: Callable[[int, int, bool], None] | None = None
         self.recorder: _Recorder | None = None
+        self.panels: Tensor | None = None
+        """The head's weight, packed."""
 
     def step(self) -> None:
         """Let in, run, draw, let out."""
@@ -235,7 +239,7 @@ class _Loop:
     def _draw(self, hidden: Tensor) -> tuple[list[int], list[float]]:
         """A token and its logprob for each living sequence; the one transfer to the host of a step."""
         how, living = self.sampling, self.slots.living
-        logits = self.head.logits(hidden)
+        logits = self._logits(hidden)
         early = [row for row, s in enumerate(living) if len(s.tokens) < how.least]
         if early and len(self.eos):
             logits[torch.tensor(early, device=self.device)[:, None], self.eos] = -torch.inf
@@ -253,6 +257,11 @@ class _Loop:
             return token.tolist(), logprob.tolist()
         both = torch.stack([token.double(), logprob.double()]).tolist()  # exact: ids are far below 2^53
         return [int(t) for t in both[0]], both[1]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.panels is None:
+            return self.head.logits(hidden)
+        return self.head.capped(packed_linear(hidden, self.panels, self.head.bias, len(self.head.weight)))
 
     def _take(self, tokens: list[int], logprobs: list[float]) -> list[slotting.Sequence]:
         """Give each sequence its token; returns those that end with it."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ppomax.models import embedding_weight, head_of
 from ppomax.rollout.arena import cache_shape
 from ppomax.rollout.attention import check_model, choose, page_of
+from ppomax.rollout.packed import packed_bytes
 from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
 
 MIB = 2**20
@@ -33,19 +34,21 @@ class RolloutPlan:
     """Keys and values."""
     workspace_bytes: int
     """Activations of the widest forward, and one step's logits."""
+    packed_bytes: int
+    """Weights packed for the phase."""
     trunk_bytes: int
     """Recorded states, if asked for: what is returned, and the rows of living sequences."""
 
     @property
     def peak_bytes(self) -> int:
         """All of it: what the rollout adds to the process at most."""
-        return self.arena_bytes + self.workspace_bytes + self.trunk_bytes
+        return self.arena_bytes + self.workspace_bytes + self.packed_bytes + self.trunk_bytes
 
     def sentence(self) -> str:
         return (
             f"rollout: {self.slots} slots, {self.pages} pages of {self.page} tokens, attention {self.attention}; "
             f"peak {self.peak_bytes / MIB:.1f} MiB (cache {self.arena_bytes / MIB:.1f}, workspace "
-            f"{self.workspace_bytes / MIB:.1f}"
+            f"{self.workspace_bytes / MIB:.1f}, packed weights {self.packed_bytes / MIB:.1f}"
             + (f", trunk states {self.trunk_bytes / MIB:.1f})" if self.trunk_bytes else ")")
         )
 
@@ -93,6 +96,7 @@ def plan_rollout(
         pages=pages,
         arena_bytes=pages * page * cache_shape(config).token_bytes(model.dtype),
         workspace_bytes=_workspace(model, prompts, slots),
+        packed_bytes=packed_bytes(model, attention),
         trunk_bytes=tokens * width * model.dtype.itemsize if trunk else 0,
     )
 

@@ -1,0 +1,36 @@
+"""y = x W^T + b in float32 on a CPU for the tens to hundreds of rows that decoding has, with weights packed once for
+many calls: panels of PANEL output columns, each [input][column], which stay in the first cache while the rows pass.
+General GEMMs pack the weights anew in every call, which costs as much as such a call computes. Internal to the engine's
+rollout: no gradient; the packed copy goes stale when the weight changes."""
+
+import torch
+from torch import Tensor
+
+PANEL = 32
+
+
+def pack(weight: Tensor) -> Tensor:
+    """(out, in) -> (ceil(out / PANEL), in, PANEL), zeros in columns that do not exist."""
+    out, inputs = weight.shape
+    whole = weight.detach()
+    if out % PANEL:
+        whole = torch.nn.functional.pad(whole, (0, 0, 0, -out % PANEL))
+    return whole.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+
+
+def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """`torch.nn.functional.linear(x, weight, bias)` for x (..., in) float32 on a CPU, `panels` = pack(weight) and
+    `outputs` = weight.shape[0]. ValueError if they do not fit together."""
+    from .native import packed_linear_cpu
+
+    count, inputs, width = panels.shape
+    if x.shape[-1] != inputs or width != PANEL or not (count - 1) * PANEL < outputs <= count * PANEL:
+        raise ValueError(
+            f"packed_linear: x {tuple(x.shape)} and {outputs} outputs do not fit panels {tuple(panels.shape)}; make "
+            "them by pack(weight)"
+        )
+    if not (x.dtype == panels.dtype == torch.float32 and x.is_cpu and panels.is_cpu and panels.is_contiguous()):
+        raise ValueError(f"packed_linear: x and panels must be float32 on the CPU, got {x.dtype} and {panels.dtype}")
+    if bias is not None and (bias.shape != (outputs,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
+        raise ValueError(f"packed_linear: bias must be float32 of shape ({outputs},), got {tuple(bias.shape)}")
+    return packed_linear_cpu(x.contiguous(), panels, bias, outputs)

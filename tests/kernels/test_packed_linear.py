@@ -1,0 +1,70 @@
+"""packed_linear on every instruction set against a float64 product, over heights and widths that fill no block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from ppomax_kernels import native
+from ppomax_kernels.packed_linear import PANEL, pack, packed_linear
+
+TOLERANCE = 1e-6  # of the sum of absolute products
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
+def isa(request: pytest.FixtureRequest) -> Iterator[int]:
+    if native.library().ppomax_force_isa(request.param):
+        pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
+    yield request.param
+    native.library().ppomax_force_isa(-1)
+
+
+@pytest.mark.parametrize("outputs", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("inputs", [1, 7, 192])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_the_product(outputs: int, inputs: int, bias: bool, isa: int) -> None:
+    generator = torch.Generator().manual_seed(outputs)
+    weight, offset = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    panels = pack(weight)
+    for rows in (1, 2, 3, 4, 11, 12, 13, 25, 64):
+        x = torch.randn(rows, inputs, generator=generator)
+        got = packed_linear(x, panels, offset if bias else None, outputs)
+        want = x.double() @ weight.double().T + (offset.double() if bias else 0.0)
+        size = x.double().abs() @ weight.double().abs().T + 1.0
+        assert ((got - want).abs() / size).max() <= TOLERANCE, rows
+    lead = packed_linear(torch.zeros(2, 3, inputs), panels, None, outputs)
+    assert lead.shape == (2, 3, outputs)
+    assert packed_linear(torch.zeros(0, inputs), panels, None, outputs).shape == (0, outputs)
+
+
+def test_a_row_does_not_depend_on_the_others_nor_on_threads() -> None:
+    x, weight, before = torch.randn(65, 48), torch.randn(4000, 48), torch.get_num_threads()
+    panels = pack(weight)
+    whole = packed_linear(x, panels, None, 4000)
+    assert torch.equal(whole[17:18], packed_linear(x[17:18], panels, None, 4000))
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(whole, packed_linear(x, panels, None, 4000))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_panels_hold_the_weight() -> None:
+    weight = torch.randn(PANEL + 3, 5)
+    panels = pack(weight)
+    assert panels.shape == (2, 5, PANEL)
+    assert torch.equal(panels[1, :, 2], weight[PANEL + 2])
+    assert not panels[1, :, 3:].any()
+
+
+def test_bad_arguments_are_named() -> None:
+    panels = pack(torch.randn(40, 8))
+    with pytest.raises(ValueError, match="do not fit panels"):
+        packed_linear(torch.zeros(2, 9), panels, None, 40)
+    with pytest.raises(ValueError, match="do not fit panels"):
+        packed_linear(torch.zeros(2, 8), panels, None, 65)
+    with pytest.raises(ValueError, match="must be float32 on the CPU"):
+        packed_linear(torch.zeros(2, 8).double(), panels, None, 40)
+    with pytest.raises(ValueError, match="bias must be float32 of shape"):
+        packed_linear(torch.zeros(2, 8), panels, torch.zeros(41), 40)
