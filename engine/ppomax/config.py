@@ -504,7 +504,8 @@ class ShardingConfig:
     timeout: float = 3600.0
     """Seconds that a rank may wait for another's work in one exchange."""
     silence: float = 40.0
-    """Seconds without a sign of life after which a rank counts as dead and the job ends. 0: no such watch."""
+    """Seconds without a sign of life after which a rank counts as dead and the job ends; on one host a rank whose
+    process is gone is noticed at once. 0: however long it is silent."""
 
     def __post_init__(self) -> None:
         stage = self.zero_stage

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from ppomax.sharding.ranks import job_store, rank, restarts, world_size
 
 PERIOD = 2.0
@@ -39,7 +41,7 @@ class Watch:
             return
         self.rank, self.store = rank(), job_store()
         self._set(f"who/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-        self.count, self.seen = dict.fromkeys(range(world_size()), 0), dict.fromkeys(range(world_size()), time.time())
+        self.count, self.seen = [0] * world_size(), [time.monotonic()] * world_size()
         threading.Thread(target=self._run, daemon=True, name="ppomax-watch").start()
 
     def done(self) -> None:
@@ -53,14 +55,17 @@ class Watch:
         if self.store is None:
             return
         self.ended.set()
-        if self._add("failures", 1) == 1:
-            self._set("words", f"rank {self.rank}: {words}")
-        until = time.time() + GRACE
-        while self.rank and not self._add("printed", 0) and time.time() < until:
-            time.sleep(0.1)
-        if self.rank and self._add("printed", 0):
-            leave(2)
-        self._add("printed", 1)
+        try:
+            if self._add("failures", 1) == 1:
+                self._set("words", f"rank {self.rank}: {words}")
+            until = time.monotonic() + GRACE
+            while self.rank and not self._add("printed", 0) and time.monotonic() < until:
+                time.sleep(0.1)
+            if self.rank and self._add("printed", 0):
+                leave(2)
+            self._add("printed", 1)
+        except dist.DistError:  # the store went with rank 0: then this rank's own words are printed here
+            return
 
     def _run(self) -> None:
         watched = range(1, world_size()) if self.rank == 0 else [0]
@@ -77,7 +82,7 @@ class Watch:
                     leave(1)
 
     def _look_at(self, other: int) -> None:
-        beat, now = self._add(f"beat/{other}", 0), time.time()
+        beat, now = self._add(f"beat/{other}", 0), time.monotonic()
         if beat != self.count[other]:
             self.count[other], self.seen[other] = beat, now
         if self._add(f"done/{other}", 0):
@@ -87,7 +92,7 @@ class Watch:
             reason = "its process is gone" if quiet <= self.silence else f"no sign of life for {quiet:.0f} s"
             words = f"rank {other} ({self._who(other)}) died: {reason}"
             if self._add("failures", 1) == 1:
-                self._set("words", words + "; the newest checkpoint is whole, go on from it with --resume")
+                self._set("words", words + "; go on from the newest checkpoint with --resume")
             self._end(self._words(), 1)
 
     def _end(self, words: str, status: int) -> None:
