@@ -1,12 +1,16 @@
 """y = x W^T + b in float32 on a CPU for the tens to hundreds of rows that decoding has, with weights packed once for
 many calls: panels of PANEL output columns, each [input][column], which stay in the first cache while the rows pass.
-General GEMMs pack the weights anew in every call, which costs as much as such a call computes. Internal to the engine's
-rollout: no gradient; the packed copy goes stale when the weight changes."""
+A general GEMM packs the weights anew in every call: 5 to 20 % of the time at 64 rows. A row's result does not depend on
+the other rows, to the bit. Internal to the engine's rollout: no gradient; the packed copy goes stale when the weight
+changes."""
 
 import torch
 from torch import Tensor
 
+from .dispatch import late
+
 PANEL = 32
+_run = late("native", "packed_linear_cpu")
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -20,9 +24,7 @@ def pack(weight: Tensor) -> Tensor:
 
 def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     """`torch.nn.functional.linear(x, weight, bias)` for x (..., in) float32 on a CPU, `panels` = pack(weight) and
-    `outputs` = weight.shape[0]. ValueError if they do not fit together."""
-    from .native import packed_linear_cpu
-
+    `outputs` = weight.shape[0]. x is copied if it is not contiguous. ValueError if they do not fit together."""
     count, inputs, width = panels.shape
     if x.shape[-1] != inputs or width != PANEL or not (count - 1) * PANEL < outputs <= count * PANEL:
         raise ValueError(
@@ -33,4 +35,4 @@ def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) 
         raise ValueError(f"packed_linear: x and panels must be float32 on the CPU, got {x.dtype} and {panels.dtype}")
     if bias is not None and (bias.shape != (outputs,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
         raise ValueError(f"packed_linear: bias must be float32 of shape ({outputs},), got {tuple(bias.shape)}")
-    return packed_linear_cpu(x.contiguous(), panels, bias, outputs)
+    return _run(x if x.is_contiguous() else x.contiguous(), panels, bias, outputs)  # type: ignore[no-any-return]
