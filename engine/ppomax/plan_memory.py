@@ -13,7 +13,7 @@ Lengths are taken at their limits, so a run whose texts are shorter needs less."
 from __future__ import annotations
 
 from ppomax.plan_job import GiB, Job, Role, offloaded, partitioned, roles
-from ppomax.plan_trace import Held, cache_bytes, counts, held, prefill_tokens
+from ppomax.plan_trace import Held, cache_bytes, counts, held, packed_bytes, prefill_tokens
 
 PHASES = ("load", "rollout", "scoring", "update", "step", "save")
 DATA_PARALLEL_BUCKET = 1 << 25
@@ -116,6 +116,7 @@ def rollout(job: Job) -> dict[str, int]:
     prefill = _held(job, job.policy, 1, at_once)
     return {
         "KV cache": cache,
+        "packed weights": packed_bytes(job.policy) if job.cpu and job.width == 4 else 0,
         **_larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
         "gathered": _whole_policy(job),
         "trunk states": _trunk_states(job),

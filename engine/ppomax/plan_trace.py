@@ -175,6 +175,15 @@ def cache_bytes(config: str, dtype: str, slots: int, capacity: int) -> int:
     return arena_bytes(_hf_config(config, None), slots, capacity, getattr(torch, dtype))
 
 
+def packed_bytes(config: str) -> int:
+    """Bytes of the second copy of its float32 weights that the rollout keeps on a CPU where they are few."""
+    from ppomax.rollout.packed import MOST_BYTES
+
+    c = counts(config, "causal_lm")
+    size = 4 * (c.layers * sum(i * o for _, i, o in c.linears) + c.head)
+    return size if c.linears and size <= MOST_BYTES else 0
+
+
 def prefill_tokens() -> int:
     """Prompt tokens that one forward of the rollout takes at most, unless a single prompt is longer."""
     from ppomax.rollout.slots import PREFILL_TOKENS
