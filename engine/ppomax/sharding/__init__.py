@@ -3,6 +3,7 @@
     ranks.py   who this process is; sums, joins and agreements over all ranks (identities in one process)
     plain.py   a trained model under torch: `Trained`; the same on several ranks: `DataParallel` (ZeRO 0)
     zero.py    a trained or frozen model under DeepSpeed: `ZeroTrained` (ZeRO 1-3), `ZeroFrozen`
+    zero_engine.py, zero_config.py   DeepSpeed's engine around a module, and its configuration
     watch.py   signs of life between ranks: one that dies or fails ends the job, named
 `train_model` and `freeze_model` choose among them as `config.sharding` says."""
 

@@ -2,10 +2,7 @@
 
 What is kept from DeepSpeed: partitions, offload, gathering, reduction, its clip (the same formula as ours). What is
 not: its mean over ranks (losses are already shares of a global mean, so each is multiplied by the world size first),
-its schedule and its loss scale (none is needed in float32 and bfloat16).
-
-A loss reads the head's weight by hand, which no module's forward would fetch; so the whole loss runs inside the forward
-of one wrapper, and the head's parameters are registered as parameters that this wrapper reads."""
+its schedule and its loss scale (none is needed in float32 and bfloat16)."""
 
 from __future__ import annotations
 
@@ -15,26 +12,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ppomax.config import OptimConfig, ShardingConfig
 from ppomax.sharding import zero_config
 from ppomax.sharding.plain import Lazy, Trained, all_tensors, check_names, check_shape, named_tensors
 from ppomax.sharding.ranks import rank, world_size
+from ppomax.sharding.zero_engine import Job, initialize, read_by_hand, whole
 
 M = TypeVar("M", bound=nn.Module)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class Job(nn.Module):
-    """Runs a function of `module` as its own forward, so that DeepSpeed's hooks surround all that it does."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        return function(self.module, *args, **named)
 
 
 class ZeroTrained(Trained[M]):
@@ -54,10 +40,10 @@ class ZeroTrained(Trained[M]):
             self.params, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
         settings = zero_config.trained(sharding, stage, self.params[0].dtype, config.grad_clip)
-        self.engine = _initialize(Job(module), settings, optimizer=basic)
+        self.engine = initialize(Job(module), settings, optimizer=basic)
         self.zero: Any = self.engine.optimizer
         if stage == 3:
-            _read_by_hand(self.engine.module)
+            read_by_hand(self.engine.module)
 
     def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         return self.engine(function, *args, **named)
@@ -67,7 +53,7 @@ class ZeroTrained(Trained[M]):
         if self.stage < 3:
             yield self.module
             return
-        with _whole(self.engine):
+        with whole(self.engine):
             yield self.module
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -201,8 +187,8 @@ class ZeroFrozen(Generic[M]):
     def __init__(self, module: M, sharding: ShardingConfig):
         self.module = module
         dtype = next(module.parameters()).dtype
-        self.engine = _initialize(Job(module), zero_config.frozen(sharding, dtype))
-        _read_by_hand(self.engine.module)
+        self.engine = initialize(Job(module), zero_config.frozen(sharding, dtype))
+        read_by_hand(self.engine.module)
 
     def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """`function(module, *args, **named)`, without gradient; every rank must call as often as the others."""
@@ -212,60 +198,8 @@ class ZeroFrozen(Generic[M]):
     @contextmanager
     def gathered(self) -> Iterator[M]:
         """The module with all weights whole."""
-        with _whole(self.engine):
+        with whole(self.engine):
             yield self.module
-
-
-def _initialize(job: Job, settings: dict[str, Any], optimizer: Any = None) -> Any:
-    import deepspeed
-
-    if not torch.distributed.is_initialized():
-        _alone()
-    engine, *_ = deepspeed.initialize(model=job, optimizer=optimizer, config=settings)
-    return engine
-
-
-def _alone() -> None:
-    """A process group of one rank, for ZeRO without a launcher."""
-    import os
-    from datetime import timedelta
-
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(hours=1))
-
-
-def _read_by_hand(job: Job) -> None:
-    """Tell ZeRO-3 which weights are read outside of their own module's forward: those of output heads."""
-    import deepspeed
-
-    for module in job.modules():
-        head = getattr(module, "score", None)
-        if head is None and isinstance(module, PreTrainedModel):
-            head = module.get_output_embeddings()
-        for p in head.parameters() if isinstance(head, nn.Module) else ():
-            deepspeed.zero.register_external_parameter(job, p)
-
-
-@contextmanager
-def _whole(engine: Any) -> Iterator[None]:
-    """All weights of a ZeRO-3 engine gathered, its hooks off: a forward inside costs no communication."""
-    import deepspeed
-
-    zero = engine.optimizer
-    offload = getattr(zero, "parameter_offload", zero)
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        for p in engine.module.parameters():
-            p.ds_active_sub_modules.clear()
-        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        try:
-            yield
-        finally:
-            offload._register_deepspeed_module(offload.module)
 
 
 def _shape(x: Tensor) -> torch.Size:
