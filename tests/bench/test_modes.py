@@ -1,4 +1,4 @@
-"""The promise of hydra mode on the shipped policy: 2 of 8 blocks trained, a scored rollout costs 0.75 of full at most."""
+"""The promise of hydra mode on the shipped policy, 2 of 8 blocks trained: a scored rollout at 0.75 of full mode's."""
 
 from __future__ import annotations
 
