@@ -12,7 +12,6 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ppomax.config import CONFIG_DIR, ConfigError, TrainConfig
 from ppomax.plan_job import Job
@@ -235,26 +234,3 @@ def free_host_memory() -> int:
 
 def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def as_data(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data, for --json."""
-    from dataclasses import asdict
-
-    return {
-        "fits": plan.fits,
-        "peak_bytes": plan.peak,
-        "peak_phase": plan.peak_phase,
-        "memory_bytes": plan.job.memory,
-        "bytes": plan.phases,
-        "host_bytes": plan.host,
-        "seconds": plan.times,
-        "tokens_per_second": plan.tokens_per_second,
-        "advice": [asdict(a) for a in plan.advice],
-        "device": asdict(plan.device) if plan.device else None,
-        "assumptions": asdict(plan.assumptions),
-        "notes": list(plan.notes),
-        "job": {
-            k: json.loads(v) if k in ("policy", "critic", "reward") and v else v for k, v in vars(plan.job).items()
-        },
-    }

@@ -111,3 +111,14 @@ def partitioned(job: Job, role: Role) -> bool:
 def offloaded(job: Job, role: Role) -> bool:
     """Whether that part lies on the host."""
     return partitioned(job, role) and (job.offload_param or (job.frozen == "offloaded" and not role.trained))
+
+
+def optimiser_ranks(job: Job) -> int:
+    """How many ranks the optimiser's state lies on."""
+    return job.ranks if job.zero_stage else 1
+
+
+def micro_batch(job: Job) -> tuple[int, int]:
+    """(sequences, length) of the fullest micro-batch."""
+    mine = max(1, job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size)
+    return max(1, min(job.micro_tokens // job.length, mine)), job.length

@@ -12,7 +12,7 @@ Lengths are taken at their limits, so a run whose texts are shorter needs less."
 
 from __future__ import annotations
 
-from ppomax.plan_job import GiB, Job, Role, offloaded, partitioned, roles
+from ppomax.plan_job import GiB, Job, Role, micro_batch, offloaded, optimiser_ranks, partitioned, roles
 from ppomax.plan_trace import Held, cache_bytes, counts, held, packed_bytes, prefill_tokens
 
 PHASES = ("load", "rollout", "scoring", "update", "step", "save")
@@ -52,7 +52,7 @@ def host_bytes(job: Job) -> dict[str, int]:
     held_there["weights"] = local * sum(r.elements for r in everyone if offloaded(job, r)) * job.width // job.ranks
     if job.offload_optimizer:
         # fp32 copy, two moments and the fp32 gradient that the host's AdamW reads
-        held_there["optimiser"] = local * 16 * sum(r.trained for r in everyone) // _optimiser_ranks(job)
+        held_there["optimiser"] = local * 16 * sum(r.trained for r in everyone) // optimiser_ranks(job)
     return held_there
 
 
@@ -72,7 +72,7 @@ def optimiser(job: Job) -> dict[str, int]:
     """Two moments, and an fp32 copy of what is trained unless it is fp32 itself in plain torch."""
     if job.offload_optimizer and not job.cpu:
         return {"optimiser": 0}
-    return {"optimiser": _masters(job)["optimiser"] + 8 * sum(r.trained for r in roles(job)) // _optimiser_ranks(job)}
+    return {"optimiser": _masters(job)["optimiser"] + 8 * sum(r.trained for r in roles(job)) // optimiser_ranks(job)}
 
 
 def _masters(job: Job) -> dict[str, int]:
@@ -80,11 +80,7 @@ def _masters(job: Job) -> dict[str, int]:
     needed = job.width == 2 or job.zero_stage
     on_host = job.offload_optimizer and not job.cpu
     trained = sum(r.trained for r in roles(job))
-    return {"optimiser": 4 * trained // _optimiser_ranks(job) if needed and not on_host else 0}
-
-
-def _optimiser_ranks(job: Job) -> int:
-    return job.ranks if job.zero_stage else 1
+    return {"optimiser": 4 * trained // optimiser_ranks(job) if needed and not on_host else 0}
 
 
 def overhead(job: Job) -> dict[str, int]:
@@ -189,17 +185,11 @@ def step(job: Job) -> dict[str, int]:
         message = min(DATA_PARALLEL_BUCKET, max(r.trained for r in trained))
         grads["buckets"] = 2 * 4 * message  # float32, its parts and their sum
     if job.width == 2 or job.zero_stage:
-        grads["fp32 gradients"] = 4 * max(r.trained for r in trained) // _optimiser_ranks(job)
+        grads["fp32 gradients"] = 4 * max(r.trained for r in trained) // optimiser_ranks(job)
     return grads
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
-
-
-def micro_batch(job: Job) -> tuple[int, int]:
-    """(sequences, length) of the fullest micro-batch."""
-    mine = max(1, job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size)
-    return max(1, min(job.micro_tokens // job.length, mine)), job.length
 
 
 def chunk_bytes(vocab: int, job: Job) -> int:

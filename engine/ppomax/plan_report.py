@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from ppomax.plan import Plan, gib
@@ -90,3 +92,24 @@ def verdict(plan: Plan) -> list[str]:
             f"{1000 * a.launch_seconds:g} ms of launches a block; every text at its length limit"
         )
     return lines
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, for --json."""
+    return {
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "peak_phase": plan.peak_phase,
+        "memory_bytes": plan.job.memory,
+        "bytes": plan.phases,
+        "host_bytes": plan.host,
+        "seconds": plan.times,
+        "tokens_per_second": plan.tokens_per_second,
+        "advice": [asdict(a) for a in plan.advice],
+        "device": asdict(plan.device) if plan.device else None,
+        "assumptions": asdict(plan.assumptions),
+        "notes": list(plan.notes),
+        "job": {
+            k: json.loads(v) if k in ("policy", "critic", "reward") and v else v for k, v in vars(plan.job).items()
+        },
+    }

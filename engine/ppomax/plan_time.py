@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ppomax.plan_job import GiB, Job, Role, roles
-from ppomax.plan_memory import micro_batch
+from ppomax.plan_job import GiB, Job, Role, micro_batch, roles
 
 
 @dataclass(frozen=True)
