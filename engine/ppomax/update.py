@@ -156,9 +156,7 @@ def policy_loss(
     return pg_loss, K.Metrics(PG_FIGURES, figures)
 
 
-def _surrogate(
-    policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
+def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
     loss, kl = config.loss, config.kl
     head = head_of(policy)
     hidden, bias = scaled(state_hidden(policy, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk), head)

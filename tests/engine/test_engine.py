@@ -29,9 +29,7 @@ def test_public_names_load_late() -> None:
 @pytest.mark.parametrize("slots", [1, 4, 9])
 def test_greedy_tokens_equal_generate(slots: int) -> None:
     model = tiny_policy().eval()
-    got = decode(
-        model, GIVEN, range(9), eos_ids=[EOS], max_new_tokens=12, temperature=0, slots=slots, impl="ref"
-    )
+    got = decode(model, GIVEN, range(9), eos_ids=[EOS], max_new_tokens=12, temperature=0, slots=slots, impl="ref")
     for prompt, response in zip(GIVEN, got.tokens, strict=True):
         want = model.generate(
             torch.tensor([prompt]),

@@ -43,8 +43,8 @@ Rows were dealt into three parts that never mix:
 
 ## Recipe
 `build_default` (seed {seed}, torch threads: {threads}). Byte-level BPE of {vocab_size} tokens. Language modelling on
-snippets and pieces of reviews, {lm_steps} steps of 1,024 tokens; fine-tuning on snippets cut after one to five words, loss on
-the rest, {sft_steps} steps of 1,024 tokens. Reward model: the language model's first {reward_layers} blocks,
+snippets and pieces of reviews, {lm_steps} steps of 1,024 tokens; fine-tuning on snippets cut after one to five words,
+loss on the rest, {sft_steps} steps of 1,024 tokens. Reward model: the language model's first {reward_layers} blocks,
 {reward_steps} steps of 1,024 tokens, pairwise softplus loss and 0.2 times the language-model loss on the positive side.
 AdamW, cosine schedule. Seconds of this build's stages (those that were read from an earlier run count as 0): {seconds}.
 
