@@ -18,8 +18,7 @@ extern "C" int ppomax_packed_linear_cpu(const float *x, int64_t rows, int64_t in
             ops.linear_panel(x, rows, inputs, panels + p * inputs * PPOMAX_PANEL, bias ? bias + first : nullptr, y + first, outputs, columns);
         }
     };
-    // Some 0.7 ns for each row and input; waking a thread is worth 30 us here, since such calls come in dense rows.
-    const int64_t cost = 1 + rows * inputs * 7 / 10, chunk = cost >= 30000 ? 1 : 30000 / cost;
-    parallel_for(threads, (outputs + PPOMAX_PANEL - 1) / PPOMAX_PANEL, chunk, body);
+    // Some 0.7 ns for each row and input.
+    parallel_for(threads, (outputs + PPOMAX_PANEL - 1) / PPOMAX_PANEL, chunk_for(rows * inputs * 7 / 10, DENSE), body);
     return PPOMAX_OK;
 }

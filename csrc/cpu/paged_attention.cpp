@@ -113,6 +113,6 @@ extern "C" int ppomax_paged_attention_cpu(const void *query, int64_t query_token
         }
     };
     // About one nanosecond for every 16 multiplications, and some for each softmax.
-    parallel_for(threads, tokens * kv_heads, chunk_for(100 + read / tokens * group * (key_dim + value_dim) / 16), body);
+    parallel_for(threads, tokens * kv_heads, chunk_for(100 + read / tokens * group * (key_dim + value_dim) / 16, DENSE), body);
     return outcome.load();
 }

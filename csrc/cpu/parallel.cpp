@@ -1,5 +1,5 @@
-// A pool of sleeping threads. Not OpenMP: torch brings its own libgomp, a second runtime beside it spins on the same cores, and neither
-// survives fork(). Here a worker sleeps unless there is work, and a forked child starts with an empty pool.
+// A pool of threads that sleep unless calls come densely. Not OpenMP: torch brings its own libgomp, a second runtime beside it spins on the
+// same cores, and neither survives fork(). Here a worker looks for work for a moment, then sleeps; a forked child starts with an empty pool.
 //
 // A job is open while its caller works on it. Workers that wake in time join it; late ones find it closed and sleep again, so the caller
 // waits for nobody who has not begun.
@@ -9,6 +9,7 @@
 #include <signal.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -21,25 +22,54 @@ namespace {
 constexpr int MAX_WORKERS = 255;
 constexpr uint32_t CLOSED = 1u << 31;
 
+// How long a thread looks for work before it sleeps. The calls of a decoding loop come some 100 us apart, and waking a sleeper costs as much
+// as such a call (in a virtual machine more); on a busy machine so short a look takes nobody's core for long.
+constexpr std::chrono::microseconds LOOK(200);
+
+inline void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// One waiter at a time.
 class Semaphore {
 public:
     void post() {
-        {
-            std::lock_guard<std::mutex> guard(mutex_);
-            ++count_;
+        count_.fetch_add(1);
+        if (asleep_.load()) {
+            std::lock_guard<std::mutex> guard(mutex_);  // the waiter holds it from its last look until it sleeps
+            changed_.notify_one();
         }
-        changed_.notify_one();
     }
     void wait() {
+        const auto end = std::chrono::steady_clock::now() + LOOK;
+        do {
+            for (int i = 0; i < 32; ++i) {
+                if (take()) return;
+                pause_briefly();
+            }
+        } while (std::chrono::steady_clock::now() < end);
         std::unique_lock<std::mutex> guard(mutex_);
-        changed_.wait(guard, [this] { return count_ > 0; });
-        --count_;
+        asleep_.store(true);
+        changed_.wait(guard, [this] { return take(); });
+        asleep_.store(false);
     }
 
 private:
+    bool take() {
+        int64_t count = count_.load();
+        while (count > 0)
+            if (count_.compare_exchange_weak(count, count - 1)) return true;
+        return false;
+    }
+
+    std::atomic<int64_t> count_{0};
+    std::atomic<bool> asleep_{false};
     std::mutex mutex_;
     std::condition_variable changed_;
-    int64_t count_ = 0;
 };
 
 class Pool {

@@ -16,10 +16,12 @@ void parallel_for(int threads, int64_t items, int64_t chunk, Body &body) {
 }
 
 // Chunk of items that each cost `cost` (about nanoseconds), so that a chunk is worth waking a thread for: waking costs some 10 us, and on a busy
-// machine a thread that was woken may lose its core for milliseconds with the chunk in its hands.
-inline int64_t chunk_for(int64_t cost) {
-    constexpr int64_t WORTH = 100000;
-    return cost >= WORTH ? 1 : WORTH / (cost < 1 ? 1 : cost);
+// machine a thread that was woken may lose its core for milliseconds with the chunk in its hands. Calls that come densely, as those of a decoding
+// loop do, find the threads awake: DENSE is worth a chunk there.
+constexpr int64_t ALONE = 100000, DENSE = 12000;
+
+inline int64_t chunk_for(int64_t cost, int64_t worth = ALONE) {
+    return cost >= worth ? 1 : worth / (cost < 1 ? 1 : cost);
 }
 
 }  // namespace ppomax
