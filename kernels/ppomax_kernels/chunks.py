@@ -45,7 +45,10 @@ def blocks(chunk: int, n: int, weight: Tensor, invariant: bool) -> tuple[int, in
     if chunk or invariant or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return even_chunk(chunk or default_chunk(vocab, weight.device.type), n, invariant), vocab
     tokens = even_chunk(TILE_TOKENS, n, False)
-    return tokens, even_chunk(max(64, CPU_ELEMENTS // max(1, tokens) // 64 * 64), vocab, False)
+    # To the nearest number of tiles, none small: malloc keeps blocks below 32 MiB for itself once one was freed.
+    # Whole cache lines: GEMMs on columns that begin anywhere took half as long again.
+    size = -(-vocab // max(1, round(vocab * tokens / CPU_ELEMENTS)))
+    return tokens, min(vocab, -(-size // 64) * 64)
 
 
 @dataclass(frozen=True)
