@@ -218,7 +218,7 @@ def start_logging(*, quiet: bool = False) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Run `ppomax` with these arguments; returns the exit status."""
     # Read by OpenMP when torch loads it. Threads that spin while they wait lose whole time slices as soon as another
-    # program wants a core: ten times the time of a training step, where sleeping costs a few per cent.
+    # program wants a core, and take cores from the kernels' own threads (bench/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = without_local_rank(list(sys.argv[1:] if argv is None else argv))
     if not argv or argv[0] in ("-h", "--help"):
