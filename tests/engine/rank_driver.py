@@ -287,6 +287,7 @@ def main(case: str, folder: Path, *rest: str) -> int:
     verdicts = globals()[case](folder)
     if rank() == 0:
         (folder / f"{case}.json").write_text(json.dumps(verdicts), encoding="utf-8")
+    ranks.leave()
     return 0
 
 

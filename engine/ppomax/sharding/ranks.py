@@ -5,6 +5,7 @@ same in one process and in many. All of them are collective: every rank calls, i
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,7 @@ def leave() -> None:
     """Part from the other ranks at the end of the job."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # a group held by a cycle keeps its threads, which abort a process whose interpreter has ended
 
 
 def total(x: Tensor) -> Tensor:
