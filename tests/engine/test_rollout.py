@@ -245,7 +245,7 @@ def test_plan_is_told_before_the_rollout() -> None:
 
 MEMORY = """
 import sys, torch
-sys.path[:0] = [{root!r}]
+sys.path[:0] = ["{root}"]
 from pathlib import Path
 from bench.memory import _give_back_free_memory, _status
 from ppomax.rollout import decode
@@ -267,8 +267,10 @@ print(told[0].peak_bytes, _status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_what_was_announced() -> None:
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", MEMORY.format(root=root)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-800:]
-    planned, measured = map(int, done.stdout.split())
+    script, pairs = MEMORY.format(root=Path(__file__).parents[2]), []
+    for _ in range(3):  # what the heap keeps differs from process to process by several percent
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-800:]
+        pairs.append(tuple(map(int, done.stdout.split())))
+    planned, measured = pairs[0][0], sorted(m for _, m in pairs)[1]
     assert abs(measured - planned) <= 0.1 * planned, f"announced {planned / 2**20:.1f} MiB, took {measured / 2**20:.1f}"

@@ -14,8 +14,10 @@ from ppomax.rollout.packed import packed_bytes
 from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
 
 MIB = 2**20
-TEMPORARIES = 1.7
-"""Measured on a CPU: what a forward's temporaries and the blocks that the allocator keeps add to its activations."""
+TEMPORARIES = 2.4
+"""Measured on a CPU: what a forward's temporaries and the blocks that the allocator keeps add to its activations.
+glibc's allocator keeps more or less from one process to the next (0.9 to 4.9 seen), least with a fixed
+MALLOC_MMAP_THRESHOLD_; this is near the middle."""
 
 
 class RolloutError(ValueError):
