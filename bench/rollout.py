@@ -1,4 +1,4 @@
-"""The engine's rollout against `model.generate` of the installed transformers, in one process, in turns.
+"""The engine's rollout against `model.generate` of the installed transformers, in turns.
 
     python -m bench.rollout [--threads 2] [--rounds 5] [--rows equal uneven samples bf16] [--cpu-time]
 
@@ -8,20 +8,25 @@ Both sample from the shipped policy in float32 at temperature 1; the rollout als
     samples  8 prompts of 256 tokens, 8 samples of 32 new tokens each
     bf16     the first row by the rollout alone, bfloat16 against float32
 `generate` runs in its fastest setting for the row: attention sdpa or eager, growing or static cache, 64 sequences a
-batch or all, found by one run of each. Tokens a second count response tokens alone. Medians and ratios; --cpu-time
-takes processor time instead of the clock, for one thread on a machine with other work."""
+batch or all, OpenMP threads that spin for a while (libgomp's default) or sleep, found by one run of each. The rollout
+runs as `ppomax` does, with threads that sleep. Each has a process of its own, since that choice is made once a process
+and spinning threads take the other's cores; one works at a time. Tokens a second count response tokens alone. Medians
+and ratios; --cpu-time takes processor time instead of the clock, for one thread on a machine with other work."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
+import transformers
 from ppomax.assets import default_assets
 from ppomax.data import load_prompts
 from ppomax.models import load_policy, load_tokenizer
@@ -29,6 +34,8 @@ from ppomax.rollout import decode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Rows = list[list[int]]
+Setting = tuple[str, str | None, int]
+"""Of `generate`: attention, cache, sequences a batch."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,15 @@ class Job:
     slots: int
     goal: float
     """How many times as fast as `generate` the rollout is meant to be."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one pass over a job came to."""
+
+    rate: float
+    """Response tokens a second."""
+    said: str
 
 
 def jobs(tokenizer: PreTrainedTokenizerBase) -> dict[str, Job]:
@@ -85,7 +101,7 @@ def theirs(model: PreTrainedModel, job: Job, eos: int, attention: str, cache: st
         longest = max(map(len, part))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in part])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part])
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=mask,
             max_new_tokens=job.new,
@@ -103,42 +119,83 @@ def theirs(model: PreTrainedModel, job: Job, eos: int, attention: str, cache: st
     return tokens
 
 
-def fastest(model: PreTrainedModel, job: Job, eos: int, clock: Callable[[], float]) -> tuple[str, str | None, int]:
-    """The quickest setting of `generate` for this job, by one run of each."""
-    count = len(job.prompts) * job.samples
-    found = {}
-    theirs(model, dataclasses.replace(job, prompts=job.prompts[:8], new=4, least=0), eos, "sdpa", None, 8)
-    for setting in itertools.product(("sdpa", "eager"), (None, "static"), sorted({min(64, count), count})):
+class Side:
+    """A process with the models, which works when it is asked to."""
+
+    def __init__(self, waiting: str, threads: int, cpu_time: bool):
+        """`waiting`: OMP_WAIT_POLICY, or "default", with which threads spin for a while and then sleep."""
+        self.waiting = waiting
+        os.environ.pop("OMP_WAIT_POLICY", None)  # read when the child loads its OpenMP
+        if waiting != "default":
+            os.environ["OMP_WAIT_POLICY"] = waiting
+        here, there = (context := multiprocessing.get_context("spawn")).Pipe()
+        self.process = context.Process(target=serve, args=(there, threads, cpu_time), daemon=True)
+        self.process.start()
+        self.connection = here
+
+    def run(self, job: str, how: Setting | str) -> Turn:
+        """One pass over a job by `generate` in a setting, or by the rollout in "float32" or "bfloat16"."""
+        self.connection.send((job, how))
+        return self.connection.recv()  # type: ignore[no-any-return]
+
+
+def serve(connection: Connection, threads: int, cpu_time: bool) -> None:
+    """Do what is asked through the connection until its other end closes."""
+    torch.set_num_threads(threads)
+    clock = time.process_time if cpu_time else time.perf_counter
+    path = default_assets() / "policy"
+    tokenizer, models = load_tokenizer(path), {}
+    eos, todo = int(tokenizer.eos_token_id), jobs(tokenizer)
+    while True:
+        try:
+            name, how = connection.recv()
+        except EOFError:
+            return
+        dtype = how if isinstance(how, str) else "float32"
+        if dtype not in models:
+            models[dtype] = load_policy(path, getattr(torch, dtype)).eval()
         began = clock()
-        tokens = theirs(model, job, eos, *setting)
-        found[setting] = tokens / (clock() - began)
-        name = f"{setting[0]:5} cache {setting[1] or 'growing':7} batch {setting[2]:3}"
-        print(f"    generate {name}: {found[setting]:7.0f}", flush=True)
+        if isinstance(how, str):
+            tokens, stats = ours(models[dtype], todo[name], eos)
+        else:
+            tokens, stats = theirs(models[dtype], todo[name], eos, *how), None
+        connection.send(Turn(tokens / (clock() - began), str(stats)))
+
+
+def fastest(sides: Sequence[Side], job: str, counts: Sequence[int]) -> tuple[Side, Setting]:
+    """The quickest process and setting of `generate` for this job, by one run of each."""
+    found = {}
+    for side in sides:
+        side.run(job, ("sdpa", None, counts[0]))
+        for setting in itertools.product(("sdpa", "eager"), (None, "static"), counts):
+            found[side, setting] = side.run(job, setting).rate
+            name = f"{setting[0]:5} cache {setting[1] or 'growing':7} batch {setting[2]:3} threads {side.waiting:7}"
+            print(f"    generate {name}: {found[side, setting]:7.0f}", flush=True)
     return max(found, key=found.__getitem__)
 
 
-def compare(runs: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median tokens a second of each, in turns."""
+def compare(runs: dict[str, Callable[[], Turn]], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Median tokens a second of each, in turns, and what each said last."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
+    said = {name: run().said for name, run in runs.items()}
     for _ in range(rounds):
         for name, run in runs.items():
-            began = clock()
-            tokens = run()
-            rates[name].append(tokens / (clock() - began))
-    return {name: statistics.median(x) for name, x in rates.items()}
+            rates[name].append(run().rate)
+    return {name: statistics.median(x) for name, x in rates.items()}, said
 
 
-def row(model: PreTrainedModel, job: Job, eos: int, rounds: int, clock: Callable[[], float]) -> None:
+def row(job: Job, rollout: Side, rivals: Sequence[Side], rounds: int) -> None:
     """Print one job's medians and their ratio."""
-    setting = fastest(model, job, eos, clock)
-    runs = {"ours": lambda: ours(model, job, eos)[0], "generate": lambda: theirs(model, job, eos, *setting)}
-    rate = compare(runs, rounds, clock)
-    stats = ours(model, job, eos)[1]
+    count = len(job.prompts) * job.samples
+    rival, setting = fastest(rivals, job.name, sorted({min(64, count), count}))
+    runs: dict[str, Callable[[], Turn]] = {
+        "ours": lambda: rollout.run(job.name, "float32"),
+        "generate": lambda: rival.run(job.name, setting),
+    }
+    rate, said = compare(runs, rounds)
     print(
         f"{job.name:8} ours {rate['ours']:7.0f}   generate {rate['generate']:7.0f}   ratio "
-        f"{rate['ours'] / rate['generate']:.2f} (goal {job.goal})\n    {stats}",
+        f"{rate['ours'] / rate['generate']:.2f} (goal {job.goal})\n    {said['ours']}",
         flush=True,
     )
 
@@ -153,18 +210,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=names, default=list(names))
     parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    path = default_assets() / "policy"
-    tokenizer, model = load_tokenizer(path), load_policy(path).eval()
-    eos, todo = int(tokenizer.eos_token_id), jobs(tokenizer)
-    print(f"tokens a second, {args.threads} threads, torch {torch.__version__}")
+    todo = jobs(load_tokenizer(default_assets() / "policy"))
+    rollout, spins, sleeps = (Side(w, args.threads, args.cpu_time) for w in ("passive", "default", "passive"))
+    print(
+        f"tokens a second, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     for name in (n for n in args.rows if n != "bf16"):
-        row(model, todo[name], eos, args.rounds, clock)
+        row(todo[name], rollout, (spins, sleeps), args.rounds)
     if "bf16" in args.rows:
-        half = load_policy(path, torch.bfloat16).eval()
-        runs = {n: lambda m=m: ours(m, todo["equal"], eos)[0] for n, m in (("bfloat16", half), ("float32", model))}
-        rate = compare(runs, args.rounds, clock)
+        half: dict[str, Callable[[], Turn]] = {
+            "bfloat16": lambda: rollout.run("equal", "bfloat16"),
+            "float32": lambda: rollout.run("equal", "float32"),
+        }
+        rate, _ = compare(half, args.rounds)
         print(
             f"bf16     bfloat16 {rate['bfloat16']:7.0f}   float32 {rate['float32']:7.0f}   ratio "
             f"{rate['bfloat16'] / rate['float32']:.2f} (goal above 1)",
