@@ -186,6 +186,13 @@ PPOMAX_API int ppomax_paged_attention_cpu(const void *query, int64_t query_token
 PPOMAX_API int ppomax_packed_linear_cpu(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias,
                                         int64_t outputs, float *y, int threads);
 
+/* W (outputs x inputs, fp32, contiguous) as such panels; zeros in the columns past `outputs`. */
+PPOMAX_API int ppomax_pack_linear_cpu(const float *weight, int64_t outputs, int64_t inputs, float *panels, int threads);
+
+/* y = x / sqrt(mean(x^2) + eps) * (weight + offset) in fp32, row by row: rows x width, contiguous; weight: `width` floats. */
+PPOMAX_API int ppomax_rms_norm_cpu(const float *x, int64_t rows, int64_t width, const float *weight, double offset, double eps, float *y,
+                                   int threads);
+
 /* Reads `bytes` bytes (a multiple of 256 KiB) once and returns a sum of them: the memory bandwidth that benchmarks compare with. */
 PPOMAX_API uint64_t ppomax_stream_read(const void *data, int64_t bytes, int threads);
 

@@ -102,6 +102,7 @@ struct VectorOps {
     void (*attend)(const AttentionRow &, const void *query, int64_t query_stride, int dtype, void *out);
     void (*linear_panel)(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y, int64_t y_stride,
                          int64_t columns);
+    void (*rms_norm)(const float *x, int64_t rows, int64_t width, const float *weight, float offset, double eps, float *y);
     float (*one_float)(TypedArray, int64_t at);
     const char *name;
 };

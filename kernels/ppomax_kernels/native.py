@@ -37,6 +37,8 @@ SIGNATURES = {
     "value_loss": [*ARRAY, *ARRAY, *ARRAY, P, L, P, D, D, P, P, P, P, I],
     "sample": [*ARRAY, L, L, L, P, P, D, L, D, P, P, P, P, I],
     "packed_linear": [P, L, L, P, P, L, P, I],
+    "pack_linear": [P, L, L, P, I],
+    "rms_norm": [P, L, L, P, D, D, P, I],
     "paged_attention": [*[P, L, L] * 3, I, *[L] * 5, P, P, L, P, L, L, P, P, D, L, D, P, I],
 }
 
@@ -415,4 +417,23 @@ def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: i
     )  # fmt: skip
     if status:
         _refuse("packed_linear", status)
+    return y
+
+
+def pack_linear_cpu(weight: Tensor, panel: int) -> Tensor:
+    outputs, inputs = weight.shape
+    panels = empty(-(-outputs // panel), inputs, panel, dtype=float32)
+    status = library().ppomax_pack_linear_cpu(weight.data_ptr(), outputs, inputs, panels.data_ptr(), get_num_threads())
+    if status:
+        _refuse("pack_linear", status)
+    return panels
+
+
+def rms_norm_cpu(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    width, y = len(weight), _new(x)
+    status = library().ppomax_rms_norm_cpu(
+        x.data_ptr(), x.numel() // width, width, weight.data_ptr(), offset, eps, y.data_ptr(), get_num_threads()
+    )
+    if status:
+        _refuse("rms_norm", status)
     return y

@@ -10,16 +10,18 @@ from torch import Tensor
 from .dispatch import late
 
 PANEL = 32
-_run = late("native", "packed_linear_cpu")
+_run, _pack = late("native", "packed_linear_cpu"), late("native", "pack_linear_cpu")
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(out, in) -> (ceil(out / PANEL), in, PANEL), zeros in columns that do not exist."""
-    out, inputs = weight.shape
-    whole = weight.detach()
-    if out % PANEL:
-        whole = torch.nn.functional.pad(whole, (0, 0, 0, -out % PANEL))
-    return whole.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    """(out, in) float32 on a CPU -> (ceil(out / PANEL), in, PANEL), zeros in columns that do not exist. ValueError for
+    another weight."""
+    if weight.ndim != 2 or not weight.numel() or weight.dtype != torch.float32 or not weight.is_cpu:
+        raise ValueError(
+            f"packed_linear: weight must be (out, in) in float32 on the CPU and not empty, got {tuple(weight.shape)} "
+            f"in {weight.dtype} on {weight.device}"
+        )
+    return _pack(weight.detach().contiguous(), PANEL)  # type: ignore[no-any-return]
 
 
 def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

@@ -56,9 +56,15 @@ def test_panels_hold_the_weight() -> None:
     assert panels.shape == (2, 5, PANEL)
     assert torch.equal(panels[1, :, 2], weight[PANEL + 2])
     assert not panels[1, :, 3:].any()
+    wide = torch.randn(70, 37)
+    assert torch.equal(pack(wide).transpose(1, 2).reshape(-1, 37)[:70], wide)
+    assert torch.equal(pack(wide.T.contiguous().T), pack(wide))
 
 
 def test_bad_arguments_are_named() -> None:
+    for bad in (torch.zeros(4), torch.zeros(0, 4), torch.zeros(4, 4).double()):
+        with pytest.raises(ValueError, match=r"weight must be \(out, in\) in float32"):
+            pack(bad)
     panels = pack(torch.randn(40, 8))
     with pytest.raises(ValueError, match="do not fit panels"):
         packed_linear(torch.zeros(2, 9), panels, None, 40)

@@ -1,15 +1,16 @@
-"""Weights packed once for a rollout on a CPU in float32: every nn.Linear of the trunk, and the head, run by
-ppomax_kernels.packed_linear while the phase lasts. Only where the weights are few enough to be held twice; larger
-matrices are multiplied as well by the general GEMM."""
+"""A rollout's forwards on our own kernels, on a CPU in float32, while the phase lasts: every nn.Linear of the trunk, and
+the head, by packed_linear on weights packed once; every RMS norm by rms_norm. Only where the weights are few enough to
+be held twice; larger matrices are multiplied as well by the general GEMM, beside which the norms cost nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from ppomax_kernels.packed_linear import pack, packed_linear
+from ppomax_kernels.rms_norm import rms_norm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from ppomax.models import base_of, head_of
 
 MOST_BYTES = 256 * 2**20
 """Weights that are packed: above this they are not worth a second copy."""
+NORM_TOLERANCE = 1e-5
 
 
 def packable(model: PreTrainedModel, attention: str) -> dict[str, nn.Linear]:
@@ -35,13 +37,34 @@ def packed_bytes(model: PreTrainedModel, attention: str) -> int:
 
 @contextmanager
 def packed_linears(model: PreTrainedModel, attention: str) -> Iterator[Tensor | None]:
-    """Inside, those layers run on packed weights; gives the head's panels, or None if nothing is packed."""
+    """Inside, those layers run on packed weights, and the norms on rms_norm; gives the head's panels, or None if
+    nothing is packed."""
     layers = packable(model, attention)
+    runs: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    for layer in layers.values():
+        runs[layer] = partial(packed_linear, panels=pack(layer.weight), bias=layer.bias, outputs=layer.out_features)
+    if layers:
+        runs |= {m: run for m in base_of(model).modules() if (run := norm_of(m)) is not None}
     try:
-        for layer in layers.values():
-            run = partial(packed_linear, panels=pack(layer.weight), bias=layer.bias, outputs=layer.out_features)
-            layer.forward = run  # type: ignore[method-assign]
+        for module, run in runs.items():
+            module.forward = run  # type: ignore[method-assign]
         yield pack(head_of(model).weight) if layers else None
     finally:
-        for layer in layers.values():
-            layer.__dict__.pop("forward", None)
+        for module in runs:
+            module.__dict__.pop("forward", None)
+
+
+def norm_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """rms_norm with the module's weight, if that is what the module computes: families name and offset their norms
+    each in its own way, so its answer to a probe decides. None for every other module."""
+    weight = getattr(module, "weight", None)
+    eps = next((e for n in ("variance_epsilon", "eps") if isinstance(e := getattr(module, n, None), float)), None)
+    if "RMSNorm" not in type(module).__name__ or weight is None or eps is None or weight.dtype != torch.float32:
+        return None
+    weight = weight.detach()
+    probe = torch.linspace(-2.0, 3.0, 2 * len(weight)).view(2, -1)
+    want = module(probe)
+    for offset in (0.0, 1.0):
+        if torch.allclose(rms_norm(probe, weight, offset=offset, eps=eps), want, NORM_TOLERANCE, NORM_TOLERANCE):
+            return partial(rms_norm, weight=weight, offset=offset, eps=eps)
+    return None
