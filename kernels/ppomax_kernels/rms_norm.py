@@ -1,5 +1,5 @@
-"""Root-mean-square norm in float32 on a CPU, in one pass over a row that stays in the first cache; eager torch takes six
-kernels for the few rows that decoding has. Internal to the engine's rollout: no gradient."""
+"""Root-mean-square norm in float32 on a CPU, in one pass over a row that stays in the first cache; eager torch takes
+six kernels for the few rows that decoding has. Internal to the engine's rollout: no gradient."""
 
 import torch
 from torch import Tensor

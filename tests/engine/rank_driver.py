@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,9 @@ def job(folder: Path, name: str, moment: str, number: int = signal.SIGKILL, vict
 
         setattr(owner, function, wrapped)
     words = [f"--{knob}={value}" for knob, value in job_knobs(folder).items() if value is not None]
-    return cli.main(["train", *words, "--out", str(folder / name), *sys.argv[5:]])
+    status = cli.main(["train", *words, "--out", str(folder / name), *sys.argv[5:]])
+    assert "ppomax-watch" not in {thread.name for thread in threading.enumerate()}  # it would abort the exit
+    return status
 
 
 def main(case: str, folder: Path, *rest: str) -> int:

@@ -1,6 +1,6 @@
-"""A rollout's forwards on our own kernels, on a CPU in float32, while the phase lasts: every nn.Linear of the trunk, and
-the head, by packed_linear on weights packed once; every RMS norm by rms_norm. Only where the weights are few enough to
-be held twice; larger matrices are multiplied as well by the general GEMM, beside which the norms cost nothing."""
+"""A rollout's forwards on our own kernels, on a CPU in float32, while the phase lasts: every nn.Linear of the trunk,
+and the head, by packed_linear on weights packed once; every RMS norm by rms_norm. Only where the weights are few enough
+to be held twice; larger matrices are multiplied as well by the general GEMM, beside which the norms cost nothing."""
 
 from __future__ import annotations
 

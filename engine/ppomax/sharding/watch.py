@@ -34,6 +34,7 @@ class Watch:
         self.silence, self.ended = silence, threading.Event()
         self.rank = 0
         self.store: Any = None
+        self.thread = threading.Thread(target=self._run, daemon=True, name="ppomax-watch")
 
     def start(self) -> None:
         """Begin to give and look for signs of life."""
@@ -42,13 +43,15 @@ class Watch:
         self.rank, self.store = rank(), job_store()
         self._set(f"who/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self.count, self.seen = [0] * world_size(), [time.monotonic()] * world_size()
-        threading.Thread(target=self._run, daemon=True, name="ppomax-watch").start()
+        self.thread.start()
 
     def done(self) -> None:
         """This rank has ended well: silence is no sign of anything any more."""
         if self.store is not None:
             self._add(f"done/{self.rank}", 1)
         self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join(GRACE)  # caught in the store when the interpreter ends, it would abort the process
 
     def failed(self, words: str) -> None:
         """This rank has raised: tell the others; returns once that need not be printed here, or exits the process."""
