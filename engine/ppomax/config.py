@@ -147,6 +147,9 @@ class RolloutConfig:
     cache_tokens: int | None = None
     """Most tokens that the KV cache holds; sequences wait for room. None: what `slots` sequences of the longest kind
     need. The tokens do not depend on it."""
+    cuda_graphs: bool = False
+    """Replay decoding steps from CUDA graphs, with their rows rounded up. Not yet run on a device, so off; an error on
+    a CPU."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)

@@ -9,6 +9,7 @@ Sliding-window layers keep all positions and read the window."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,9 +66,14 @@ class Step:
     decoding: int
     """How many of the tokens are next tokens of living sequences."""
     longest: int
-    """Highest position of those, plus 1."""
+    """Highest position of those, plus 1; or more, if as many positions have a page in the tables."""
     prompts: list[int]
     """Lengths of the prompts after them."""
+
+    @cached_property
+    def prompt_ends(self) -> Tensor:
+        """(len(prompts) + 1,) int32: where each prompt starts among the rows of prompts, and where the last ends."""
+        return torch.tensor([0, *self.prompts], device=self.positions.device).cumsum(0, dtype=torch.int32)
 
 
 class ArenaLayer(CacheLayerMixin):
@@ -102,14 +108,22 @@ class ArenaLayer(CacheLayerMixin):
 
 
 class Arena(Cache):
-    """`pages` pages of `page` tokens in every layer, and which of them are free."""
+    """`pages` pages of `page` tokens in every layer, and which of them are free; `scratch`: one page more, which is
+    never given out, for the rows that fill up a bucket (graphs.py)."""
 
     def __init__(
-        self, config: PreTrainedConfig, pages: int, dtype: torch.dtype, device: torch.device, page: int = PAGE
+        self,
+        config: PreTrainedConfig,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page: int = PAGE,
+        scratch: bool = False,
     ):
-        self.shape = cache_shape(config)
-        super().__init__(layers=[ArenaLayer(pages, page, self.shape, dtype, device) for _ in range(self.shape.layers)])
-        self.pages, self.page = pages, page
+        self.shape, self.pages, self.page = cache_shape(config), pages, page
+        self.scratch = pages if scratch else None
+        stored = pages + scratch
+        super().__init__(layers=[ArenaLayer(stored, page, self.shape, dtype, device) for _ in range(self.shape.layers)])
         self.stores: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in self.layers]  # type: ignore
         """Key and value pages of each layer."""
         self.free = list(range(pages - 1, -1, -1))

@@ -2,7 +2,7 @@
 made, puts them into the arena and attends over each token's own sequence. One implementation a phase:
 
     native   CPUs: ppomax_kernels.paged_attention, which reads the pages where they lie
-    flash    CUDA with flash-attn installed, half precision: its variable-length kernel with a block table
+    flash    CUDA with flash-attn 2 installed, half precision: its kernel for decoding, over pages
     sdpa     elsewhere: pages gathered for torch's scaled_dot_product_attention
     ref      what `impl: ref` asks for
 
@@ -19,13 +19,13 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from ppomax_kernels import reference
 from ppomax_kernels.paged_attention import PAGE, paged_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ppomax.models import base_of
-from ppomax.rollout.arena import FLASH_PAGE, Arena, Step
+from ppomax.rollout.arena import FLASH_PAGE, Arena, Step, cache_shape
+from ppomax.rollout.borrowed import How, attend_borrowed
 
 NAME = "ppomax_rollout"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -60,13 +60,13 @@ class Attention:
         """query (N, H, D), key and value (N, G, D) of the step's tokens -> (N, H, D)."""
         step = self.step
         assert step is not None
-        args = (query, key, value, *self.arena.stores[layer])
-        if self.name in ("native", "ref"):
-            return paged_attention(
-                *args, step.tables, step.slots, step.positions, scale=scale, window=window, softcap=softcap,
-                impl="ref" if self.name == "ref" else "cpu",
-            )  # fmt: skip
-        return (_flash if self.name == "flash" else _sdpa)(*args, step, scale, window, softcap)
+        pages = self.arena.stores[layer]
+        if self.name not in ("native", "ref"):
+            return attend_borrowed(self.name, query, key, value, pages, step, How(scale, window, softcap))
+        return paged_attention(
+            query, key, value, *pages, step.tables, step.slots, step.positions, scale=scale, window=window,
+            softcap=softcap, impl="ref" if self.name == "ref" else "cpu",
+        )  # fmt: skip
 
 
 _CURRENT: ContextVar[Attention] = ContextVar("ppomax_rollout_attention")
@@ -78,10 +78,10 @@ def choose(model: PreTrainedModel, impl: str = "auto") -> str:
         return "ref"
     if model.device.type == "cpu":
         return "native"
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    if model.device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None:
-        return "flash"
-    return "sdpa"
+    half, dim = model.dtype in (torch.bfloat16, torch.float16), cache_shape(model.config).head_dim
+    # flash-attn copies whole caches to pad a head that is no multiple of 8. Its other editions lack this extension.
+    kernel = dim % 8 == 0 and dim <= 256 and importlib.util.find_spec("flash_attn_2_cuda") is not None
+    return "flash" if model.device.type == "cuda" and half and kernel else "sdpa"
 
 
 def page_of(name: str) -> int:
@@ -184,78 +184,3 @@ def _refusal(
     if (wanted or 0) != (window or 0):
         return f"layer {layer} has a sliding window of {wanted} in the config, and attends with {window}"
     return None
-
-
-# ---- the implementations that are not ours --------------------------------------------------------------------------
-
-
-def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    step: Step,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """Decoding rows over their gathered pages, in one batch; then each prompt over its own fresh keys."""
-    reference.write_pages(key, value, key_pages, value_pages, step.tables, step.slots, step.positions)
-    parts, n = [], step.decoding
-    if n:
-        blocks = -(-step.longest // PAGE)
-        keys, values = reference.read_pages(key_pages, value_pages, step.tables[step.slots[:n].long(), :blocks])
-        at, own = torch.arange(keys.shape[2], device=query.device), step.positions[:n, None]
-        seen = (at <= own) & (at > own - window) if window else at <= own
-        parts.append(_attend(query[:n, :, None], keys, values, seen[:, None, None], scale, softcap)[:, :, 0])
-    for length in step.prompts:
-        q, k, v = (x[n : n + length].transpose(0, 1)[None] for x in (query, key, value))
-        at = torch.arange(length, device=query.device)
-        seen = at <= at[:, None]
-        seen = seen & (at > at[:, None] - window) if window else seen
-        parts.append(_attend(q, k, v, seen, scale, softcap)[0].transpose(0, 1))
-        n += length
-    return torch.cat(parts)
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, softcap: float) -> Tensor:
-    """(B, H, T, D) over (B, G, L, D); torch's fused attention has no cap, so a capped one is spelt out."""
-    if not softcap:
-        return nn.functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=seen, scale=scale, enable_gqa=True
-        )
-    repeat = query.shape[1] // keys.shape[1]
-    scores = scale * query @ keys.repeat_interleave(repeat, 1).transpose(-1, -2)
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.float().masked_fill(~seen, -torch.inf), -1).to(values.dtype)
-    return weights @ values.repeat_interleave(repeat, 1)
-
-
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    step: Step,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """flash-attn 2 over pages (pages, FLASH_PAGE, G, D): decoding rows are sequences with one query."""
-    from flash_attn import flash_attn_varlen_func
-
-    slots, at = step.slots.long(), step.positions.long()
-    rows = step.tables[slots, at // FLASH_PAGE].long() * FLASH_PAGE + at % FLASH_PAGE
-    key_pages.flatten(0, 1)[rows] = key
-    value_pages.flatten(0, 1)[rows] = value
-    lengths = [1] * step.decoding + step.prompts
-    queries = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
-    last = queries[1:].long() - 1
-    seen = nn.functional.pad(step.positions[last] + 1, (1, 0)).cumsum(0, dtype=torch.int32)
-    return flash_attn_varlen_func(  # type: ignore[no-any-return]
-        query, key_pages, value_pages, queries, seen, max(lengths), max([step.longest, *step.prompts]),
-        softmax_scale=scale, causal=True, window_size=(window - 1, 0) if window else (-1, -1), softcap=softcap,
-        block_table=step.tables[slots[last]],
-    )  # fmt: skip

@@ -5,7 +5,8 @@ start, as one packed row; what ends gives its slot to the next.
 
 Nothing is padded, so the work of a step is its tokens. A sequence's draws come from a random stream of its own, so its
 tokens do not depend on slots, order or neighbours (beyond the rounding of GEMMs of another height). Any HF causal LM
-whose attention goes through transformers' interface; no per-family code. CUDA graphs are left out."""
+whose attention goes through transformers' interface; no per-family code. Steps without prompts may be replayed from
+CUDA graphs (graphs.py), which round the rows up."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from ppomax.models import base_of, blocks_of, embedding_weight, head_of
 from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Arena, Step
 from ppomax.rollout.attention import Attention, arena_attention
+from ppomax.rollout.graphs import DecodeGraphs, capture_for
 from ppomax.rollout.packed import packed_linears
 from ppomax.rollout.plan import RolloutError, RolloutPlan, plan_rollout
 from ppomax.rollout.slots import Admission, Prompt, Slots
@@ -109,6 +111,7 @@ def decode(
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     trunk_layers: int | None = None,
+    cuda_graphs: bool = False,
     announce: Callable[[RolloutPlan], None] | None = None,
     on_token: Callable[[int, int, bool], None] | None = None,
     impl: str = "auto",
@@ -120,21 +123,24 @@ def decode(
     alone, so neither on batch, slot or rank, and no generator has a state to save. eos_ids: tokens that end a response;
     none: only `stop` and the limit do. stop: strings that end it, found in its text by `tokenizer`.
     slots: sequences decoded at once. cache_tokens: most tokens that the KV arena holds; None: what the slots need.
+    cuda_graphs: replay steps without prompts, with their rows rounded up; the model must be on a CUDA device.
     announce: told the plan, memory included, before anything is allocated. on_token(i, token, last): told each token
     of sequence i as it comes. Raises RolloutError for prompts, ends or sizes that cannot be served."""
     sampling = Sampling(
         frozenset(eos_ids), max_new_tokens, min_new_tokens, float(temperature), top_k, top_p, tuple(stop), impl
     )
     _check(model, prompts, uids, sampling, slots, tokenizer, trunk_layers)
+    capture = capture_for(model.device) if cuda_graphs else None
     if not prompts:
         return Responses([], [], [], None if trunk_layers is None else [])
-    distinct = slotting.grouped(prompts)
+    distinct, recorded = slotting.grouped(prompts), trunk_layers is not None
     plan = plan_rollout(
-        model, distinct, max_new_tokens, slots, cache_tokens=cache_tokens, trunk=trunk_layers is not None, impl=impl
-    )
+        model, distinct, max_new_tokens, slots,
+        cache_tokens=cache_tokens, trunk=recorded, graphs=cuda_graphs, impl=impl,
+    )  # fmt: skip
     if announce is not None:
         announce(plan)
-    arena = Arena(model.config, plan.pages, model.dtype, model.device, plan.page)
+    arena = Arena(model.config, plan.pages, model.dtype, model.device, plan.page, scratch=cuda_graphs)
     with arena_attention(model, arena, plan.attention) as attention, packed_linears(model, plan.attention) as panels:
         loop = _Loop(model, attention, Slots(distinct, plan.slots, max_new_tokens, arena), sampling, len(prompts))
         loop.seeds = stream_seeds(seed, uids).to(model.device)
@@ -143,12 +149,14 @@ def decode(
             loop.texts = [TextStream(tokenizer) for _ in prompts]  # type: ignore[arg-type]
         if trunk_layers is not None:
             loop.recorder = _Recorder(model, trunk_layers, plan.slots, max_new_tokens, len(prompts))
+        if capture is not None:
+            tables = loop.slots.tables
+            loop.graphs = DecodeGraphs(loop.run, capture, tables, plan.slots, plan.page, model.device)
         try:
             while loop.slots.queue or loop.slots.living:
                 loop.step()
         finally:
-            if loop.recorder is not None:
-                loop.recorder.hook.remove()
+            loop.close()
     loop.stats.planned_bytes, loop.stats.slots, loop.stats.pages = plan.peak_bytes, plan.slots, plan.pages
     loop.stats.most_pages = plan.pages - arena.least_free
     trunk = None if loop.recorder is None else loop.recorder.done
@@ -171,6 +179,7 @@ class _Loop:
         self.texts: list[TextStream] = []
         self.on_token: Callable[[int, int, bool], None] | None = None
         self.recorder: _Recorder | None = None
+        self.graphs: DecodeGraphs | None = None
         self.panels: Tensor | None = None
         """The head's weight, packed."""
 
@@ -221,20 +230,33 @@ class _Loop:
             ids += prompt.tokens
             positions += range(len(prompt.tokens))
             rows += [row] * len(prompt.tokens)
-        where = torch.tensor([ids, positions, rows], device=self.device)
-        self.attention.step = Step(
-            tables=self.slots.tables.to(self.device),
-            slots=where[2].int(),
-            positions=where[1].int(),
-            decoding=len(living),
-            longest=longest,
-            prompts=[len(p.tokens) for p, _ in starting],
-        )
-        out = self.base(
+        outputs = None
+        if self.graphs is not None and not starting:
+            outputs = self.graphs.step(ids, positions, rows)
+        if outputs is None:
+            where = torch.tensor([ids, positions, rows], device=self.device)
+            step = Step(
+                tables=self.slots.tables.to(self.device),
+                slots=where[2].int(),
+                positions=where[1].int(),
+                decoding=len(living),
+                longest=longest,
+                prompts=[len(p.tokens) for p, _ in starting],
+            )
+            outputs = self.run(where, step)
+        if self.recorder is not None:
+            self.recorder.states = outputs[1]
+        return outputs[0]
+
+    def run(self, where: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """(N, D) states after the last block, and if they are recorded (N, D) before another one, of the tokens with
+        these ids, positions and table rows (3, N)."""
+        self.attention.step = step
+        states: Tensor = self.base(
             input_ids=where[:1], position_ids=where[1:2], past_key_values=self.arena, use_cache=True
         ).last_hidden_state[0]
         self.attention.check_all_served()
-        return out  # type: ignore[no-any-return]
+        return (states,) if self.recorder is None else (states, self.recorder.states)
 
     def _draw(self, hidden: Tensor) -> tuple[list[int], list[float]]:
         """A token and its logprob for each living sequence; the one transfer to the host of a step."""
@@ -282,6 +304,13 @@ class _Loop:
                 self.finished[i] = stopped
                 ended.append(sequence)
         return ended
+
+    def close(self) -> None:
+        """Leave the model as it was, and give back what the phase's graphs hold."""
+        if self.recorder is not None:
+            self.recorder.hook.remove()
+        if self.graphs is not None:
+            self.graphs.close()
 
     def _count(self, living: int, decoding: int, prefill: int, seconds: float) -> None:
         stats, total = self.stats, decoding + prefill

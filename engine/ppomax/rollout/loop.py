@@ -72,6 +72,7 @@ def rollout(
         slots=config.slots,
         cache_tokens=config.cache_tokens,
         trunk_layers=trunk_layers,
+        cuda_graphs=config.cuda_graphs,
         announce=announce,
         impl=impl,
     )

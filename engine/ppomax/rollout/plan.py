@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from ppomax.models import embedding_weight, head_of
-from ppomax.rollout.arena import cache_shape
+from ppomax.rollout.arena import cache_shape, pages_for
 from ppomax.rollout.attention import check_model, choose, page_of
 from ppomax.rollout.packed import packed_bytes
 from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
@@ -40,18 +40,22 @@ class RolloutPlan:
     """Weights packed for the phase."""
     trunk_bytes: int
     """Recorded states, if asked for: what is returned, and the rows of living sequences."""
+    graph_bytes: int = 0
+    """Of decoding from CUDA graphs: their buffers, and a pool for the activations of their widest forward. The driver's
+    own record of the graphs is not counted."""
 
     @property
     def peak_bytes(self) -> int:
         """All of it: what the rollout adds to the process at most."""
-        return self.arena_bytes + self.workspace_bytes + self.packed_bytes + self.trunk_bytes
+        return self.arena_bytes + self.workspace_bytes + self.packed_bytes + self.trunk_bytes + self.graph_bytes
 
     def sentence(self) -> str:
         return (
             f"rollout: {self.slots} slots, {self.pages} pages of {self.page} tokens, attention {self.attention}; "
             f"peak {self.peak_bytes / MIB:.1f} MiB (cache {self.arena_bytes / MIB:.1f}, workspace "
             f"{self.workspace_bytes / MIB:.1f}, packed weights {self.packed_bytes / MIB:.1f}"
-            + (f", trunk states {self.trunk_bytes / MIB:.1f})" if self.trunk_bytes else ")")
+            + (f", trunk states {self.trunk_bytes / MIB:.1f}" if self.trunk_bytes else "")
+            + (f", CUDA graphs {self.graph_bytes / MIB:.1f})" if self.graph_bytes else ")")
         )
 
 
@@ -63,6 +67,7 @@ def plan_rollout(
     *,
     cache_tokens: int | None = None,
     trunk: bool = False,
+    graphs: bool = False,
     impl: str = "auto",
 ) -> RolloutPlan:
     """The plan for these distinct prompts. RolloutError if a prompt is over the model's window or the arena cannot hold
@@ -91,28 +96,47 @@ def plan_rollout(
         )
     tokens = sum(len(p.tokens) * (len(p.sequences) + 1) for p in prompts) + (sequences + slots) * (max_new_tokens - 1)
     width = embedding_weight(model).shape[1]
+    row = width * model.dtype.itemsize
+    blocks = pages_for(longest + max_new_tokens - 1, page)
+    gathered = _gathered(model, slots, blocks * page) if attention == "sdpa" else 0
     return RolloutPlan(
         slots=slots,
         attention=attention,
         page=page,
         pages=pages,
-        arena_bytes=pages * page * cache_shape(config).token_bytes(model.dtype),
-        workspace_bytes=_workspace(model, prompts, slots),
+        arena_bytes=(pages + graphs) * page * cache_shape(config).token_bytes(model.dtype),
+        workspace_bytes=_workspace(model, prompts, slots) + gathered,
         packed_bytes=packed_bytes(model, attention),
-        trunk_bytes=tokens * width * model.dtype.itemsize if trunk else 0,
+        trunk_bytes=tokens * row if trunk else 0,
+        graph_bytes=_graphs(slots, blocks, (1 + trunk) * row) + _activations(model, slots) + gathered if graphs else 0,
     )
 
 
 def _workspace(model: PreTrainedModel, prompts: Sequence[Prompt], slots: int) -> int:
     """Bytes of the widest forward's live activations and of a step's logits."""
-    config, shape = model.config.get_text_config(), cache_shape(model.config)
     whole = sum(len(p.tokens) for p in prompts)
     tokens = slots + min(whole, max(PREFILL_TOKENS, *(len(p.tokens) for p in prompts)))
+    head = head_of(model)
+    copies = 1 + (head.scale != 1.0) + 2 * (head.softcap is not None)
+    return _activations(model, tokens) + copies * slots * head.weight.shape[0] * model.dtype.itemsize
+
+
+def _activations(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes that a forward of the trunk holds at once."""
+    config, shape = model.config.get_text_config(), cache_shape(model.config)
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     heads = config.num_attention_heads * shape.head_dim
     attention = 3 * heads + 3 * shape.kv_heads * shape.head_dim
-    activations = tokens * (3 * width + max(attention, 3 * inner)) * model.dtype.itemsize
-    head = head_of(model)
-    copies = 1 + (head.scale != 1.0) + 2 * (head.softcap is not None)
-    return round(TEMPORARIES * activations) + copies * slots * head.weight.shape[0] * model.dtype.itemsize
+    return round(TEMPORARIES * tokens * (3 * width + max(attention, 3 * inner)) * model.dtype.itemsize)
+
+
+def _gathered(model: PreTrainedModel, slots: int, capacity: int) -> int:
+    """Bytes of one layer's pages as `sdpa` gathers them: keys, values, and one of the two once more on the way."""
+    shape = cache_shape(model.config)
+    return 3 * slots * capacity * shape.kv_heads * shape.head_dim * model.dtype.itemsize
+
+
+def _graphs(slots: int, blocks: int, row: int) -> int:
+    """Bytes of the buffers of DecodeGraphs: ids, positions and table rows, tables, and results of `row` bytes each."""
+    return slots * (3 * 8 + row) + (2 * slots + 1) * blocks * 4

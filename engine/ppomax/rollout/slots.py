@@ -111,7 +111,10 @@ class Slots:
         self.living: list[Sequence] = []
         blocks = max(pages_for(len(p.tokens) + max_new_tokens - 1, arena.page) for p in prompts)
         self.tables = torch.zeros(2 * slots, blocks, dtype=torch.int32)
-        """Page numbers, on the host: a row for each slot, and one for the prompt that starts with it."""
+        """Page numbers, on the host: a row for each slot, one for the prompt that starts with it, and a last one of
+        the arena's scratch page, if it has one."""
+        if arena.scratch is not None:
+            self.tables = torch.cat([self.tables, torch.full((1, blocks), arena.scratch, dtype=torch.int32)])
 
     def admit(self) -> Admission:
         """Let in what fits, in the queue's order."""

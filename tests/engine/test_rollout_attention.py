@@ -1,0 +1,126 @@
+"""Attention of a rollout where it is not ours: torch's scaled_dot_product_attention forced on a CPU, and flash-attn by
+a stand-in, against `generate`, the plain rollout, and paged_attention's reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ppomax.rollout import decode
+from ppomax.rollout.arena import Arena, Step
+from ppomax.rollout.attention import Attention, choose, page_of
+from torch import Tensor
+
+from tests.engine.families import FAMILIES, family
+from tests.engine.stand_ins import FakeFlash, attend_by, attend_by_flash
+from tests.engine.test_rollout import ENDS, GIVEN, generated, prompts_of
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(params=["sdpa", "flash"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "flash":
+        attend_by_flash(monkeypatch)
+    else:
+        attend_by(monkeypatch, "sdpa")
+    return request.param
+
+
+def test_a_cpu_takes_neither_unless_told() -> None:
+    model = family("llama")
+    assert choose(model) == "native"
+    assert choose(model, "ref") == "ref"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_equal_generate(name: str, way: str) -> None:
+    model, told = family(name), []
+    got = decode(model, GIVEN, range(10), eos_ids=ENDS, max_new_tokens=20, temperature=0, slots=3, announce=told.append)
+    assert told[0].attention == way
+    assert got.tokens == [generated(model, p, 20) for p in GIVEN]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+def test_shared_prompts_are_sampled_as_by_our_own(
+    name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    model = family(name)
+    given = [p for p in prompts_of([18, 5, 32, 16, 1], seed=2) for _ in range(4)]
+    options = dict(eos_ids=ENDS, max_new_tokens=20, seed=1, slots=6)
+    want = decode(model, given, range(20), **options)
+    assert len({tuple(t) for t in want.tokens}) > 15
+    for way in ("sdpa", "flash"):
+        attend_by_flash(monkeypatch) if way == "flash" else attend_by(monkeypatch, "sdpa")
+        got = decode(model, given, range(20), **options)
+        assert got.tokens == want.tokens
+        assert got.stats.prefill_tokens == want.stats.prefill_tokens
+        for ours, theirs in zip(want.logprobs, got.logprobs, strict=True):
+            torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def test_flash_decodes_over_pages_and_prefills_over_fresh_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, model = attend_by_flash(monkeypatch), family("llama")
+    got = decode(model, GIVEN[:4], range(4), eos_ids=[], max_new_tokens=5, slots=4)
+    layers, prefills = 3, 1
+    assert fake.calls == ["prompts"] * layers * prefills + ["decode"] * layers * 4
+    assert got.stats.steps == 5
+
+
+DECODING = [(0, 3), (1, 0), (2, 40), (4, 256), (5, 300)]
+"""Slot and position of each decoding row."""
+PROMPTS = [7, 1, 20]
+
+
+def attended(name: str, dtype: torch.dtype, window: int, softcap: float, longest: int) -> Tensor:
+    """One layer's attention over an arena filled with random keys: 4 query heads, 2 key heads of 16."""
+    model, generator = family("llama"), torch.Generator().manual_seed(1)
+    model.config.head_dim = 16
+    arena = Arena(model.config, 200, dtype, torch.device("cpu"), page_of(name))
+    attention = Attention(model, arena, name)
+    heads, kv = 4, 2
+    past = torch.randn(2, 6, 512, kv, 16, generator=generator).to(dtype)
+    fresh = [torch.randn(5 + sum(PROMPTS), h, 16, generator=generator).to(dtype) for h in (heads, kv, kv)]
+    blocks = 512 // arena.page
+    tables = torch.randperm(200, generator=generator)[: 6 * blocks].view(6, blocks).int()
+    for slot, at in DECODING:  # what came before, by the plainest means
+        for i in range(at):
+            page, inside = tables[slot, i // arena.page], i % arena.page
+            for store, x in zip(arena.stores[0], past[:, slot, i], strict=True):
+                if name == "flash":
+                    store[page, inside] = x
+                elif store.shape[-1] == arena.page and store is arena.stores[0][0]:
+                    store[page, :, :, inside] = x
+                else:
+                    store[page, :, inside] = x
+    rows = [6 + i for i, n in enumerate(PROMPTS) for _ in range(n)]
+    tables = torch.cat([tables, torch.arange(3 * blocks).view(3, blocks).int() % 200])
+    attention.step = Step(
+        tables=tables,
+        slots=torch.tensor([s for s, _ in DECODING] + rows).int(),
+        positions=torch.tensor([p for _, p in DECODING] + [i for n in PROMPTS for i in range(n)]).int(),
+        decoding=len(DECODING),
+        longest=longest,
+        prompts=PROMPTS,
+    )
+    return attention.attend(*fresh, 0, 0.3, window, softcap)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 2.0), (17, 2.0)])
+@pytest.mark.parametrize("longest", [301, 512])
+def test_one_layer_equals_the_reference(
+    dtype: torch.dtype, window: int, softcap: float, longest: int, way: str
+) -> None:
+    want = attended("ref", dtype, window, softcap, 301)
+    got = attended(way, dtype, window, softcap, longest)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_the_stand_in_aligns_masks_to_the_last_key() -> None:
+    """As flash-attn's documentation draws it for two queries over five keys."""
+    q, v = torch.zeros(1, 2, 1, 8), torch.eye(5, 8)[:, None]
+    fake = FakeFlash()
+    ends = torch.tensor([0, 2]).int(), torch.tensor([0, 5]).int()
+    got = fake.flash_attn_varlen_func(q[0], torch.zeros(5, 1, 8), v, *ends, 2, 5, causal=True)
+    assert (got[:, 0, :5] > 0).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
