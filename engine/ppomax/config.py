@@ -81,6 +81,9 @@ class ModelConfig:
     """Tokenizer directory. None: the policy's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type of the trained models; logprobs, values and losses are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Run each decoder block of policy and critic once more in the backward instead of keeping what its forward held:
+    an update then holds one block's activations and every block's input, for a third more compute. Same gradients."""
     trust_remote_code: bool = False
     """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
 

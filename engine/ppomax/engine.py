@@ -29,6 +29,7 @@ from ppomax.loading import is_cut
 from ppomax.measures import experience_metrics
 from ppomax.models import Critic, RewardModel, freeze, load_policy, load_reward_model, load_tokenizer, make_critic
 from ppomax.modes import set_up, trunk_layers
+from ppomax.recompute import recompute_blocks
 from ppomax.rewards import (
     FunctionReward,
     KLController,
@@ -96,6 +97,9 @@ class Engine:
         if given is not None:
             given.to(self.device)  # type: ignore[arg-type]
         self.reference = set_up(lm, given, self.config.model, seed=self.config.run.seed)
+        if self.config.model.gradient_checkpointing:
+            recompute_blocks(lm)
+            recompute_blocks(value_model)
         self.texts = texts
         if self.config.ptx.coef and texts is None:
             raise ValueError(

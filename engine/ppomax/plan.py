@@ -134,6 +134,7 @@ def job_of(
             trained_layers=model.trained_layers,
             lora_rank=model.lora_rank if model.train == "lora" else 0,
             lora_targets=tuple(model.lora_targets or ()),
+            gradient_checkpointing=model.gradient_checkpointing,
             zero_stage=2 if stage is None and ranks > 1 else stage,
             offload_optimizer=config.sharding.offload_optimizer,
             offload_param=config.sharding.offload_param,

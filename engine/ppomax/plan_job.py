@@ -26,6 +26,8 @@ class Job:
     lora_targets: tuple[str, ...] = ()
     adapted_critic: bool = False
     """The critic is trained by adapters too."""
+    gradient_checkpointing: bool = False
+    """Blocks are run again in the backward."""
     zero_stage: int | None = None
     """None: plain torch, one process."""
     offload_optimizer: bool = False

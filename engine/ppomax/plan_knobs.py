@@ -43,6 +43,7 @@ KNOBS: dict[str, Callable[[Job], Job]] = {
     "--model.dtype bfloat16": lambda job: replace(job, dtype="bfloat16"),
     "--model.train lora": lambda job: replace(job, train="lora", lora_rank=job.lora_rank or 16),
     "--model.train hydra": lambda job: replace(job, train="hydra", critic=None),
+    "--model.gradient_checkpointing true": lambda job: replace(job, gradient_checkpointing=True),
     "--sharding.zero_stage 2": lambda job: replace(job, zero_stage=2),
     "--sharding.zero_stage 3": lambda job: replace(job, zero_stage=3),
     "--sharding.offload_optimizer true": lambda job: replace(job, offload_optimizer=True),

@@ -5,7 +5,8 @@
     optimiser      AdamW: two fp32 moments, and an fp32 copy where weights are 16 bit (DeepSpeed: always);
                    ZeRO-1 and up: / ranks
     KV cache       slots x (prompt + response) tokens
-    activations    plan_trace.held: the trunk's own code, run without data
+    activations    plan_trace.held: the trunk's own code, run without data; with gradient checkpointing one block's and
+                   the input of each
     logits         one chunk of the fused losses, the fp32 gradient of the head they make, and its input's
     gathered       ZeRO-3: the whole policy while it generates; elsewhere the layers that are in use
 Lengths are taken at their limits, so a run whose texts are shorter needs less."""
@@ -168,11 +169,13 @@ def _policy_turn(job: Job, policy: Role, critic: Role, rows: int, length: int, s
 
 
 def _turn(before: int, after: int, act: Held, loss: dict[str, int]) -> dict[str, int]:
-    """At the loss (gradients `before`, all activations, the loss's buffers) or in the backward (gradients `after`)."""
+    """At the loss (gradients `before`, all activations, the loss's buffers), or at one end of the backward: its start
+    (gradients `before`) or its end (gradients `after`)."""
     at_loss = {"gradients": before, "activations": act.saved, **loss}
+    begun = {"gradients": before, "activations": act.peak}
     # Without gradients from before, they grow as the activations shrink: never both whole.
     grown = {"gradients": after, "activations": act.peak if before == after else act.peak - act.saved}
-    return _larger(at_loss, grown)
+    return _larger(at_loss, begun, grown)
 
 
 def step(job: Job) -> dict[str, int]:
@@ -234,7 +237,8 @@ def _trunk_states(job: Job) -> int:
 def _held(job: Job, config: str, rows: int, length: int, layers: int | None = None, adapted: bool = False) -> Held:
     """`layers` None: all of them."""
     everything = 1 << 30 if layers is None else layers
-    return held(config, job.dtype, rows, length, everything, job.lora_targets if adapted else None)
+    targets = job.lora_targets if adapted else None
+    return held(config, job.dtype, rows, length, everything, targets, job.gradient_checkpointing)
 
 
 def _larger(*moments: dict[str, int]) -> dict[str, int]:

@@ -2,7 +2,8 @@
 measurement: it says which phase a run will spend its time in, and what a knob does to it.
 
     forward, FLOPs a token   2 * (parameters - embedding) + 2 * layers * hidden * length   (causal: half of 4)
-    backward                 twice the forward; adapters: once (no weight gradients); hydra: of the trained blocks alone
+    backward                 twice the forward; adapters: once (no weight gradients); gradient checkpointing: once more;
+                             hydra: of the trained blocks alone
     decode step              max(weights + KV cache read over bandwidth, FLOPs) + host time of the blocks' launches
     collective of b bytes    b * (ranks - 1) / ranks / link
 Lengths are taken at their limits."""
@@ -119,14 +120,14 @@ def _scoring(job: Job, parts: dict[str, Role], device: Device, assumed: Assumpti
 
 
 def _update(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptions) -> float:
-    total = 0.0
+    total, again = 0.0, int(job.gradient_checkpointing)
     for name in ("policy", "critic"):
         role = parts[name]
         adapted = job.train == "lora" if name == "policy" else job.adapted_critic
         branch = (job.train == "hydra") if name == "policy" else job.critic is None
         share = job.trained_layers / role.counts.layers if branch else 1.0
-        total += share * (2 if adapted else 3) * forward_flops(role, job.length)
-    texts = 3 * forward_flops(parts["policy"], job.ptx_tokens) * job.ptx_batch * job.ptx_tokens / job.ranks
+        total += share * ((2 if adapted else 3) + again) * forward_flops(role, job.length)
+    texts = (3 + again) * forward_flops(parts["policy"], job.ptx_tokens) * job.ptx_batch * job.ptx_tokens / job.ranks
     steps = -(-job.rollout_size // job.minibatch_size)
     compute = (job.sequences * job.length * total + steps * texts) * job.epochs
     trained = parts["policy"].elements + parts["critic"].elements

@@ -90,14 +90,25 @@ def counts(config: str, kind: str) -> Counts:
     )
 
 
-def held(config: str, dtype: str, sequences: int, length: int, trained: int, targets: tuple[str, ...] | None) -> Held:
+def held(
+    config: str,
+    dtype: str,
+    sequences: int,
+    length: int,
+    trained: int,
+    targets: tuple[str, ...] | None,
+    recomputed: bool = False,
+) -> Held:
     """Bytes that the trunk holds for a padded batch (sequences, length). `trained`: how many of the last blocks take
-    gradients (all of them: the embedding too); `targets`: adapters on these linear layers alone, () for every one."""
+    gradients (all of them: the embedding too); `targets`: adapters on these linear layers alone, () for every one;
+    `recomputed`: blocks run again in the backward (recompute.py)."""
     depth = _hf_config(config, None).num_hidden_layers
     whole = trained >= depth
     depths = [depth] if depth <= CUTS[1] else list(CUTS)
     shape = _trunk_only(config)
-    run = [_trace(shape, dtype, sequences, length, d, whole or targets is not None, targets) for d in depths]
+    run = [
+        _trace(shape, dtype, sequences, length, d, whole or targets is not None, targets, recomputed) for d in depths
+    ]
     if len(run) == 1:
         return run[0]
     a, b = run
@@ -118,9 +129,12 @@ def _trace(
     depth: int,
     embedding: bool,
     targets: tuple[str, ...] | None,
+    recomputed: bool,
 ) -> Held:
     import torch
     from transformers import AutoModel
+
+    from ppomax.recompute import recompute
 
     register_attention()
     with torch.device("meta"):
@@ -131,6 +145,8 @@ def _trace(
                 module.weight.requires_grad_(not targets or name.rpartition(".")[2] in targets)
         for p in trunk.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
+        if recomputed:
+            recompute(_blocks(trunk))
         ids = torch.zeros(sequences, length, dtype=torch.int64)
         with live_bytes("meta") as live:
             with torch.no_grad():

@@ -146,25 +146,29 @@ DEEPSPEED |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_s
 
 
 def planned(folder: Path) -> dict[str, float]:
-    """Planned peaks over measured ones (live storages) of a second step, by stage, dtype and phase."""
+    """Planned peaks over measured ones (live storages) of a second step, by stage, dtype and phase; the last with
+    gradient checkpointing and longer sequences."""
     out = {}
     file = folder / f"deepspeed-{ranks.rank()}.json"
     file.write_text(json.dumps({"zero_optimization": DEEPSPEED}), encoding="utf-8")
     hf = LlamaConfig(vocab_size=4096, hidden_size=192, intermediate_size=448, num_hidden_layers=8,
                      num_attention_heads=6, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
     hf.save_pretrained(folder / f"shape-{ranks.rank()}")
-    for stage, dtype in ((0, "float32"), (2, "bfloat16"), (3, "float32")):
+    for stage, dtype, again in ((0, "float32", 0), (2, "bfloat16", 0), (3, "float32", 0), (3, "float32", 1)):
         shape = str(folder / f"shape-{ranks.rank()}")
         knobs = {"model__policy": shape, "model__reward_model": shape, "model__dtype": dtype, "run__device": "cpu"}
         knobs |= {"batch__rollout_size": 16, "batch__minibatch_size": 8, "batch__micro_tokens": 96, "impl": "auto"}
         knobs |= {"rollout__max_new_tokens": 8, "rollout__min_new_tokens": 8, "data__max_prompt_tokens": 16}
         knobs |= {"sharding__zero_stage": stage, "sharding__deepspeed": str(file) if stage else None}
+        if again:
+            knobs |= {"model__gradient_checkpointing": True, "batch__micro_tokens": 4096, "rollout__max_new_tokens": 40}
         config = small_config(**knobs)
         job, _ = job_of(config, ranks=2, memory=1 << 40, host_memory=1 << 40, cpu=True)
         plan = {phase: sum(kinds.values()) - kinds["overhead"] for phase, kinds in device_bytes(job).items()}
         there = _held(hf, config)
         plan["rollout"], plan["update"] = max(plan["rollout"], plan["scoring"]), max(plan["update"], plan["step"])
-        out |= {f"ZeRO-{stage} {dtype} {phase}": plan[phase] / size for phase, size in there.items()}
+        name = f"ZeRO-{stage} {dtype}{', recomputed' * again}"
+        out |= {f"{name} {phase}": plan[phase] / size for phase, size in there.items()}
     return out
 
 

@@ -84,10 +84,12 @@ def state_of(engine: Engine) -> dict[str, list[float]]:
     return out
 
 
+AGAIN = {"model__gradient_checkpointing": True}
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "tied": ({"batch__epochs": 2}, {"policy": lambda: tiny_policy(tied=True)}),
-    "hydra": ({"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy"}, {}),
-    "lora": ({"model__train": "lora"}, {}),
+    "recomputed": ({**AGAIN}, {}),
+    "hydra": ({"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy", **AGAIN}, {}),
+    "lora": ({"model__train": "lora", **AGAIN}, {}),
     "whole critic": ({"model__critic": "policy", "sharding__frozen": "whole"}, {}),
     "offloaded": ({"sharding__offload_optimizer": True, "sharding__offload_param": True}, {}),
     "optimiser offloaded": ({"sharding__offload_optimizer": True}, {}),
@@ -118,7 +120,7 @@ def two(folder: Path) -> dict[str, Any]:
     out["gathered"] = gathered(engine)
     out["one prompt"] = steps(engine, (1,))
     out["nan"] = nan_on_one_rank(engine)
-    out |= {name: variant(folder, name, 3) for name in ("tied", "hydra")}
+    out |= {name: variant(folder, name, 3) for name in ("tied", "recomputed", "hydra")}
     out["refused"] = refused(folder)
     out["alone"] = job_alone(folder)
     return out

@@ -16,6 +16,7 @@ from ppomax.plan_job import GiB, Job, roles
 from ppomax.plan_memory import device_bytes, optimiser, weights
 from ppomax.plan_time import DEVICES, seconds
 from ppomax.plan_trace import cache_bytes, counts, held, live_bytes
+from ppomax.recompute import recompute
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 WITHIN = 0.15
@@ -48,21 +49,24 @@ def job(size: str = "4M", **knobs) -> Job:
 # ---- against what a run holds ---------------------------------------------------------------------------------------
 
 
-def measured(size: str, prompt: int, response: int, sequences: int, minibatch: int, micro: int, dtype: str):
+def measured(
+    size: str, prompt: int, response: int, sequences: int, minibatch: int, micro: int, dtype: str, again: bool = False
+):
     """Peaks of a real second step, by counting live storages: `live_bytes` sees what torch allocates, and not the
-    scratch of C++ operators nor what the allocator keeps, so these are figures without noise. Also the plan's."""
+    scratch of C++ operators nor what the allocator keeps, so these are figures without noise. Also the plan's.
+    `again`: with gradient checkpointing."""
     knobs = {
         "batch": {"rollout_size": sequences, "minibatch_size": minibatch, "micro_tokens": micro},
         "rollout": {"max_new_tokens": response, "min_new_tokens": response},
         "ptx": {"coef": 0.0},
-        "model": {"dtype": dtype},
+        "model": {"dtype": dtype, "gradient_checkpointing": again},
         "run": {"device": "cpu"},
     }
     config = load_config(knobs)
     hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[size])
     plan = device_bytes(
         job(size, dtype=dtype, cpu=True, prompt_tokens=prompt, response_tokens=response, rollout_size=sequences,
-            minibatch_size=minibatch, micro_tokens=micro, slots=config.rollout.slots)
+            minibatch_size=minibatch, micro_tokens=micro, slots=config.rollout.slots, gradient_checkpointing=again)
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(4, 4000, (prompt,), generator=generator).tolist() for _ in range(sequences)]
@@ -98,26 +102,29 @@ def measured(size: str, prompt: int, response: int, sequences: int, minibatch: i
         pytest.param("100M", 16, 16, 8, 4, 64, "float32", marks=pytest.mark.slow),
     ],
 )
-def test_planned_peaks_are_those_of_real_steps(size, prompt, response, sequences, minibatch, micro, dtype):
-    got, planned = measured(size, prompt, response, sequences, minibatch, micro, dtype)
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_planned_peaks_are_those_of_real_steps(size, prompt, response, sequences, minibatch, micro, dtype, again):
+    got, planned = measured(size, prompt, response, sequences, minibatch, micro, dtype, again)
     for phase, there in got.items():
         assert planned[phase] == pytest.approx(there, rel=WITHIN), f"{phase}: planned {planned[phase]}, there {there}"
 
 
-def test_what_a_phase_adds_is_planned_too():
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_phase_adds_is_planned_too(again):
     """Weights and optimiser are easily right; so what comes on top of them is held against a run by itself, where
-    activations lead and one micro-batch is all."""
-    got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32")
+    activations lead and one micro-batch is all. With gradient checkpointing too, where little of them is left."""
+    got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32", again)
     n, m = (counts(shape(**SIZES["4M"]), kind).params for kind in ("causal_lm", "scorer"))
     steady = 4 * 2 * (n + m) + 8 * (n + m)
-    assert got["update"] > 2 * steady
+    assert (got["update"] > 2 * steady) != again
     for phase in ("rollout", "update"):
         assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
         assert planned[phase] - steady == pytest.approx(got[phase] - steady, rel=WITHIN), phase
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-def test_activations_of_a_real_forward_and_backward(kind):
+def test_activations_of_a_real_forward_and_backward(kind, again):
     """Depths that are drawn out in a straight line: five blocks, from what two and three hold."""
     hf = {
         "llama": LlamaConfig(**{**SIZES["4M"], "num_hidden_layers": 5}),
@@ -128,12 +135,14 @@ def test_activations_of_a_real_forward_and_backward(kind):
     trunk = AutoModelForCausalLM.from_config(hf).base_model
     for p in trunk.parameters():
         p.grad = torch.zeros_like(p)
+    if again:
+        recompute(next(m for m in trunk.modules() if isinstance(m, torch.nn.ModuleList)))
     ids = torch.zeros(2, 64, dtype=torch.int64)
     with live_bytes() as live:
         hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
         saved = live.now
         hidden.backward(torch.ones_like(hidden))
-    planned = held(hf.to_json_string(use_diff=False), "float32", 2, 64, 5, None)
+    planned = held(hf.to_json_string(use_diff=False), "float32", 2, 64, 5, None, again)
     assert planned.saved == pytest.approx(saved, rel=WITHIN)
     assert planned.peak == pytest.approx(live.peak, rel=WITHIN)
 
@@ -205,6 +214,19 @@ def test_each_piece_of_advice_is_what_planning_with_it_gives():
     order = [(not a.fits, -a.saves) for a in plan.advice]
     assert order == sorted(order)
     assert all(a.saves > 0 for a in plan.advice)
+
+
+def test_gradient_checkpointing_is_advised_where_activations_lead():
+    seven = shape(**LLAMA_7B)
+    big = Job(policy=seven, critic=seven, reward=seven, zero_stage=3, ranks=8, micro_tokens=16384)
+    big = replace(big, memory=make_plan(big, advise=False).peak - GiB)
+    plan = make_plan(big)
+    assert (plan.fits, plan.peak_phase) == (False, "update")
+    assert {a.knob: a.fits for a in plan.advice}["--model.gradient_checkpointing true"]
+    turned = replace(big, gradient_checkpointing=True)
+    assert device_bytes(turned)["update"]["activations"] < device_bytes(big)["update"]["activations"] / 8
+    slower, quicker = (seconds(j, DEVICES["a100-80g"])["update"] for j in (turned, big))
+    assert quicker < slower < 4 / 3 * quicker
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_mend(tmp_path, monkeypatch):
