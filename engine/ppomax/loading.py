@@ -1,11 +1,12 @@
-"""Safetensors shards straight into the ranks' partitions, or onto the device, one tensor at a time.
+"""Safetensors shards straight into the ranks' partitions, one tensor at a time.
 
     model = load_partitioned(path, torch.bfloat16, settings=zero_config.trained(...))   ZeRO-3: each rank its part
-    model = load_whole(path, torch.bfloat16, device="cuda:0")                           one process, or ZeRO 0-2
 The module is made without its weights; then each parameter in turn gets room, is cut by DeepSpeed, and this rank reads
 the rows that hold its part and no others. So a rank's host holds at no time more than its part, the largest single
-tensor, and the pages that this was read from. Tied parameters are read once. Names must match:
-a missing tensor is an error, one too many is logged, a change of type is logged, a shard that is not there is named."""
+tensor, and the pages that this was read from. Tied parameters are read once. Names must match: a missing tensor is an
+error, one too many is logged, a change of type is logged, a shard that is not there is named. Models that stay whole on
+a rank are read by transformers (models.py), which also knows checkpoints laid out otherwise than the module (fused
+experts, old names)."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def load_partitioned(
     `score` be missing; it then starts as models.make_critic draws it from `seed`. Every rank must call this. Raises
     LoadingError for files and names that do not fit; a rank that fails alone leaves the others waiting, so all files
     are looked at before the first exchange."""
-    model, places = _prepare(path, dtype, kind, new_head)
+    model, places = prepare(path, dtype, kind, new_head)
     first: nn.Parameter | None = None
     for name, source, file in _opened(places):
         p = _materialise(model, name, dtype, _compute_device())
@@ -71,29 +72,6 @@ def load_partitioned(
         first = _cut(p, first, settings)
         if source is not None:
             _fill(p, file, source.name)
-    return model
-
-
-def load_whole(
-    path: str | Path,
-    dtype: torch.dtype,
-    kind: Kind = "causal_lm",
-    *,
-    device: torch.device | str = "cpu",
-    new_head: bool = False,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """A HF model on `device`, tensor by tensor: no second copy, on the host or there. Raises LoadingError likewise."""
-    model, places = _prepare(path, dtype, kind, new_head)
-    for name, source, file in _opened(places):
-        p = _materialise(model, name, dtype, torch.device(device))
-        if source is None:
-            _start_head(p, seed)
-        else:
-            p.data.copy_(file.get_tensor(source.name))
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            module._buffers[key] = None if buffer is None else buffer.to(device)
     return model
 
 
@@ -150,10 +128,11 @@ def _names_in(file: Path) -> list[str]:
         raise LoadingError(f"{file} is cut short or is not a safetensors file: {error}") from error
 
 
-def _prepare(
-    path: str | Path, dtype: torch.dtype, kind: Kind, new_head: bool
+def prepare(
+    path: str | Path, dtype: torch.dtype, kind: Kind = "causal_lm", new_head: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Source | None]]:
-    """The module without weights, and where each of its parameters lies (None: it is new)."""
+    """The module without weights, and where each of its parameters lies (None: it is new). LoadingError if files and
+    names do not fit."""
     folder = _local_folder(path)
     model, found = _empty_model(folder, dtype, kind), tensor_files(folder)
     places: dict[str, Source | None] = {}
