@@ -23,6 +23,13 @@ def require(ok: bool, name: str, wanted: str, value: object) -> None:
         raise ConfigError(f"config: {name} must be {wanted}, got {value!r}")
 
 
+def require_sampling(config: Any) -> None:
+    """The knobs of a command that samples without training: `max_new_tokens`, `temperature`, `top_p`."""
+    require(config.max_new_tokens >= 1, "max_new_tokens", "at least 1", config.max_new_tokens)
+    require(config.temperature >= 0, "temperature", "0 (greedy) or more", config.temperature)
+    require(0 < config.top_p <= 1, "top_p", "in (0, 1]", config.top_p)
+
+
 def build(cls: type[C], mapping: dict[str, Any], prefix: str = "") -> C:
     """The dataclass `cls` from nested mappings; serves any configuration dataclass, not only TrainConfig."""
     require(isinstance(mapping, dict), prefix or cls.__name__, "a mapping of knobs", mapping)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ppomax.config_io import ConfigError, require, to_dict
+from ppomax.config_io import ConfigError, require, require_sampling, to_dict
 from ppomax.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key, score_by_function
 
 
@@ -79,9 +79,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
         require(self.tie_margin >= 0, "tie_margin", "0 or more", self.tie_margin)
-        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
-        require(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
-        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        require_sampling(self)
         require(self.workers >= 1, "workers", "at least 1", self.workers)
         require(self.retries >= 0, "retries", "0 or more", self.retries)
         require(self.timeout > 0, "timeout", "above 0", self.timeout)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ppomax.config import ConfigError
-from ppomax.config_io import require
+from ppomax.config_io import require, require_sampling
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, "samples", "at least 1", self.samples)
-        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
-        require(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
+        require_sampling(self)
         require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
-        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         require(self.slots >= 1, "slots", "at least 1", self.slots)
         known = ("auto", "float32", "bfloat16", "float16")
         require(self.dtype in known, "dtype", f"one of {', '.join(known)}", self.dtype)
