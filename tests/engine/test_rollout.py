@@ -17,6 +17,7 @@ from ppomax.rollout.arena import arena_bytes, cache_shape
 from ppomax.rollout.attention import UnsupportedModel
 from ppomax.rollout.plan import RolloutError
 from ppomax.scoring import policy_logprobs
+from ppomax.sharding import ranks
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from tests.engine.families import BOS, EOS, FAMILIES, VOCABULARY, family
@@ -94,6 +95,21 @@ def test_sampled_tokens_do_not_depend_on_slots_order_or_room() -> None:
     shuffled = decode(model, [given[i] for i in order], [uids[i] for i in order], slots=6, **options).tokens
     assert shuffled == [want[i] for i in order]
     assert decode(model, given, uids, **options | {"seed": 6}).tokens != want
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sampled_tokens_do_not_depend_on_the_rank_count(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks do: each decodes its share, with the uids of the whole."""
+    model, given = family("llama"), prompts_of(LENGTHS * 2, seed=1)
+    options = dict(eos_ids=ENDS, max_new_tokens=24, seed=5, slots=6)
+    want, parts = decode(model, given, range(20), **options).tokens, []
+    monkeypatch.setattr(ranks, "world_size", lambda: count)
+    for rank in range(count):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        mine = ranks.share(len(given))
+        assert 0 < len(mine) < len(given)
+        parts += decode(model, [given[i] for i in mine], list(mine), **options).tokens
+    assert parts == want
 
 
 def test_equal_prompts_are_prefilled_once() -> None:

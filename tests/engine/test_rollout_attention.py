@@ -3,9 +3,11 @@ a stand-in, against `generate`, the plain rollout, and paged_attention's referen
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from ppomax.rollout import decode
+from ppomax.rollout import attention, decode
 from ppomax.rollout.arena import Arena, Step
 from ppomax.rollout.attention import Attention, choose, page_of
 from torch import Tensor
@@ -26,10 +28,23 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-def test_a_cpu_takes_neither_unless_told() -> None:
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     model = family("llama")
     assert choose(model) == "native"
     assert choose(model, "ref") == "ref"
+
+    def on_a_device(dtype: torch.dtype, head_dim: int, installed: bool) -> str:
+        found = {"flash_attn_2_cuda"} if installed else {"flash_attn"}  # the package alone is not the kernel
+        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in found else None)
+        model.config.head_dim = head_dim
+        return choose(SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=model.config))
+
+    assert on_a_device(torch.bfloat16, 64, True) == "flash"
+    assert on_a_device(torch.float16, 256, True) == "flash"
+    assert on_a_device(torch.float32, 64, True) == "sdpa"
+    assert on_a_device(torch.bfloat16, 64, False) == "sdpa"
+    assert on_a_device(torch.bfloat16, 20, True) == "sdpa"
+    assert on_a_device(torch.bfloat16, 264, True) == "sdpa"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -76,7 +91,7 @@ def attended(name: str, dtype: torch.dtype, window: int, softcap: float, longest
     model, generator = family("llama"), torch.Generator().manual_seed(1)
     model.config.head_dim = 16
     arena = Arena(model.config, 200, dtype, torch.device("cpu"), page_of(name))
-    attention = Attention(model, arena, name)
+    served = Attention(model, arena, name)
     heads, kv = 4, 2
     past = torch.randn(2, 6, 512, kv, 16, generator=generator).to(dtype)
     fresh = [torch.randn(5 + sum(PROMPTS), h, 16, generator=generator).to(dtype) for h in (heads, kv, kv)]
@@ -94,7 +109,7 @@ def attended(name: str, dtype: torch.dtype, window: int, softcap: float, longest
                     store[page, :, inside] = x
     rows = [6 + i for i, n in enumerate(PROMPTS) for _ in range(n)]
     tables = torch.cat([tables, torch.arange(3 * blocks).view(3, blocks).int() % 200])
-    attention.step = Step(
+    served.step = Step(
         tables=tables,
         slots=torch.tensor([s for s, _ in DECODING] + rows).int(),
         positions=torch.tensor([p for _, p in DECODING] + [i for n in PROMPTS for i in range(n)]).int(),
@@ -102,7 +117,7 @@ def attended(name: str, dtype: torch.dtype, window: int, softcap: float, longest
         longest=longest,
         prompts=PROMPTS,
     )
-    return attention.attend(*fresh, 0, 0.3, window, softcap)
+    return served.attend(*fresh, 0, 0.3, window, softcap)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -10,7 +10,7 @@ import torch
 from ppomax.models import base_of
 from ppomax.rollout import RolloutPlan, decode
 from ppomax.rollout.arena import Arena, cache_shape
-from ppomax.rollout.graphs import MEETINGS, page_bucket, row_bucket
+from ppomax.rollout.graphs import MEETINGS, WARM_UPS, capture_for, page_bucket, row_bucket
 from ppomax.rollout.plan import RolloutError
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -155,12 +155,56 @@ def test_the_plan_counts_the_scratch_page_and_the_graphs(monkeypatch: pytest.Mon
     assert f"CUDA graphs {graphed.graph_bytes / 2**20:.1f})" in graphed.sentence()
 
 
-def test_sampled_tokens_do_not_depend_on_the_rank_count() -> None:
-    """What ranks do: each decodes its share, with the uids of the whole."""
-    model, given = family("llama"), prompts_of(LENGTHS * 2, seed=1)
-    options = dict(eos_ids=ENDS, max_new_tokens=24, seed=5, slots=6)
-    want = decode(model, given, range(20), **options).tokens
-    for ranks in (2, 3):
-        shares = [range(20)[len(given) * r // ranks : len(given) * (r + 1) // ranks] for r in range(ranks)]
-        parts = [decode(model, [given[i] for i in mine], list(mine), **options).tokens for mine in shares]
-        assert [tokens for part in parts for tokens in part] == want
+def test_a_device_captures_on_one_stream_after_warm_ups_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls alone, on stand-ins for torch.cuda's parts."""
+    log: list[str] = []
+    cuda, graph_options = torch.cuda, []
+
+    class Named:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other: Named) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            log.append(f"in {self.name}")
+
+        def __exit__(self, *args: object) -> None:
+            log.append(f"out of {self.name}")
+
+        def replay(self) -> None:
+            log.append("replay")
+
+    def graph(graph: Named, **options: object) -> Named:
+        graph_options.append(options)
+        return Named("capture")
+
+    monkeypatch.setattr(cuda, "Stream", lambda device: Named("side"))
+    monkeypatch.setattr(cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(cuda, "current_stream", lambda: Named("main"))
+    monkeypatch.setattr(cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(cuda, "set_sync_debug_mode", lambda mode: log.append(f"sync {mode}"))
+    monkeypatch.setattr(cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(cuda, "device", lambda device: Named("device"))
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: Named("graph"))
+    monkeypatch.setattr(cuda, "graph", graph)
+    capture = capture_for(torch.device("cuda:0"))
+    first = capture(lambda: log.append("run"))
+    warm_up = ["side waits for main", "in side", "run", "sync error", *["run"] * (WARM_UPS - 1), "out of side"]
+    after = ["sync 0", "main waits for side"]
+    assert log == ["in device", *warm_up, *after, "in capture", "run", "out of capture", "out of device"]
+    first()
+    assert log[-1] == "replay"
+    capture(lambda: None)
+    assert graph_options[0] == graph_options[1]
+    assert graph_options[0].keys() == {"pool", "stream", "capture_error_mode"}
+
+    def broken() -> None:
+        raise RuntimeError("it waits")
+
+    log.clear()
+    with pytest.raises(RuntimeError, match="it waits"):
+        capture(broken)
+    assert log == ["in device", "side waits for main", "in side", "out of side", *after, "out of device"]
+    assert len(graph_options) == 2

@@ -79,7 +79,7 @@ def choose(model: PreTrainedModel, impl: str = "auto") -> str:
     if model.device.type == "cpu":
         return "native"
     half, dim = model.dtype in (torch.bfloat16, torch.float16), cache_shape(model.config).head_dim
-    # flash-attn copies whole caches to pad a head that is no multiple of 8. Its other editions lack this extension.
+    # flash-attn 2 is this extension; it copies whole caches to pad a head that is no multiple of 8.
     kernel = dim % 8 == 0 and dim <= 256 and importlib.util.find_spec("flash_attn_2_cuda") is not None
     return "flash" if model.device.type == "cuda" and half and kernel else "sdpa"
 

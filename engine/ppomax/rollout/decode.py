@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import ppomax_kernels as K
 import torch
 from ppomax_kernels.packed_linear import packed_linear
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.models import base_of, blocks_of, embedding_weight, head_of
@@ -27,6 +27,7 @@ from ppomax.rollout.attention import Attention, arena_attention
 from ppomax.rollout.graphs import DecodeGraphs, capture_for
 from ppomax.rollout.packed import packed_linears
 from ppomax.rollout.plan import RolloutError, RolloutPlan, plan_rollout
+from ppomax.rollout.recorder import Recorder
 from ppomax.rollout.slots import Admission, Prompt, Slots
 from ppomax.rollout.text import TextStream
 
@@ -148,7 +149,7 @@ def decode(
         if stop:
             loop.texts = [TextStream(tokenizer) for _ in prompts]  # type: ignore[arg-type]
         if trunk_layers is not None:
-            loop.recorder = _Recorder(model, trunk_layers, plan.slots, max_new_tokens, len(prompts))
+            loop.recorder = Recorder(model, trunk_layers, plan.slots, max_new_tokens, len(prompts))
         if capture is not None:
             tables = loop.slots.tables
             loop.graphs = DecodeGraphs(loop.run, capture, tables, plan.slots, plan.page, model.device)
@@ -178,7 +179,7 @@ class _Loop:
         self.seeds = torch.empty(0)
         self.texts: list[TextStream] = []
         self.on_token: Callable[[int, int, bool], None] | None = None
-        self.recorder: _Recorder | None = None
+        self.recorder: Recorder | None = None
         self.graphs: DecodeGraphs | None = None
         self.panels: Tensor | None = None
         """The head's weight, packed."""
@@ -321,36 +322,6 @@ class _Loop:
         share = prefill / total if total else 0.0
         stats.prefill_seconds += seconds * share
         stats.decode_seconds += seconds * (1.0 - share)
-
-
-class _Recorder:
-    """Keeps what enters one block while prompts and tokens go by."""
-
-    def __init__(self, model: PreTrainedModel, layers: int, slots: int, limit: int, count: int):
-        self.states = torch.empty(0)
-        """(N, D) of the forward just run."""
-        self.rows: Tensor | None = None
-        self.size = (slots, max(1, limit - 1))
-        self.done: list[Tensor] = [torch.empty(0)] * count
-        self.hook = blocks_of(model)[layers].register_forward_pre_hook(self._see, with_kwargs=True)
-
-    def _see(self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        self.states = (args[0] if args else kwargs["hidden_states"])[0]
-
-    def record(self, living: list[slotting.Sequence]) -> None:
-        """The states of newest tokens, into their sequences' rows."""
-        if self.rows is None:
-            self.rows = self.states.new_empty(*self.size, self.states.shape[1])
-        if living:
-            slot, at = torch.tensor([[s.slot for s in living], [len(s.tokens) - 1 for s in living]])
-            self.rows[slot.to(self.rows.device), at.to(self.rows.device)] = self.states[: len(living)]
-
-    def finish(self, sequence: slotting.Sequence) -> None:
-        """Prompt and response states of a sequence that has ended; its last token never went through the model."""
-        assert self.rows is not None
-        assert sequence.prompt.trunk is not None
-        own = self.rows[sequence.slot, : len(sequence.tokens) - 1]
-        self.done[sequence.index] = torch.cat([sequence.prompt.trunk, own])
 
 
 def _check(

@@ -100,7 +100,7 @@ class DecodeGraphs:
         return tuple(out[: len(ids)] for out in self.outputs)
 
     def close(self) -> None:
-        """Drop graphs and buffers; `run` is let go too, since its owner holds this object."""
+        """Drop graphs and outputs; `run` is let go too, since its owner holds this object."""
         self.replays.clear()
         self.outputs, self.run = (), _closed
 
