@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch import Tensor
 from ppomax.config import TrainConfig, build, to_dict
 from ppomax.models import Critic
 from ppomax.sharding import Lazy, Trained, agree, everyone, rank, together
-from ppomax.tensor_files import TensorFile, size_of, write_tensors
+from ppomax.tensor_files import TensorFile, size_of, write_tensors, write_together
 
 if TYPE_CHECKING:
     from ppomax.engine import Engine
@@ -87,13 +86,8 @@ def save_engine(engine: Engine, path: Path, extra: dict[str, Any]) -> Path:
                 check_space(path.parent, need)
             except OSError as error:
                 raise unwritten(path, error) from error
-    stream = (x.get() for file in files.values() for x in file.values())
-    with together():
-        try:
-            if rank() == 0:
-                _write_state(engine, path, files, stream, state)
-        finally:  # whoever does not write still makes each tensor whole with the others
-            deque(stream, maxlen=0)
+    tensors = [x for file in files.values() for x in file.values()]
+    write_together(tensors, lambda stream: _write_state(engine, path, files, stream, state))
     return path
 
 

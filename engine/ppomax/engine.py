@@ -25,7 +25,6 @@ from ppomax.branch import TrunkCritic
 from ppomax.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.config import AdvantageConfig, TrainConfig
 from ppomax.fingerprints import fingerprints
-from ppomax.loading import is_cut
 from ppomax.measures import experience_metrics
 from ppomax.models import Critic, RewardModel, freeze, load_policy, load_reward_model, load_tokenizer, make_critic
 from ppomax.modes import set_up, trunk_layers
@@ -40,7 +39,7 @@ from ppomax.rewards import (
     token_rewards,
 )
 from ppomax.rollout import RolloutPlan, rollout
-from ppomax.sharding import Trained, freeze_model, stage_of, train_model, world_size, zero_config
+from ppomax.sharding import Trained, copy_source, cuts, freeze_model, is_cut, train_model
 from ppomax.update import Health, TextSource, update
 
 log = logging.getLogger(__name__)
@@ -79,23 +78,19 @@ class Engine:
             "reward": _path(reward),
             "tokenizer": self.config.model.tokenizer or _path(policy),
         }
-        dtype, trust = DTYPES[self.config.model.dtype], self.config.model.trust_remote_code
-        cut = self._cut(policy, dtype)
-        lm = load_policy(policy, dtype, trust_remote_code=trust, cut=cut["policy"]).eval().requires_grad_(True)
-        lm.to(self.device)  # type: ignore[arg-type]
+        self.dtype, trust = DTYPES[self.config.model.dtype], self.config.model.trust_remote_code
+        cut = cuts(self.config, self.dtype, from_files=self.sources["policy"] is not None)
+        lm = self._language_model(policy, cut.policy).eval().requires_grad_(True)
         self.tokenizer = tokenizer
         if tokenizer is None and self.sources["tokenizer"]:
             self.tokenizer = load_tokenizer(self.sources["tokenizer"], trust_remote_code=trust)
         self.reward_model: RewardModel | None = None
-        self.reward = self._reward_source(reward, dtype, cut["frozen"])
+        self.reward = self._reward_source(reward, cut.frozen)
         self.trunk_layers = trunk_layers(lm, self.config.model)
-        value_model = self._critic(critic, lm, dtype, cut["critic"]).to(self.device).eval()
-        if cut["policy"] and reference is None and self.config.model.train == "full":
+        value_model = self._critic(critic, lm, cut.critic).to(self.device).eval()
+        if reference is None and self.config.model.train == "full" and is_cut(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
-        frozen = cut["frozen"] if isinstance(reference, (str, Path)) else None
-        given = None if reference is None else load_policy(reference, dtype, trust_remote_code=trust, cut=frozen)
-        if given is not None:
-            given.to(self.device)  # type: ignore[arg-type]
+        given = None if reference is None else self._language_model(reference, cut.frozen)
         self.reference = set_up(lm, given, self.config.model, seed=self.config.run.seed)
         if self.config.model.gradient_checkpointing:
             recompute_blocks(lm)
@@ -253,30 +248,15 @@ class Engine:
             raise ValueError("Engine: text prompts need a tokenizer; pass tokenizer=, or prompts as token ids")
         return list(self.tokenizer(prompt)["input_ids"])
 
-    def _cut(self, policy: ModelSource, dtype: torch.dtype) -> dict[str, dict[str, Any] | None]:
-        """DeepSpeed's settings of the models that are to be read straight into partitions: those that ZeRO-3 will cut
-        and whose weights lie in files. Top blocks are copied from a whole model, so hydra's policy is read whole."""
-        out: dict[str, dict[str, Any] | None] = dict.fromkeys(("policy", "critic", "frozen"))
-        config, sharding = self.config, self.config.sharding
-        if world_size() == 1 or config.model.trust_remote_code:
-            return out
-        if stage_of(sharding) == 3 and config.model.train != "hydra" and isinstance(policy, (str, Path)):
-            out["policy"] = zero_config.trained(sharding, 3, dtype, config.policy_optim.grad_clip)
-            out["critic"] = zero_config.trained(sharding, 3, dtype, config.critic_optim.grad_clip)
-        if sharding.frozen in ("sharded", "offloaded") or (sharding.frozen == "auto" and stage_of(sharding) == 3):
-            out["frozen"] = zero_config.frozen(sharding, dtype)
-        return out
+    def _language_model(self, source: ModelSource, cut: dict[str, Any] | None) -> PreTrainedModel:
+        model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, cut=cut)
+        return model.to(self.device)  # type: ignore[arg-type]
 
-    def _reward_source(self, reward: Any, dtype: torch.dtype, cut: dict[str, Any] | None) -> RewardSource:
+    def _reward_source(self, reward: Any, cut: dict[str, Any] | None) -> RewardSource:
         if isinstance(reward, (str, Path, PreTrainedModel, RewardModel)):
             trust = self.config.model.trust_remote_code
-            model = (
-                reward
-                if isinstance(reward, RewardModel)
-                else load_reward_model(reward, dtype, trust_remote_code=trust, cut=cut)
-            )
-            freeze(model.to(self.device, dtype))
-            self.reward_model = model
+            self.reward_model = load_reward_model(reward, self.dtype, trust_remote_code=trust, cut=cut)
+            freeze(self.reward_model.to(self.device))
             return ModelReward(self.reward_model)
         if not callable(reward):
             raise TypeError(
@@ -287,9 +267,7 @@ class Engine:
             raise ValueError("Engine: a reward function reads text, so a tokenizer is needed; pass tokenizer=")
         return FunctionReward(reward, self.tokenizer)
 
-    def _critic(
-        self, critic: Any, policy: PreTrainedModel, dtype: torch.dtype, cut: dict[str, Any] | None
-    ) -> Critic | TrunkCritic:
+    def _critic(self, critic: Any, policy: PreTrainedModel, cut: dict[str, Any] | None) -> Critic | TrunkCritic:
         wanted = self.config.model.critic if critic is None else critic
         if wanted == "reward_model":
             if self.reward_model is None:
@@ -297,12 +275,11 @@ class Engine:
                     "Engine: model.critic is reward_model, but the reward is a function; set model.critic: policy, "
                     "or a path"
                 )
-            again = self.sources["reward"] and (cut or is_cut(self.reward_model))  # parts are read anew, not copied
-            wanted = self.sources["reward"] if again else self.reward_model
+            wanted = copy_source(self.reward_model, self.sources["reward"], cut)
         elif wanted == "trunk" and self.trunk_layers is not None:
             return TrunkCritic(policy, self.trunk_layers, seed=self.config.run.seed).requires_grad_(True)
         elif wanted == "policy":
-            wanted = self.sources["policy"] if cut else policy
+            wanted = copy_source(policy, self.sources["policy"], cut)
         if isinstance(wanted, TrunkCritic) and wanted.branch.layers != self.trunk_layers:
             raise ValueError(
                 f"Engine: the critic stands on a trunk of {wanted.branch.layers} blocks, the policy's has "
@@ -310,8 +287,7 @@ class Engine:
             )
         if isinstance(wanted, (Critic, TrunkCritic)) and not isinstance(wanted, RewardModel):
             return wanted.requires_grad_(True)
-        cut = cut if isinstance(wanted, (str, Path)) else None
-        return make_critic(wanted, dtype, seed=self.config.run.seed, cut=cut)
+        return make_critic(wanted, self.dtype, seed=self.config.run.seed, cut=cut)
 
 
 def advantages_and_returns(

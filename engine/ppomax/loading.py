@@ -75,11 +75,6 @@ def load_partitioned(
     return model
 
 
-def is_cut(module: nn.Module) -> bool:
-    """Whether ZeRO-3 has cut its parameters."""
-    return any(hasattr(p, "ds_id") for p in module.parameters())
-
-
 @contextmanager
 def whole(what: nn.Module | nn.Parameter) -> Iterator[None]:
     """Inside, a module's cut parameters, or the one parameter, are whole on every rank; nothing happens to others.

@@ -244,7 +244,7 @@ def load_policy(
 
 
 def load_reward_model(
-    source: ModelSource,
+    source: ModelSource | RewardModel,
     dtype: torch.dtype = torch.float32,
     *,
     trust_remote_code: bool = False,

@@ -2,19 +2,20 @@
 
 A file is an 8-byte length, a JSON header that gives each tensor's type, shape and place, and the bytes. Names, types
 and shapes are known beforehand (`Lazy`), so the header can go first and each tensor be made whole, written, and
-dropped. Under several ranks all of them make tensors whole together and rank 0 writes."""
+dropped. Under several ranks all of them make tensors whole together and rank 0 writes (`write_together`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ppomax.sharding import Lazy
+from ppomax.sharding import Lazy, rank, together
 
 TYPES = {
     torch.float64: "F64",
@@ -31,6 +32,18 @@ TYPES = {
 def size_of(x: Lazy) -> int:
     """Bytes of a tensor."""
     return x.shape.numel() * x.dtype.itemsize
+
+
+def write_together(tensors: Iterable[Lazy], write: Callable[[Iterator[Tensor]], None]) -> None:
+    """Rank 0's `write` takes the tensors from a stream; each is made whole, by all ranks, as it is taken. Every rank
+    calls, with tensors in the same order; what is raised on rank 0 is raised on all."""
+    stream = (x.get() for x in tensors)
+    with together():
+        try:
+            if rank() == 0:
+                write(stream)
+        finally:  # whoever does not write, or failed to, still makes each tensor whole with the others
+            deque(stream, maxlen=0)
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Lazy]], stream: Iterator[Tensor]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ppomax.loading import LoadingError, prepare, tensor_files
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2

@@ -5,9 +5,9 @@
     zero.py    a trained or frozen model under DeepSpeed: `ZeroTrained` (ZeRO 1-3), `ZeroFrozen`
     zero_engine.py, zero_config.py   DeepSpeed's engine around a module, and its configuration
     watch.py   signs of life between ranks: one that dies or fails ends the job, named
-`train_model` and `freeze_model` choose among them as `config.sharding` says."""
+choose.py decides among them as `config.sharding` says, and which models are read straight into partitions."""
 
-from ppomax.sharding.choose import freeze_model, run, stage_of, train_model
+from ppomax.sharding.choose import copy_source, cuts, freeze_model, is_cut, run, stage_of, train_model
 from ppomax.sharding.plain import DataParallel, Lazy, Trained, copy_into, lr_at
 from ppomax.sharding.ranks import (
     agree,
@@ -30,9 +30,12 @@ __all__ = [
     "agree",
     "barrier",
     "copy_into",
+    "copy_source",
+    "cuts",
     "everyone",
     "freeze_model",
     "gather",
+    "is_cut",
     "largest",
     "lr_at",
     "place",

@@ -1,13 +1,16 @@
-"""Which form a model takes on this job's ranks, as `config.sharding` says."""
+"""Which form a model takes on this job's ranks, and how it comes to it, as `config.sharding` says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from ppomax.config import OptimConfig, ShardingConfig
+from ppomax.config import OptimConfig, ShardingConfig, TrainConfig
+from ppomax.sharding import zero_config
 from ppomax.sharding.plain import DataParallel, Trained
 from ppomax.sharding.ranks import world_size
 
@@ -19,6 +22,49 @@ def stage_of(config: ShardingConfig) -> int | None:
     if config.zero_stage is None:
         return None if world_size() == 1 else 2
     return config.zero_stage
+
+
+def cuts_frozen(config: ShardingConfig) -> bool:
+    """Whether frozen models are cut over the ranks (`sharding.frozen`)."""
+    return config.frozen in ("sharded", "offloaded") or (config.frozen == "auto" and stage_of(config) == 3)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """DeepSpeed's settings of the models that are read from their files straight into partitions; None: a model that is
+    read whole, and cut afterwards if at all."""
+
+    policy: dict[str, Any] | None = None
+    critic: dict[str, Any] | None = None
+    frozen: dict[str, Any] | None = None
+
+
+def cuts(config: TrainConfig, dtype: torch.dtype, *, from_files: bool) -> Cuts:
+    """What of a run is read so: models that ZeRO-3 will cut, on several ranks. from_files: the policy is a path.
+
+    Top blocks are copied from a whole model, so hydra's policy is read whole; models with code of their own are read by
+    transformers."""
+    sharding = config.sharding
+    if world_size() == 1 or config.model.trust_remote_code:
+        return Cuts()
+    frozen = zero_config.frozen(sharding, dtype) if cuts_frozen(sharding) else None
+    if stage_of(sharding) != 3 or config.model.train == "hydra" or not from_files:
+        return Cuts(frozen=frozen)
+    policy, critic = (
+        zero_config.trained(sharding, 3, dtype, optim.grad_clip) for optim in (config.policy_optim, config.critic_optim)
+    )
+    return Cuts(policy, critic, frozen)
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut its parameters."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+def copy_source(model: M, path: str | None, cut: dict[str, Any] | None = None) -> M | str:
+    """What a second model that starts as `model` is made from: `model`; or its files `path`, where one of the two lies
+    in parts, which are read anew and not copied. cut: the second one's settings."""
+    return path if path is not None and (cut is not None or is_cut(model)) else model
 
 
 def train_model(module: M, optim: OptimConfig, total_steps: int, config: ShardingConfig) -> Trained[M]:
@@ -35,7 +81,7 @@ def train_model(module: M, optim: OptimConfig, total_steps: int, config: Shardin
 
 def freeze_model(module: M, config: ShardingConfig) -> Any:
     """A frozen model: itself, or cut over the ranks (`sharding.frozen`)."""
-    if config.frozen == "whole" or (config.frozen == "auto" and stage_of(config) != 3):
+    if not cuts_frozen(config):
         return module
     from ppomax.sharding.zero import ZeroFrozen
 
