@@ -8,18 +8,21 @@ the fused losses read directly."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ppomax.config import ModelConfig
-from ppomax.models import blocks_of, save_model
+from ppomax.loading import whole
+from ppomax.models import blocks_of
+from ppomax.sharding import Lazy
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig, *, seed: int = 0) -> None:
@@ -79,26 +82,30 @@ def has_adapters(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with W + alpha/rank * B A in place of each adapted layer: a plain HF model again."""
+def merged_weights(model: PreTrainedModel, weights: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
+    """`weights`, all of the adapted `model`'s by name, as a plain HF model names and holds them: W + alpha/rank * B A
+    in place of each adapted layer's W. Also the adapters alone.
+
+    A layer's weights are made whole as its tensor is asked for, and dropped: no more than one layer is whole at a time,
+    and nothing of the model is changed."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    plain = copy.deepcopy(model)
-    for name, layer in list(plain.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(plain.get_submodule(parent), child, layer.get_base_layer())
-    plain._hf_peft_config_loaded = False
-    return plain.requires_grad_(True)
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    plain: dict[str, Lazy] = {}
+    adapters: dict[str, Lazy] = {}
+    for name, x in weights.items():
+        owner, inside, key = name.partition(".base_layer.")
+        if inside:
+            plain[f"{owner}.{key}"] = replace(x, get=partial(_merged, adapted[owner])) if key == "weight" else x
+        else:
+            ours = any(name.startswith(f"{layer}.") for layer in adapted)
+            (adapters if ours else plain)[name] = x
+    return plain, adapters
 
 
-def export_adapters(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> Path:
-    """`path`: the merged HF model, tokenizer if given; `path`/adapter: the adapters alone, in PEFT's format."""
-    whole = merged(model)
-    if tokenizer is not None:
-        save_model(whole, tokenizer, path)
-    else:
-        whole.save_pretrained(path, safe_serialization=True)
-    model.save_pretrained(path / "adapter", safe_serialization=True)
-    return path
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    """What PEFT's own merge puts in the weight's place."""
+    with whole(layer):
+        weight: Tensor = layer.base_layer.weight.detach()
+        return weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight.dtype)

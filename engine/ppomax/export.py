@@ -1,24 +1,24 @@
 """The trained policy as a HF directory, written by rank 0.
 
-A policy that is cut over the ranks (ZeRO-3) is made whole tensor by tensor and written shard by shard, so that no
-process holds more of it than one tensor beside its own part."""
+A policy that is cut over the ranks (ZeRO-3) or has adapters is made whole tensor by tensor and written shard by shard,
+so that no process holds more of it than one layer beside what it holds anyway."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ppomax.adapters import export_adapters, has_adapters
+from ppomax.adapters import has_adapters, merged_weights
 from ppomax.models import save_model
 from ppomax.sharding import Lazy, rank, together
-from ppomax.tensor_files import shards, size_of, write_tensors
+from ppomax.tensor_files import shards, size_of, write_tensors, write_together
 
 if TYPE_CHECKING:
     from ppomax.engine import Engine
@@ -29,38 +29,34 @@ INDEX = "model.safetensors.index.json"
 
 def export_policy(engine: Engine, path: Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """The policy as a HF directory that AutoModelForCausalLM loads, tokenizer included if there is one; adapters are
-    merged in, and lie beside it in `adapter`. Every rank calls."""
-    if engine.policy.cut and not has_adapters(engine.policy.module):
-        return _export_cut(engine, path, shard_bytes)
-    with engine.policy.gathered() as policy, together():
-        if rank():
-            pass
-        elif has_adapters(policy):
-            export_adapters(policy, engine.tokenizer, path)
-        elif engine.tokenizer is not None:
-            save_model(policy, engine.tokenizer, path)
-        else:
-            policy.save_pretrained(path, safe_serialization=True)
-    return path
-
-
-def _export_cut(engine: Engine, path: Path, shard_bytes: int) -> Path:
-    """Beside its place first, then renamed, as models.save_model does."""
-    weights = engine.policy.whole_model()
-    parts = shards(weights, shard_bytes)
-    stream = (weights[name].get() for part in parts for name in part)
+    merged in, and lie beside it in `adapter`, in PEFT's format. Every rank calls."""
+    adapted = has_adapters(engine.policy.module)
+    if adapted or engine.policy.cut:
+        weights, adapters = engine.policy.whole_model(), dict[str, Lazy]()
+        if adapted:
+            weights, adapters = merged_weights(engine.policy.module, weights)
+        parts = shards(weights, shard_bytes)
+        tensors = [*weights.values(), *adapters.values()]
+        write_together(tensors, lambda stream: _write(engine, path, weights, parts, adapters, stream))
+        return path
     with together():
-        try:
-            if rank() == 0:
-                _write(engine, path, weights, parts, stream)
-        finally:  # whoever does not write still makes each tensor whole with the others
-            deque(stream, maxlen=0)
+        if rank() == 0:
+            if engine.tokenizer is not None:
+                save_model(engine.policy.module, engine.tokenizer, path)
+            else:
+                engine.policy.module.save_pretrained(path, safe_serialization=True)
     return path
 
 
 def _write(
-    engine: Engine, path: Path, weights: dict[str, Lazy], parts: list[list[str]], stream: Iterator[Tensor]
+    engine: Engine,
+    path: Path,
+    weights: dict[str, Lazy],
+    parts: list[list[str]],
+    adapters: dict[str, Lazy],
+    stream: Iterator[Tensor],
 ) -> None:
+    """Beside its place first, then renamed, as models.save_model does."""
     beside = path.with_name(path.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -73,7 +69,12 @@ def _write(
     for file, part in zip(files, parts, strict=True):
         write_tensors(beside / file, [(name, weights[name]) for name in part], stream)
     policy = engine.policy.module
-    policy.config.save_pretrained(beside)
+    if adapters:
+        whole = {name: next(stream).detach().cpu().clone() for name in adapters}
+        policy.save_pretrained(beside / "adapter", state_dict=whole, safe_serialization=True)
+    config = copy.deepcopy(policy.config)
+    config.architectures, config.dtype = [type(policy).__name__], policy.dtype  # as save_pretrained does
+    config.save_pretrained(beside)
     if policy.generation_config is not None:
         policy.generation_config.save_pretrained(beside)
     if engine.tokenizer is not None:

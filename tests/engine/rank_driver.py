@@ -117,6 +117,7 @@ def two(folder: Path) -> dict[str, Any]:
         out[f"resumed {stage}"] = resumed(engine, folder / f"zero-{stage}")
     out["from one process"] = from_one_process(engine, folder)
     out["export"] = exported(engine, folder / "export")
+    out["lora export"] = lora_exported(folder)
     out["gathered"] = gathered(engine)
     out["one prompt"] = steps(engine, (1,))
     out["nan"] = nan_on_one_rank(engine)
@@ -163,6 +164,43 @@ def exported(engine: Engine, path: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(path)
     equal = all(torch.equal(p, held[name]) for name, p in model.named_parameters())
     return {"equal": equal, "files": len(list(path.glob("*.safetensors")))}
+
+
+def lora_exported(folder: Path) -> dict[str, Any]:
+    """A cut policy with adapters: the most that is whole at a time while it is written, and the folder's logits beside
+    the policy's own."""
+    import deepspeed
+
+    engine = engine_of(config_of(folder, 3, model__train="lora"))
+    steps(engine, (8,))
+    with engine.policy.gathered() as policy:
+        want = policy(torch.arange(9)[None]).logits
+    plain, most = deepspeed.zero.GatheredParameters, [0]
+
+    def counted(params: Any, *args: Any, **named: Any) -> Any:
+        most[0] = max(most[0], sum(p.ds_numel for p in params))
+        return plain(params, *args, **named)
+
+    deepspeed.zero.GatheredParameters = counted
+    try:
+        export_policy(engine, folder / "lora-export", shard_bytes=8192)
+    finally:
+        deepspeed.zero.GatheredParameters = plain
+    module = engine.policy.module
+    out = {"whole": most[0], "all": sum(p.ds_numel for p in module.parameters())}  # type: ignore[attr-defined]
+    out["largest"] = max(p.ds_numel for p in module.parameters())  # type: ignore[attr-defined]
+    if rank() == 0:
+        from safetensors.torch import load_file
+
+        merged = AutoModelForCausalLM.from_pretrained(folder / "lora-export")
+        adapted = tiny_policy()
+        adapted.load_adapter(str(folder / "lora-export" / "adapter"))
+        out["gaps"] = [float((m(torch.arange(9)[None]).logits - want).abs().max()) for m in (merged, adapted)]
+        adapters = load_file(folder / "lora-export" / "adapter" / "adapter_model.safetensors")
+        out["adapters"] = sum(x.numel() for x in adapters.values())
+        out["trained"] = sum(p.ds_numel for p in engine.policy.params)  # type: ignore[attr-defined]
+    ranks.barrier()
+    return out
 
 
 def nan_on_one_rank(engine: Engine) -> dict[str, Any]:

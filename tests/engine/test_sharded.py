@@ -152,6 +152,13 @@ def test_cut_policy_is_exported_in_shards(verdicts) -> None:
     assert verdicts["export"]["files"] > 3
 
 
+def test_cut_adapters_are_exported_layer_by_layer(verdicts) -> None:
+    found = verdicts["lora export"]
+    assert max(found["gaps"]) < CLOSE
+    assert found["adapters"] == found["trained"] > 0
+    assert found["whole"] < 2 * found["largest"] < found["all"] / 3
+
+
 def test_fewer_prompts_than_ranks(verdicts) -> None:
     assert all(row["rollout/length"] >= 1 for row in verdicts["one prompt"])
     assert verdicts["one prompt"][0]["val/num_eos_tokens"] <= 1
