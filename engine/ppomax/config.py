@@ -502,9 +502,11 @@ class ShardingConfig:
     """Reference and reward model: `whole` on every rank, cut over the ranks as by ZeRO-3, or so on the host. `auto`:
     sharded under zero_stage 3, else whole."""
     hpz: int = 1
-    """ZeRO++ hpZ: ranks (of one node) that hold a second copy of the weights among them. 1: off. Needs zero_stage 3."""
+    """ZeRO++ hpZ: ranks (of one node) that hold a second copy of the weights among them. 1: off. Needs zero_stage 3,
+    and a number that divides that of the ranks."""
     quantized_weights: bool = False
-    """ZeRO++ qwZ: gather weights in int8. Faster over slow links, not exact. Needs zero_stage 3."""
+    """ZeRO++ qwZ: gather weights in int8. Faster over slow links, not exact. Needs zero_stage 3 and GPUs: DeepSpeed has
+    no such kernel for CPUs, so that, unlike all else here, no test runs it."""
     deepspeed: str | None = None
     """JSON or YAML file of further DeepSpeed settings; what contradicts a knob of ours is refused."""
     timeout: float = 3600.0

@@ -97,7 +97,7 @@ def settled(config: TrainConfig) -> TrainConfig:
     same one and to share its batches evenly. Raises ConfigError on every rank otherwise."""
     from ppomax.sharding import agree, everyone, world_size
     from ppomax.sharding.ranks import restarts, talks_by_nccl
-    from ppomax.sharding.zero_config import extra
+    from ppomax.sharding.zero_config import check, extra
 
     out = agree(config.run.out)
     resume = config.run.resume or (restarts() > 0 and out is not None)
@@ -119,5 +119,6 @@ def settled(config: TrainConfig) -> TrainConfig:
         raise ConfigError(f"config: run.device={config.run.device}, but each rank takes its own GPU; use auto or cuda")
     if count > 1 and config.run.device == "cpu" and talks_by_nccl():
         raise ConfigError("config: run.device=cpu is only in a file, and ranks talk by nccl; give --run.device cpu too")
+    check(config.sharding, count)
     extra(config.sharding)
     return config

@@ -139,6 +139,7 @@ def job_of(
             offload_optimizer=config.sharding.offload_optimizer,
             offload_param=config.sharding.offload_param,
             frozen=config.sharding.frozen,
+            hpz=config.sharding.hpz,
             bucket=int(zero.get("reduce_bucket_size", Job.bucket)),
             live=int(zero.get("stage3_max_live_parameters", Job.live)),
             ranks=ranks,

@@ -33,6 +33,8 @@ class Job:
     offload_optimizer: bool = False
     offload_param: bool = False
     frozen: str = "auto"
+    hpz: int = 1
+    """Ranks that hold a second copy of the weights among them."""
     bucket: int = 500_000_000
     """Elements of DeepSpeed's reduction bucket (reduce_bucket_size)."""
     live: int = 1_000_000_000

@@ -50,7 +50,9 @@ def host_bytes(job: Job) -> dict[str, int]:
     held_there = {"processes": local * HOST_OVERHEAD}
     largest = max(r.elements for r in everyone) * job.width
     held_there["loading"] = local * (largest // job.ranks if job.zero_stage == 3 else largest)
-    held_there["weights"] = local * sum(r.elements for r in everyone if offloaded(job, r)) * job.width // job.ranks
+    there = [r for r in everyone if offloaded(job, r)]
+    held_there["weights"] = local * (sum(r.elements for r in there) * job.width // job.ranks)
+    held_there["weights"] += local * _second_copies(job, there)
     if job.offload_optimizer:
         # fp32 copy, two moments and the fp32 gradient that the host's AdamW reads
         held_there["optimiser"] = local * 16 * sum(r.trained for r in everyone) // optimiser_ranks(job)
@@ -89,14 +91,22 @@ def overhead(job: Job) -> dict[str, int]:
 
 
 def _kept(job: Job) -> dict[str, int]:
-    """What each engine keeps from its start on under ZeRO-3: a flat buffer that gradients are reduced through, and its
-    partition of them."""
+    """What each engine keeps from its start on under ZeRO-3: a flat buffer that gradients are reduced through, its
+    partition of them, and hpZ's second copy of the weights."""
     if job.zero_stage != 3:
         return {}
     trained = [r for r in roles(job) if r.trained]
     on_host = job.offload_optimizer and not job.cpu
     gradients = 0 if on_host else sum(r.trained for r in trained) * job.width // job.ranks
-    return {"buckets": len(trained) * job.bucket * job.width, "gradients": gradients}
+    kept = {"buckets": len(trained) * job.bucket * job.width, "gradients": gradients}
+    if job.hpz > 1:
+        kept["second copies"] = _second_copies(job, [r for r in roles(job) if job.cpu or not offloaded(job, r)])
+    return kept
+
+
+def _second_copies(job: Job, among: list[Role]) -> int:
+    """hpZ's, which lie where a model's parts do."""
+    return sum(r.elements for r in among if partitioned(job, r)) * job.width // job.hpz if job.hpz > 1 else 0
 
 
 # ---- what a phase adds ----------------------------------------------------------------------------------------------

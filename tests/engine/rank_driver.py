@@ -92,6 +92,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "lora": ({"model__train": "lora", **AGAIN}, {}),
     "whole critic": ({"model__critic": "policy", "sharding__frozen": "whole"}, {}),
     "offloaded": ({"sharding__offload_optimizer": True, "sharding__offload_param": True}, {}),
+    "hpz": ({"sharding__hpz": 2}, {}),
     "optimiser offloaded": ({"sharding__offload_optimizer": True}, {}),
     "frozen offloaded": ({"sharding__frozen": "offloaded"}, {}),
     "bfloat16": ({"model__dtype": "bfloat16"}, {}),
@@ -223,6 +224,8 @@ def refused(folder: Path) -> dict[str, list[str]]:
         "batch": lambda: settled(small_config(batch__rollout_size=8, batch__minibatch_size=3)),
         "mismatch": lambda: settled(small_config(**other)),
         "file": lambda: settled(small_config(sharding__zero_stage=3, sharding__deepspeed=str(contradicting))),
+        "hpz": lambda: settled(small_config(sharding__zero_stage=3, sharding__hpz=3)),
+        "int8": lambda: settled(small_config(sharding__zero_stage=3, sharding__quantized_weights=True)),
         "missing shard": lambda: without(folder / "zero-0", "policy_optim.safetensors"),
         "disk": lambda: onto_a_full_disk(folder),
     }
@@ -263,6 +266,11 @@ def more(folder: Path) -> dict[str, Any]:
         engine = engine_of(config_of(folder, stage, model__dtype="bfloat16"))
         steps(engine, (8,))
         out[f"resumed {stage}"] = resumed(engine, folder / f"bfloat16-{stage}")["equal"]
+    engine = engine_of(config_of(folder, 3, sharding__hpz=2))
+    second = [p.ds_secondary_tensor is not None for p in engine.policy.params]  # type: ignore[attr-defined]
+    assert all(second), "no second copies"
+    steps(engine, (8,))
+    out["resumed hpz"] = resumed(engine, folder / "hpz")["equal"]
     return out
 
 

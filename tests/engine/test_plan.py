@@ -162,6 +162,8 @@ def test_partitions_are_the_published_arithmetic():
     assert sum(weights(two).values()) == 8 * sum(weights(big).values())
     assert optimiser(two) == optimiser(big)
     assert optimiser(replace(big, offload_optimizer=True))["optimiser"] == 0
+    more = sum(device_bytes(replace(big, hpz=4))["load"].values()) - sum(device_bytes(big)["load"].values())
+    assert more == pytest.approx(1.05 * 2 * (2 * n + 2 * m) / 4, rel=1e-6)  # with what is lost between blocks
     assert optimiser(replace(big, zero_stage=None, ranks=1))["optimiser"] == 12 * (n + m)
     assert optimiser(replace(big, zero_stage=None, ranks=1, dtype="float32"))["optimiser"] == 8 * (n + m)
 

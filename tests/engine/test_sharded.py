@@ -176,6 +176,8 @@ def test_nan_on_one_rank_skips_the_step_on_all(verdicts) -> None:
         ("batch", "batch.minibatch_size=3 cannot be shared evenly by 2 ranks"),
         ("mismatch", "rank 1 was started otherwise than rank 0: policy_optim.lr is 0.002 there and 0.001"),
         ("file", "sets zero_optimization.stage=1, which contradicts ours"),
+        ("hpz", "sharding.hpz=3 ranks are to hold the weights among them, and there are 2 in all"),
+        ("int8", "sharding.quantized_weights needs a GPU"),
         ("missing shard", "policy_optim.safetensors is missing or cut short"),
         ("disk", "MB needed, 0 MB free"),
     ],
@@ -188,11 +190,11 @@ def test_bad_input_is_named_on_every_rank(verdicts, attempt: str, wanted: str) -
 
 @pytest.mark.slow
 def test_every_variant_is_one_process(folder) -> None:
-    """Modes, offloading, frozen models cut or not; bfloat16 to its own rounding."""
+    """Modes, offloading, frozen models cut or not, hpZ's second copies; bfloat16 to its own rounding."""
     ended(start("more", str(folder), ranks=2))
     found = json.loads((folder / "more.json").read_text(encoding="utf-8"))
-    assert found.pop("resumed 2")
-    assert found.pop("resumed 3")
+    for resumed in ("resumed 2", "resumed 3", "resumed hpz"):
+        assert found.pop(resumed), resumed
     for case, got in found.items():
         name = case.rpartition(" ")[0]
         want = alone(folder, name)

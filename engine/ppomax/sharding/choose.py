@@ -43,8 +43,9 @@ def cuts(config: TrainConfig, dtype: torch.dtype, *, from_files: bool) -> Cuts:
     """What of a run is read so: models that ZeRO-3 will cut, on several ranks. from_files: the policy is a path.
 
     Top blocks are copied from a whole model, so hydra's policy is read whole; models with code of their own are read by
-    transformers."""
+    transformers. ConfigError if DeepSpeed cannot do what `config.sharding` asks on these ranks."""
     sharding = config.sharding
+    zero_config.check(sharding, world_size())
     if world_size() == 1 or config.model.trust_remote_code:
         return Cuts()
     frozen = zero_config.frozen(sharding, dtype) if cuts_frozen(sharding) else None

@@ -234,6 +234,7 @@ def _write(target: Tensor, x: Tensor) -> None:
     """Copy a whole tensor into a parameter or buffer, or this rank's part of it into a partition."""
     if hasattr(target, "ds_id"):
         target.ds_tensor.copy_(_part(target, x))  # type: ignore[attr-defined]
+        target.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's copy of what was there; it is made anew
         if target.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]  # kept whole beside its partition
             target.copy_(x)
     else:

@@ -48,6 +48,24 @@ def frozen(config: ShardingConfig, dtype: torch.dtype) -> dict[str, Any]:
     return _complete(config, {"stage": 3, **_partitioned(config, offload=offload)}, dtype)
 
 
+def check(config: ShardingConfig, ranks: int) -> None:
+    """ConfigError for what DeepSpeed cannot do on so many ranks, or on their devices."""
+    if config.hpz > 1 and ranks % config.hpz:
+        raise ConfigError(
+            f"config: sharding.hpz={config.hpz} ranks are to hold the weights among them, and there are {ranks} in "
+            "all; set it to a divisor of that (the GPUs of one node), or to 1 for off"
+        )
+    if config.quantized_weights:
+        from deepspeed.accelerator import get_accelerator
+
+        device = get_accelerator().device_name()
+        if device == "cpu":
+            raise ConfigError(
+                "config: sharding.quantized_weights needs a GPU, since DeepSpeed has no int8 quantiser for CPUs; leave "
+                "it false here"
+            )
+
+
 def _partitioned(config: ShardingConfig, *, offload: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {"zero_hpz_partition_size": config.hpz, "zero_quantized_weights": config.quantized_weights}
     if offload:
