@@ -258,11 +258,15 @@ def _compute_device() -> torch.device:
 def _cut(p: nn.Parameter, first: nn.Parameter | None, settings: dict[str, Any]) -> nn.Parameter:
     """Have ZeRO-3 cut `p`; returns the first parameter so cut, whose settings all others take."""
     import deepspeed
+    from deepspeed.utils import groups
 
     if first is None:
         holder = nn.Module()
         holder.p = p
-        deepspeed.zero.Init(module=holder, config_dict_or_path=settings)
+        hpz = settings["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+        # hpZ's group is made with the first model of a process, and refused to be made again
+        group = groups._get_zero_param_intra_parallel_group() if hpz else None
+        deepspeed.zero.Init(module=holder, config_dict_or_path=settings, zero_param_parallel_group=group)
         return p
     convert: Callable[..., None] = first.convert_to_zero_parameters  # type: ignore[attr-defined]
     convert(param_list=[p])

@@ -63,13 +63,13 @@ def equal(folder: Path) -> dict[str, float]:
 
 def as_whole(folder: Path) -> dict[str, list[float]]:
     """Two steps of an engine whose models were read into partitions, and of one that cut them after; each metric that
-    differs. In full and lora, the critic from the reward model and from the policy."""
+    differs. In full and lora, the critic from the reward model and from the policy; once with hpZ's second copies."""
     out = {}
     assets = {k: v for k, v in tiny_assets(folder / f"assets-{ranks.rank()}").items() if k.startswith("model.")}
     assets = ranks.agree(assets)
     ranks.barrier()
-    for train, critic in (("full", "reward_model"), ("full", "policy"), ("lora", "reward_model")):
-        knobs = {"model__train": train, "model__critic": critic, "sharding__zero_stage": 3}
+    for train, critic, hpz in (("full", "reward_model", 1), ("lora", "reward_model", 1), ("full", "policy", 2)):
+        knobs = {"model__train": train, "model__critic": critic, "sharding__zero_stage": 3, "sharding__hpz": hpz}
         config = small_config(**{k.replace(".", "__"): v for k, v in assets.items()}, **knobs)
         paths = str(assets["model.policy"]), str(assets["model.reward_model"])
         cut = Engine(paths[0], None, None, paths[1], config)
@@ -145,7 +145,14 @@ DEEPSPEED = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
 DEEPSPEED |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
 
 
-def planned(folder: Path) -> dict[str, float]:
+AGAIN = {"model__gradient_checkpointing": True, "batch__micro_tokens": 4096, "rollout__max_new_tokens": 40}
+HPZ = {"sharding__hpz": 2}
+PLANNED: tuple[tuple[int, str, dict[str, object]], ...] = (
+    (0, "float32", {}), (2, "bfloat16", {}), (3, "float32", {}), (3, "float32", AGAIN)
+)  # fmt: skip
+
+
+def planned(folder: Path, cases: tuple[tuple[int, str, dict[str, object]], ...] = PLANNED) -> dict[str, float]:
     """Planned peaks over measured ones (live storages) of a second step, by stage, dtype and phase; the last with
     gradient checkpointing and longer sequences."""
     out = {}
@@ -154,22 +161,26 @@ def planned(folder: Path) -> dict[str, float]:
     hf = LlamaConfig(vocab_size=4096, hidden_size=192, intermediate_size=448, num_hidden_layers=8,
                      num_attention_heads=6, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
     hf.save_pretrained(folder / f"shape-{ranks.rank()}")
-    for stage, dtype, again in ((0, "float32", 0), (2, "bfloat16", 0), (3, "float32", 0), (3, "float32", 1)):
+    for stage, dtype, more in cases:
         shape = str(folder / f"shape-{ranks.rank()}")
-        knobs = {"model__policy": shape, "model__reward_model": shape, "model__dtype": dtype, "run__device": "cpu"}
+        knobs: dict[str, object] = {"model__policy": shape, "model__reward_model": shape, "model__dtype": dtype}
+        knobs |= {"run__device": "cpu"}
         knobs |= {"batch__rollout_size": 16, "batch__minibatch_size": 8, "batch__micro_tokens": 96, "impl": "auto"}
         knobs |= {"rollout__max_new_tokens": 8, "rollout__min_new_tokens": 8, "data__max_prompt_tokens": 16}
         knobs |= {"sharding__zero_stage": stage, "sharding__deepspeed": str(file) if stage else None}
-        if again:
-            knobs |= {"model__gradient_checkpointing": True, "batch__micro_tokens": 4096, "rollout__max_new_tokens": 40}
-        config = small_config(**knobs)
+        config = small_config(**{**knobs, **more})
         job, _ = job_of(config, ranks=2, memory=1 << 40, host_memory=1 << 40, cpu=True)
         plan = {phase: sum(kinds.values()) - kinds["overhead"] for phase, kinds in device_bytes(job).items()}
         there = _held(hf, config)
         plan["rollout"], plan["update"] = max(plan["rollout"], plan["scoring"]), max(plan["update"], plan["step"])
-        name = f"ZeRO-{stage} {dtype}{', recomputed' * again}"
+        name = " ".join([f"ZeRO-{stage}", dtype, *more])
         out |= {f"{name} {phase}": plan[phase] / size for phase, size in there.items()}
     return out
+
+
+def planned_hpz(folder: Path) -> dict[str, float]:
+    """The same with hpZ, whose group of ranks DeepSpeed keeps for the process: so after all that goes without."""
+    return planned(folder, ((3, "float32", HPZ),))
 
 
 def _held(hf: LlamaConfig, config: TrainConfig) -> dict[str, int]:

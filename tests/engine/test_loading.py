@@ -52,9 +52,11 @@ def on_ranks(folder: Path, out: Path, *cases: str) -> list[dict]:
 
 def test_partitions_hold_what_from_pretrained_loads_and_train_like_it(checkpoints, tmp_path):
     """And, since it is one launch: what two ranks hold under each ZeRO stage is what was planned."""
-    for rank in on_ranks(checkpoints, tmp_path / "out.json", "equal", "missing_shard", "as_whole", "planned"):
-        assert len(rank["planned"]) == 12
-        off = {what: ratio for what, ratio in rank["planned"].items() if not 1 - WITHIN < ratio < 1 + WITHIN}
+    cases = ("equal", "missing_shard", "planned", "as_whole", "planned_hpz")
+    for rank in on_ranks(checkpoints, tmp_path / "out.json", *cases):
+        planned = rank["planned"] | rank["planned_hpz"]
+        assert len(planned) == 15
+        off = {what: ratio for what, ratio in planned.items() if not 1 - WITHIN < ratio < 1 + WITHIN}
         assert not off, off
         assert max(rank["as_whole"].values()) < 1e-5, rank["as_whole"]
         assert len(rank["as_whole"]) == 3
