@@ -180,18 +180,22 @@ PPOMAX_API int ppomax_paged_attention_cpu(const void *query, int64_t query_token
 /* Output columns of a panel below. */
 #define PPOMAX_PANEL 32
 
-/* y = x W^T + bias in fp32, rows x outputs, contiguous. x: rows x inputs, contiguous. panels: ceil(outputs / PPOMAX_PANEL) x inputs x
- * PPOMAX_PANEL, W packed so that panel p holds W[p * PPOMAX_PANEL + c, i] at [i][c]; columns past `outputs` are not used. bias: `outputs`
- * floats, or NULL. */
-PPOMAX_API int ppomax_packed_linear_cpu(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias,
-                                        int64_t outputs, float *y, int threads);
+/* y = x W^T + bias, rows x outputs, contiguous; sums in fp32. x: rows x inputs, contiguous. panels: ceil(outputs / PPOMAX_PANEL) x inputs x
+ * PPOMAX_PANEL, W packed so that panel p holds W[p * PPOMAX_PANEL + c, i] at [i][c], and in bf16 at [i / 2][c][i % 2] with an even number of
+ * inputs; columns past `outputs` are not used. bias: `outputs` elements, or NULL. All of `dtype`: fp32 or bf16. */
+PPOMAX_API int ppomax_packed_linear_cpu(const void *x, int dtype, int64_t rows, int64_t inputs, const void *panels, const void *bias,
+                                        int64_t outputs, void *y, int threads);
 
-/* W (outputs x inputs, fp32, contiguous) as such panels; zeros in the columns past `outputs`. */
-PPOMAX_API int ppomax_pack_linear_cpu(const float *weight, int64_t outputs, int64_t inputs, float *panels, int threads);
+/* W (outputs x inputs, contiguous) as such panels; zeros in the columns past `outputs`. */
+PPOMAX_API int ppomax_pack_linear_cpu(const void *weight, int dtype, int64_t outputs, int64_t inputs, void *panels, int threads);
 
-/* y = x / sqrt(mean(x^2) + eps) * (weight + offset) in fp32, row by row: rows x width, contiguous; weight: `width` floats. */
-PPOMAX_API int ppomax_rms_norm_cpu(const float *x, int64_t rows, int64_t width, const float *weight, double offset, double eps, float *y,
-                                   int threads);
+/* y = x / sqrt(mean(x^2) + eps) * (weight + offset), row by row, in fp32 and rounded once to `dtype`, that of x and y: rows x width,
+ * contiguous; weight: `width` elements. */
+PPOMAX_API int ppomax_rms_norm_cpu(const void *x, int dtype, int64_t rows, int64_t width, const void *weight, int weight_dtype,
+                                   double offset, double eps, void *y, int threads);
+
+/* y[r, i] = g / (1 + e^-g) * x[r, width + i] with g = x[r, i], in fp32 and rounded once. x: rows x 2 * width, y: rows x width, contiguous. */
+PPOMAX_API int ppomax_silu_mul_cpu(const void *x, int dtype, int64_t rows, int64_t width, void *y, int threads);
 
 /* Reads `bytes` bytes (a multiple of 256 KiB) once and returns a sum of them: the memory bandwidth that benchmarks compare with. */
 PPOMAX_API uint64_t ppomax_stream_read(const void *data, int64_t bytes, int threads);

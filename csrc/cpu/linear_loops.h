@@ -1,7 +1,9 @@
 // y = x W^T for few rows: one panel of PANEL output columns at a time, its weights packed [input][column], so that a register holds WIDTH
-// columns and the sums of a block of rows stay in registers over all inputs.
+// columns and the sums of a block of rows stay in registers over all inputs. In bf16 two inputs lie side by side in each column, and sums
+// are fp32; processors that multiply such pairs do so.
 #pragma once
 
+#include "convert.h"
 #include "vec.h"
 
 namespace ppomax {
@@ -46,6 +48,69 @@ static void linear_panel(const float *x, int64_t rows, int64_t inputs, const flo
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
         linear_rows<MOST_ROWS>((int)(end - begin), x + begin * inputs, inputs, panel, bias, y + begin * y_stride, y_stride, columns);
+    }
+}
+
+// ---- bf16: x rows x inputs (even), panel [inputs / 2][PANEL][2] ---------------------------------------------------------------------------
+
+// A register holds WIDTH columns of a pair of inputs; the pair's two values of a row are one 32-bit number.
+struct WidenedPairs {
+    static PPOMAX_INLINE Vec add(Vec sum, IntVec weight, int32_t pair) {
+        sum += (Vec)(weight << 16) * from_bits((uint32_t)pair << 16);
+        return sum + (Vec)(weight & (int32_t)0xffff0000) * from_bits((uint32_t)pair & 0xffff0000u);
+    }
+};
+
+template <class Pairs, int ROWS>
+PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y, int64_t y_stride,
+                              int64_t columns) {
+    Vec sum[ROWS][SPANS] = {};
+    for (int64_t i = 0; i < inputs; i += 2) {
+        IntVec weight[SPANS];
+        for (int s = 0; s < SPANS; ++s) memcpy(&weight[s], panel + i * PANEL + 2 * s * WIDTH, sizeof(IntVec));
+        for (int r = 0; r < ROWS; ++r) {
+            int32_t pair;
+            memcpy(&pair, x + r * inputs + i, 4);
+            for (int s = 0; s < SPANS; ++s) sum[r][s] = Pairs::add(sum[r][s], weight[s], pair);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        float out[PANEL];
+        for (int s = 0; s < SPANS; ++s) store(out + s * WIDTH, sum[r][s]);
+        for (int64_t c = 0; c < columns; ++c) y[r * y_stride + c] = to_bf16(bias ? out[c] + from_bf16(bias[c]) : out[c]);
+    }
+}
+
+#if defined(__AVX512F__)
+// The instruction by name, since this file is compiled for processors that lack it too; it is looked for at run time.
+struct MultipliedPairs {
+    static PPOMAX_INLINE Vec add(Vec sum, IntVec weight, int32_t pair) {
+        const IntVec both = pair - IntVec{};
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(both));
+        return sum;
+    }
+};
+#endif
+
+template <class Pairs, int ROWS>
+static void bf16_rows(int rows, const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y, int64_t y_stride,
+                      int64_t columns) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return bf16_rows<Pairs, ROWS - 1>(rows, x, inputs, panel, bias, y, y_stride, columns);
+    }
+    bf16_block<Pairs, ROWS>(x, inputs, panel, bias, y, y_stride, columns);
+}
+
+static void linear_panel_bf16(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y,
+                              int64_t y_stride, int64_t columns) {
+    auto run = bf16_rows<WidenedPairs, MOST_ROWS>;
+#if defined(__AVX512F__)
+    if (__builtin_cpu_supports("avx512bf16")) run = bf16_rows<MultipliedPairs, MOST_ROWS>;
+#endif
+    const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
+        run((int)(end - begin), x + begin * inputs, inputs, panel, bias, y + begin * y_stride, y_stride, columns);
     }
 }
 

@@ -102,7 +102,10 @@ struct VectorOps {
     void (*attend)(const AttentionRow &, const void *query, int64_t query_stride, int dtype, void *out);
     void (*linear_panel)(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y, int64_t y_stride,
                          int64_t columns);
-    void (*rms_norm)(const float *x, int64_t rows, int64_t width, const float *weight, float offset, double eps, float *y);
+    void (*linear_panel_bf16)(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y,
+                              int64_t y_stride, int64_t columns);
+    void (*rms_norm)(TypedArray x, int64_t first, int64_t rows, int64_t width, TypedArray weight, float offset, double eps, void *y);
+    void (*silu_mul)(TypedArray x, int64_t first, int64_t rows, int64_t width, void *y);
     float (*one_float)(TypedArray, int64_t at);
     const char *name;
 };

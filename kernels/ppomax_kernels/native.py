@@ -36,9 +36,10 @@ SIGNATURES = {
     "ppo_loss": [*ARRAY, *ARRAY, *ARRAY, P, *ARRAY, *ARRAY, *ARRAY, L, P, D, D, D, D, D, I, D, P, P, P, P, I],
     "value_loss": [*ARRAY, *ARRAY, *ARRAY, P, L, P, D, D, P, P, P, P, I],
     "sample": [*ARRAY, L, L, L, P, P, D, L, D, P, P, P, P, I],
-    "packed_linear": [P, L, L, P, P, L, P, I],
-    "pack_linear": [P, L, L, P, I],
-    "rms_norm": [P, L, L, P, D, D, P, I],
+    "packed_linear": [*ARRAY, L, L, P, P, L, P, I],
+    "pack_linear": [*ARRAY, L, L, P, I],
+    "rms_norm": [*ARRAY, L, L, *ARRAY, D, D, P, I],
+    "silu_mul": [*ARRAY, L, L, P, I],
     "paged_attention": [*[P, L, L] * 3, I, *[L] * 5, P, P, L, P, L, L, P, P, D, L, D, P, I],
 }
 
@@ -409,31 +410,44 @@ def paged_attention_cpu(
 
 
 def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    inputs = panels.shape[1]
-    y = empty(*x.shape[:-1], outputs, dtype=float32)
+    inputs = x.shape[-1]
+    y = empty(*x.shape[:-1], outputs, dtype=x.dtype)
     status = library().ppomax_packed_linear_cpu(
-        x.data_ptr(), x.numel() // inputs, inputs, panels.data_ptr(), _at(bias), outputs, y.data_ptr(),
-        get_num_threads(),
+        x.data_ptr(), DTYPES[x.dtype], x.numel() // inputs, inputs, panels.data_ptr(), _at(bias), outputs,
+        y.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
         _refuse("packed_linear", status)
     return y
 
 
-def pack_linear_cpu(weight: Tensor, panel: int) -> Tensor:
+def pack_linear_cpu(weight: Tensor, panels: Tensor) -> Tensor:
     outputs, inputs = weight.shape
-    panels = empty(-(-outputs // panel), inputs, panel, dtype=float32)
-    status = library().ppomax_pack_linear_cpu(weight.data_ptr(), outputs, inputs, panels.data_ptr(), get_num_threads())
+    status = library().ppomax_pack_linear_cpu(
+        weight.data_ptr(), DTYPES[weight.dtype], outputs, inputs, panels.data_ptr(), get_num_threads()
+    )
     if status:
         _refuse("pack_linear", status)
     return panels
 
 
 def rms_norm_cpu(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
-    width, y = len(weight), _new(x)
+    width, y = len(weight), empty_like(x)
     status = library().ppomax_rms_norm_cpu(
-        x.data_ptr(), x.numel() // width, width, weight.data_ptr(), offset, eps, y.data_ptr(), get_num_threads()
-    )
+        x.data_ptr(), DTYPES[x.dtype], x.numel() // width, width, weight.data_ptr(), DTYPES[weight.dtype], offset, eps,
+        y.data_ptr(), get_num_threads(),
+    )  # fmt: skip
     if status:
         _refuse("rms_norm", status)
+    return y
+
+
+def silu_mul_cpu(x: Tensor) -> Tensor:
+    width = x.shape[-1] // 2
+    y = empty(*x.shape[:-1], width, dtype=x.dtype)
+    status = library().ppomax_silu_mul_cpu(
+        x.data_ptr(), DTYPES[x.dtype], x.numel() // (2 * width), width, y.data_ptr(), get_num_threads()
+    )
+    if status:
+        _refuse("silu_mul", status)
     return y

@@ -1,4 +1,5 @@
-"""packed_linear on every instruction set against a float64 product, over heights and widths that fill no block."""
+"""packed_linear on every instruction set and in both dtypes against a float64 product, over heights and widths that
+fill no block."""
 
 from __future__ import annotations
 
@@ -38,6 +39,24 @@ def test_equals_the_product(outputs: int, inputs: int, bias: bool, isa: int) -> 
     assert packed_linear(torch.zeros(0, inputs), panels, None, outputs).shape == (0, outputs)
 
 
+@pytest.mark.parametrize("outputs", [1, 31, 33, 100])
+@pytest.mark.parametrize("inputs", [2, 6, 192])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_equals_the_product_rounded(outputs: int, inputs: int, bias: bool, isa: int) -> None:
+    generator = torch.Generator().manual_seed(outputs)
+    weight, offset = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    weight, offset = weight.bfloat16(), offset.bfloat16()
+    panels = pack(weight)
+    for rows in (1, 2, 3, 11, 12, 13, 64):
+        x = torch.randn(rows, inputs, generator=generator).bfloat16()
+        got = packed_linear(x, panels, offset if bias else None, outputs)
+        assert got.dtype == torch.bfloat16
+        want = x.double() @ weight.double().T + (offset.double() if bias else 0.0)
+        size = x.double().abs() @ weight.double().abs().T + 1.0
+        assert ((got - want).abs() <= 2**-8 * want.abs() + TOLERANCE * size).all(), rows
+    assert torch.equal(got[:1], packed_linear(x[:1], panels, offset if bias else None, outputs))
+
+
 def test_a_row_does_not_depend_on_the_others_nor_on_threads() -> None:
     x, weight, before = torch.randn(65, 48), torch.randn(4000, 48), torch.get_num_threads()
     panels = pack(weight)
@@ -63,14 +82,16 @@ def test_panels_hold_the_weight() -> None:
 
 def test_bad_arguments_are_named() -> None:
     for bad in (torch.zeros(4), torch.zeros(0, 4), torch.zeros(4, 4).double()):
-        with pytest.raises(ValueError, match=r"weight must be \(out, in\) in float32"):
+        with pytest.raises(ValueError, match=r"weight must be \(out, in\) in float32 or bfloat16"):
             pack(bad)
+    with pytest.raises(ValueError, match="an even number of inputs, got 3"):
+        pack(torch.zeros(4, 3).bfloat16())
     panels = pack(torch.randn(40, 8))
     with pytest.raises(ValueError, match="do not fit panels"):
         packed_linear(torch.zeros(2, 9), panels, None, 40)
     with pytest.raises(ValueError, match="do not fit panels"):
         packed_linear(torch.zeros(2, 8), panels, None, 65)
-    with pytest.raises(ValueError, match="must be float32 on the CPU"):
+    with pytest.raises(ValueError, match="must be of one dtype, float32 or bfloat16"):
         packed_linear(torch.zeros(2, 8).double(), panels, None, 40)
-    with pytest.raises(ValueError, match="bias must be float32 of shape"):
+    with pytest.raises(ValueError, match=r"bias must be torch\.float32 of shape"):
         packed_linear(torch.zeros(2, 8), panels, torch.zeros(41), 40)

@@ -34,6 +34,16 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads() -> None:
     assert torch.equal(rms_norm(x.transpose(0, 1), weight, eps=1e-5), whole.transpose(0, 1))
 
 
+@pytest.mark.parametrize("width", [7, 1024, 1500])
+def test_bfloat16_is_the_float32_result_rounded_once(width: int, isa: int) -> None:  # noqa: F811
+    generator = torch.Generator().manual_seed(width)
+    x, weight = torch.randn(9, width, generator=generator).bfloat16(), torch.randn(width, generator=generator)
+    for w in (weight, weight.bfloat16()):
+        got, want = rms_norm(x, w, eps=1e-6), rms_norm(x.float(), w.float(), eps=1e-6).bfloat16()
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, want)
+
+
 def test_zeros_and_bad_values() -> None:
     weight = torch.ones(4)
     assert not rms_norm(torch.zeros(2, 4), weight, eps=1e-6).any()
@@ -45,7 +55,7 @@ def test_bad_arguments_are_named() -> None:
         rms_norm(torch.zeros(2, 5), torch.ones(4), eps=1e-6)
     with pytest.raises(ValueError, match=r"rms_norm: x must be \(..., D\)"):
         rms_norm(torch.zeros(2, 0), torch.ones(0), eps=1e-6)
-    with pytest.raises(ValueError, match="must be float32 on the CPU"):
+    with pytest.raises(ValueError, match="must be float32 or bfloat16 on the CPU"):
         rms_norm(torch.zeros(2, 4).double(), torch.ones(4), eps=1e-6)
     with pytest.raises(RuntimeError, match="scalar outside its range"):
         rms_norm(torch.zeros(2, 4), torch.ones(4), eps=-1.0)
