@@ -36,7 +36,7 @@ def train(argv: list[str]) -> None:
 
 def _train(config: TrainConfig) -> None:
     from ppomax.monitor import METRICS, RunMonitor, read_jsonl
-    from ppomax.plan import checked
+    from ppomax.planning.plan import checked
     from ppomax.report import closing_words, write_report
     from ppomax.sharding import rank, together
     from ppomax.stages.ppo import train_ppo
@@ -68,7 +68,7 @@ def _train(config: TrainConfig) -> None:
 
 def plan(argv: list[str]) -> None:
     """memory and time of a run on given GPUs, before it is started"""
-    from ppomax.stages.plan import parser, run_plan, split
+    from ppomax.planning.command import parser, run_plan, split
 
     flags, rest = split(argv)
     if {"-h", "--help"} & set(rest):
@@ -76,7 +76,7 @@ def plan(argv: list[str]) -> None:
         print("\nEvery knob of `ppomax train` (see its --help) can be given too.")
         return
     if flags.compare:
-        from ppomax.plan_compare import show_comparison
+        from ppomax.planning.compare import show_comparison
 
         show_comparison(start_logging())
         return

@@ -11,11 +11,11 @@ from ppomax.cli import main
 from ppomax.config import ConfigError, config_names, load_config
 from ppomax.engine import Engine
 from ppomax.models import make_reward_model
-from ppomax.plan import checked, job_of, make_plan, plan_here, refuse_if_too_large, shape_of
-from ppomax.plan_job import GiB, Job, roles
-from ppomax.plan_memory import device_bytes, optimiser, weights
-from ppomax.plan_time import DEVICES, seconds
-from ppomax.plan_trace import cache_bytes, counts, held, live_bytes
+from ppomax.planning.job import GiB, Job, roles
+from ppomax.planning.memory import device_bytes, optimiser, weights
+from ppomax.planning.plan import checked, job_of, make_plan, plan_here, refuse_if_too_large, shape_of
+from ppomax.planning.seconds import DEVICES, seconds
+from ppomax.planning.trace import cache_bytes, counts, held, live_bytes
 from ppomax.recompute import recompute
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
@@ -232,7 +232,7 @@ def test_gradient_checkpointing_is_advised_where_activations_lead():
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_mend(tmp_path, monkeypatch):
-    monkeypatch.setattr("ppomax.plan.free_host_memory", lambda: GiB)
+    monkeypatch.setattr("ppomax.planning.plan.free_host_memory", lambda: GiB)
     config = load_config(overrides={"run.device": "cpu", "batch.micro_tokens": 60_000})
     with pytest.raises(ConfigError, match=r"needs .* GiB \(update\) and there are 1.0 GiB; --\S+ .* saves"):
         checked(config)
@@ -240,7 +240,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_mend(tmp_path, monkeypatch):
 
 
 def test_train_refuses_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ppomax.plan.free_host_memory", lambda: GiB // 2)
+    monkeypatch.setattr("ppomax.planning.plan.free_host_memory", lambda: GiB // 2)
     out = tmp_path / "run"
     assert main(["train", "--out", str(out), "--run.device", "cpu"]) == 2
     assert "--run.ignore_plan true starts the run" in capsys.readouterr().err
@@ -340,7 +340,7 @@ def test_a_config_may_stand_on_another(tmp_path):
 
 
 def test_comparison_shows_both_figures(capsys):
-    from ppomax.plan_compare import published
+    from ppomax.planning.compare import published
 
     rows = published()
     assert {row.engine.split(",")[0] for row in rows} == {"DeepSpeed-Chat", "OpenRLHF"}

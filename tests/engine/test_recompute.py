@@ -11,7 +11,7 @@ import torch
 from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.models import blocks_of, packed_hidden
-from ppomax.plan_live import live_bytes
+from ppomax.planning.live_bytes import live_bytes
 from ppomax.recompute import recompute_blocks
 from torch import nn
 

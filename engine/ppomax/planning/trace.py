@@ -3,7 +3,7 @@
 Parameters are counted on the meta device (shapes and dtypes, no storage). Activations are counted by running forward
 and backward of a cut of two and of three blocks there and going on in a straight line to the real depth: so any family
 is counted as its own code allocates. The language-model head is not run here: its loss keeps one chunk
-of logits (plan_memory.py). Nothing is downloaded; imports torch on first use."""
+of logits (memory.py). Nothing is downloaded; imports torch on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ppomax.plan_live import live_bytes
+from ppomax.planning.live_bytes import live_bytes
 
 ATTENTION = "ppomax_plan"
 CUTS = (2, 3)

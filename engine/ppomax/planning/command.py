@@ -80,10 +80,10 @@ def split(argv: list[str]) -> tuple[PlanFlags, list[str]]:
 
 def run_plan(flags: PlanFlags, config: TrainConfig, title: str, console: Any) -> bool:
     """Make and show the plan; whether the run fits."""
-    from ppomax.plan import job_of, make_plan
-    from ppomax.plan_job import GiB
-    from ppomax.plan_report import as_data, show
-    from ppomax.plan_time import DEVICES, Assumptions
+    from ppomax.planning.job import GiB
+    from ppomax.planning.plan import job_of, make_plan
+    from ppomax.planning.seconds import DEVICES, Assumptions
+    from ppomax.planning.tables import as_data, show
 
     if flags.device not in DEVICES:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ppomax.plan_trace import Counts, counts
+from ppomax.planning.trace import Counts, counts
 
 GiB = 2**30
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from ppomax.plan import Plan, gib
-from ppomax.plan_job import GiB
+from ppomax.planning.job import GiB
+from ppomax.planning.plan import Plan, gib
 
 SHOWN_ADVICE = 6
 TIGHT = 0.9

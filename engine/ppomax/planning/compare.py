@@ -1,6 +1,6 @@
 """Our estimates beside figures that other engines published for jobs of like size.
 
-Theirs are measured, ours are computed by plan_time.py and have not been measured by anyone: a comparison of jobs, not
+Theirs are measured, ours are computed by seconds.py and have not been measured by anyone: a comparison of jobs, not
 of engines. What their pages leave out (batch sizes, lengths, how weights lay) is chosen here, and said in `differs`."""
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ppomax.plan import Plan, gib, make_plan, shape_of
-from ppomax.plan_job import GiB, Job
-from ppomax.plan_time import DEVICES
+from ppomax.planning.job import GiB, Job
+from ppomax.planning.plan import Plan, gib, make_plan, shape_of
+from ppomax.planning.seconds import DEVICES
 
 A100 = DEVICES["a100-80g"]
 A800 = replace(A100, name="a800-80g", link=200e9, source="NVIDIA A800 80GB: an A100 with 400 GB/s of NVLink")

@@ -5,7 +5,7 @@
     optimiser      AdamW: two fp32 moments, and an fp32 copy where weights are 16 bit (DeepSpeed: always);
                    ZeRO-1 and up: / ranks
     KV cache       slots x (prompt + response) tokens
-    activations    plan_trace.held: the trunk's own code, run without data; with gradient checkpointing one block's and
+    activations    trace.held: the trunk's own code, run without data; with gradient checkpointing one block's and
                    the input of each
     logits         one chunk of the fused losses, the fp32 gradient of the head they make, and its input's
     gathered       ZeRO-3: the whole policy while it generates; elsewhere the layers that are in use
@@ -13,8 +13,8 @@ Lengths are taken at their limits, so a run whose texts are shorter needs less."
 
 from __future__ import annotations
 
-from ppomax.plan_job import GiB, Job, Role, micro_batch, offloaded, optimiser_ranks, partitioned, roles
-from ppomax.plan_trace import Held, cache_bytes, counts, held, packed_bytes, prefill_tokens
+from ppomax.planning.job import GiB, Job, Role, micro_batch, offloaded, optimiser_ranks, partitioned, roles
+from ppomax.planning.trace import Held, cache_bytes, counts, held, packed_bytes, prefill_tokens
 
 PHASES = ("load", "rollout", "scoring", "update", "step", "save")
 DATA_PARALLEL_BUCKET = 1 << 25

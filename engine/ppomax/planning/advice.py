@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ppomax.plan_job import Job
-from ppomax.plan_memory import device_bytes, host_bytes
+from ppomax.planning.job import Job
+from ppomax.planning.memory import device_bytes, host_bytes
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     plan = make_plan(job_of(config, ranks=8, memory=80 * GiB), DEVICES["a100-80g"])
     plan.fits, plan.peak, plan.advice            which knob to turn, largest saving first
 From configurations alone: no weight is read, nothing is downloaded for the models whose shapes ship with ppomax.
-plan_trace.py counts models, plan_memory.py bytes, plan_time.py seconds; plan_knobs.py turns knobs and looks again;
-plan_report.py shows all of it."""
+trace.py counts models, memory.py bytes, seconds.py seconds; advice.py turns knobs and looks again;
+tables.py shows all of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ppomax.config import CONFIG_DIR, ConfigError, TrainConfig
-from ppomax.plan_job import Job
-from ppomax.plan_knobs import Advice, advice_for
-from ppomax.plan_memory import device_bytes, host_bytes
-from ppomax.plan_time import Assumptions, Device, seconds, tokens_per_second
+from ppomax.planning.advice import Advice, advice_for
+from ppomax.planning.job import Job
+from ppomax.planning.memory import device_bytes, host_bytes
+from ppomax.planning.seconds import Assumptions, Device, seconds, tokens_per_second
 
 SHAPE_DIR = CONFIG_DIR / "shapes"
 """`<owner>--<name>.json`: architecture of a hub model that a shipped configuration names."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ppomax.plan_job import GiB, Job, Role, micro_batch, roles
+from ppomax.planning.job import GiB, Job, Role, micro_batch, roles
 
 
 @dataclass(frozen=True)
