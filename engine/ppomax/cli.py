@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, save_config, to_dict
-from ppomax.config_io import flat, nearest, read_yaml
+from ppomax.config.mapping import flat, nearest, read_yaml
+from ppomax.config.stages import BuildDefaultConfig, RewardModelConfig, SftConfig
 from ppomax.folders import folder_of, taken, training_config
 from ppomax.launch import launched, parsed_together, watched, without_local_rank
 from ppomax.options import RUN_FLAGS, Options, stage_presets
-from ppomax.stages.configs import BuildDefaultConfig, RewardModelConfig, SftConfig
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
 
@@ -35,9 +35,9 @@ def train(argv: list[str]) -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    from ppomax.monitor import METRICS, RunMonitor, read_jsonl
     from ppomax.planning.plan import checked
-    from ppomax.report import closing_words, write_report
+    from ppomax.reporting.monitor import METRICS, RunMonitor, read_jsonl
+    from ppomax.reporting.page import closing_words, write_report
     from ppomax.sharding import rank, together
     from ppomax.stages.ppo import train_ppo
 
@@ -138,7 +138,7 @@ def report(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run; several are compared.")
     parser.add_argument("--out", metavar="FILE", help="File to write. Default: report.html in the first run's folder.")
     given = parser.parse_args(argv)
-    from ppomax.report import write_report
+    from ppomax.reporting.page import write_report
 
     print(write_report([Path(run) for run in given.runs], Path(given.out) if given.out else None))
 

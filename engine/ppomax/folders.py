@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppomax.config import ConfigError, to_dict
-from ppomax.config_io import flat, read_yaml
+from ppomax.config.mapping import flat, read_yaml
 from ppomax.options import RUN_FLAGS, Options
 
 C = TypeVar("C")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppomax.config import ConfigError, TrainConfig, to_dict
-from ppomax.config_io import flat
+from ppomax.config.mapping import flat
 
 if TYPE_CHECKING:
     from ppomax.sharding.watch import Watch

@@ -2,7 +2,7 @@
 
     defaults <- preset <- --config FILE or shipped name <- flags           (weakest first)
 A flag is the knob's dotted name (--kl.coef 0.1); `--out`, `--steps`, `--seed`, `--resume` are short for the knobs that
-all training commands share. jsonargparse reads flags and writes the help; config_io.py builds and checks.
+all training commands share. jsonargparse reads flags and writes the help; config.mapping builds and checks.
 Imports no torch, so that help is quick."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, build, config_names, load_config, preset_names, to_dict
-from ppomax.config_io import merge, nearest, read_yaml, undot
+from ppomax.config.mapping import merge, nearest, read_yaml, undot
 
 C = TypeVar("C")
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from ppomax.cli import main
 from ppomax.config import ConfigError, TrainConfig
-from ppomax.config_io import undot
+from ppomax.config.mapping import undot
+from ppomax.config.stages import SftConfig
 from ppomax.options import RUN_FLAGS, Options
-from ppomax.stages.configs import SftConfig
 
 from tests.engine.tiny import SMALL, tiny_assets
 from tests.engine.tiny_text import TEXTS, tiny_llama, tiny_tokenizer
@@ -39,7 +39,7 @@ def job(tmp_path, monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Spare the time of drawing a report that the test does not look at."""
-    monkeypatch.setattr("ppomax.report_plots._picture", lambda draw, size: "")
+    monkeypatch.setattr("ppomax.reporting.plots._picture", lambda draw, size: "")
 
 
 def refused(capsys, *argv: str) -> str:
@@ -258,8 +258,8 @@ def test_build_default_s_steps_reach_each_of_its_stages(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("command", "names"), [("sft", ["paper"]), ("reward-model", ["paper", "released"])])
 def test_the_stages_have_presets_of_their_own(command, names):
+    from ppomax.config.stages import RewardModelConfig
     from ppomax.options import stage_presets
-    from ppomax.stages.configs import RewardModelConfig
 
     cls = {"sft": SftConfig, "reward-model": RewardModelConfig}[command]
     assert stage_presets(command) == names

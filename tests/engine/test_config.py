@@ -9,8 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from ppomax import config as config_module
-from ppomax.config import ConfigError, TrainConfig, build, load_config, preset_names, save_config, to_dict
+from ppomax.config import ConfigError, TrainConfig, build, knobs, load_config, preset_names, save_config, to_dict
 
 
 def test_five_presets_load_and_survive_a_round_trip(tmp_path) -> None:
@@ -114,8 +113,8 @@ def test_unknown_preset_names_the_nearest() -> None:
 
 def test_every_knob_has_a_doc_line() -> None:
     """The text under a field is what --help shows."""
-    source = Path(config_module.__file__).read_text(encoding="utf-8").splitlines()
-    for owner in vars(config_module).values():
+    source = Path(knobs.__file__).read_text(encoding="utf-8").splitlines()
+    for owner in vars(knobs).values():
         if not (dataclasses.is_dataclass(owner) and isinstance(owner, type)) or owner is TrainConfig:
             continue
         for field in dataclasses.fields(owner):

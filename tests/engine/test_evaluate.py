@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ppomax.cli import main
-from ppomax.config_io import ConfigError
+from ppomax.config.mapping import ConfigError
 from ppomax.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
 from ppomax.models import save_model
 from ppomax.rewards import RewardError

@@ -5,10 +5,10 @@ import json
 import logging
 
 import pytest
-from ppomax.alarm import CollapseAlarm, history
 from ppomax.config import MonitorConfig, load_config
 from ppomax.measures import QUANTILES
-from ppomax.monitor import VERL_NAMES, PlainLine, RichLine, RunMonitor, cut_rows, progress_line, read_jsonl
+from ppomax.reporting.alarm import CollapseAlarm, history
+from ppomax.reporting.monitor import VERL_NAMES, PlainLine, RichLine, RunMonitor, cut_rows, progress_line, read_jsonl
 from rich.console import Console
 
 HEALTHY = {

@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from ppomax import report_plots as plots
-from ppomax.alarm import history
 from ppomax.cli import main
 from ppomax.config import ConfigError, load_config, to_dict
-from ppomax.report import write_report
-from ppomax.report_data import read_run, short_names
+from ppomax.reporting import plots
+from ppomax.reporting.alarm import history
+from ppomax.reporting.page import write_report
+from ppomax.reporting.runs import read_run, short_names
 
 
 def made_up_run(folder, preset="ppo-max", collapse_at=None, steps=40, prompt="a film that", samples=True):

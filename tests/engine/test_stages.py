@@ -10,7 +10,7 @@ import torch
 from ppomax.batch import pack
 from ppomax.checkpoint import CheckpointError
 from ppomax.config import OptimConfig, RunConfig
-from ppomax.config_io import ConfigError
+from ppomax.config.mapping import ConfigError
 from ppomax.data import Pair, Text
 from ppomax.models import head_of, load_policy, load_reward_model, make_reward_model, save_model
 from ppomax.stages import loop

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppomax.config import ConfigError, TrainConfig
-from ppomax.config_io import nearest
+from ppomax.config.mapping import nearest
 
 
 @dataclass(frozen=True)

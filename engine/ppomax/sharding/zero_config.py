@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ppomax.config import ConfigError, ShardingConfig
-from ppomax.config_io import read_yaml
+from ppomax.config.mapping import read_yaml
 
 OWNED = {
     "optimizer": "policy_optim and critic_optim",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ppomax.config_io import ConfigError, require, require_sampling, to_dict
+from ppomax.config.mapping import ConfigError, require, require_sampling, to_dict
 from ppomax.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key, score_by_function
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ppomax.config import ConfigError
-from ppomax.config_io import require, require_sampling
+from ppomax.config.mapping import require, require_sampling
 
 
 @dataclass(frozen=True)

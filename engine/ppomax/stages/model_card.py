@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppomax.stages.configs import BuildDefaultConfig
+    from ppomax.config.stages import BuildDefaultConfig
     from ppomax.stages.default_data import Part
 
 CARD = """# The embedded default of ppomax

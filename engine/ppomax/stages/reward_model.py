@@ -23,7 +23,8 @@ from torch.nn.functional import softplus
 from transformers import AutoConfig
 
 from ppomax.batch import pack
-from ppomax.config_io import to_dict
+from ppomax.config.mapping import to_dict
+from ppomax.config.stages import RewardModelConfig
 from ppomax.data import Pair, Text, load_pairs, load_texts
 from ppomax.models import (
     Head,
@@ -37,7 +38,6 @@ from ppomax.models import (
     packed_hidden,
     save_model,
 )
-from ppomax.stages.configs import RewardModelConfig
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 from ppomax.stages.sft import autocast, counted_tokens, token_nll
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.batch import pack
-from ppomax.config_io import to_dict
+from ppomax.config.mapping import to_dict
+from ppomax.config.stages import SftConfig
 from ppomax.data import Text, load_texts
 from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden, save_model
-from ppomax.stages.configs import SftConfig
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 
 log = logging.getLogger(__name__)

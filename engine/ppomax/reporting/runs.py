@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppomax.alarm import History, history, means
 from ppomax.config import ConfigError, MonitorConfig, build
-from ppomax.config_io import read_yaml
-from ppomax.monitor import METRICS, SAMPLES, SCORES, read_jsonl
+from ppomax.config.mapping import read_yaml
+from ppomax.reporting.alarm import History, history, means
+from ppomax.reporting.monitor import METRICS, SAMPLES, SCORES, read_jsonl
 
 END_STEPS = 5
 """The end's figures are means over so many last steps, fewer in short runs; the start's are step 1."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from ppomax import report_plots as plots
-from ppomax.alarm import means
-from ppomax.config_io import flat
-from ppomax.report_data import Run
+from ppomax.config.mapping import flat
+from ppomax.reporting import plots
+from ppomax.reporting.alarm import means
+from ppomax.reporting.runs import Run
 
 GLANCE = {
     "objective/scores": "score (raw, mean)",

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppomax import report_plots as plots
-from ppomax import report_sections as sections
-from ppomax.report_data import Run, read_run, short_names
+from ppomax.reporting import plots, sections
+from ppomax.reporting.runs import Run, read_run, short_names
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:

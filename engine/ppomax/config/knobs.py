@@ -1,50 +1,17 @@
 """Every knob of a PPO-max run and its default, each written once.
 
 One frozen dataclass a concern; `TrainConfig` holds them. The defaults are the `ppo-max` preset at the size of the
-embedded model; the other presets (`presets/*.yaml`) change the algorithm, not models, data or learning rates, so that
-two of them can be compared on one job. Layers, weakest first: defaults, preset, configuration file, overrides.
-
-    config = load_config("run.yaml", preset="modern", overrides={"run.steps": 100})
-"""
+shipped model. Presets and files are laid over them in layers.py."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ppomax.config_io import ConfigError, build, merge, nearest, read_yaml, require, save_config, to_dict, undot
+from ppomax.config.mapping import ConfigError, require
 
-PRESET_DIR = Path(__file__).parent / "presets"
-CONFIG_DIR = Path(__file__).parent / "configs"
 IMPLS = ("auto", "ref", "cpu", "triton", "cuda")
-
-__all__ = [
-    "IMPLS",
-    "AdvantageConfig",
-    "BatchConfig",
-    "ConfigError",
-    "CriticConfig",
-    "DataConfig",
-    "KLConfig",
-    "LossConfig",
-    "ModelConfig",
-    "MonitorConfig",
-    "OptimConfig",
-    "PtxConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "ShardingConfig",
-    "TrainConfig",
-    "build",
-    "config_names",
-    "load_config",
-    "preset_names",
-    "save_config",
-    "to_dict",
-]
 
 
 def _finite(value: float) -> bool:
@@ -573,58 +540,3 @@ class TrainConfig:
             f"a multiple of rollout.samples_per_prompt={self.rollout.samples_per_prompt}",
             self.batch.rollout_size,
         )
-
-
-def preset_names() -> list[str]:
-    """Names that `--preset` takes."""
-    return sorted(p.stem for p in PRESET_DIR.glob("*.yaml"))
-
-
-def config_names() -> list[str]:
-    """Names that `--config` takes besides files."""
-    return sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))
-
-
-def load_config(
-    source: str | Path | dict[str, Any] | None = None,
-    *,
-    preset: str | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> TrainConfig:
-    """Defaults <- preset <- `source` (YAML file, shipped name or mapping) <- `overrides` (dotted keys or nested
-    mappings).
-
-    Raises ConfigError for unknown names and keys (with the nearest known one), wrong types and values out of range.
-    """
-    layer = source if isinstance(source, dict) else _read_source(source)
-    name = preset or layer.get("preset") or TrainConfig.preset
-    merged = merge(_read_preset(name), layer, undot(overrides or {}), {"preset": name})
-    return build(TrainConfig, merged)
-
-
-def _read_source(source: str | Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A file's knobs, laid over those of the configuration that its key `base` names (a file or a shipped name)."""
-    if source is None:
-        return {}
-    if str(source) in config_names() and not Path(source).is_file():
-        path = CONFIG_DIR / f"{source}.yaml"
-    elif Path(source).exists():
-        path = Path(source)
-    else:
-        known = ", ".join(config_names()) or "none"
-        raise ConfigError(f"config: no file {source} and no shipped configuration of that name (known: {known})")
-    layer = read_yaml(path)
-    base = layer.pop("base", None)
-    if base is None:
-        return layer
-    require(isinstance(base, str), f"base in {path}", "a file or the name of a shipped configuration", base)
-    if str(path) in above:
-        raise ConfigError(f"config: base goes round in a circle: {' -> '.join([*above, str(path)])}")
-    return merge(_read_source(base, (*above, str(path))), layer)
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    if name not in preset_names():
-        known = preset_names()
-        raise ConfigError(f"config: unknown preset {name!r}{nearest(name, known)} (known: {', '.join(known)})")
-    return read_yaml(PRESET_DIR / f"{name}.yaml")

@@ -15,8 +15,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppomax.alarm import CollapseAlarm
 from ppomax.config import TrainConfig
+from ppomax.reporting.alarm import CollapseAlarm
 
 if TYPE_CHECKING:
     from ppomax.stages.ppo import Verdict

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppomax.config import OptimConfig, RunConfig
-from ppomax.config_io import require
+from ppomax.config.mapping import require
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Configuration: every knob and its default, presets and files over them. Loads no torch."""
+
+from ppomax.config.knobs import (
+    IMPLS,
+    AdvantageConfig,
+    BatchConfig,
+    CriticConfig,
+    DataConfig,
+    KLConfig,
+    LossConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimConfig,
+    PtxConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from ppomax.config.layers import CONFIG_DIR, PRESET_DIR, config_names, load_config, preset_names
+from ppomax.config.mapping import ConfigError, build, save_config, to_dict
+
+__all__ = [
+    "CONFIG_DIR",
+    "IMPLS",
+    "PRESET_DIR",
+    "AdvantageConfig",
+    "BatchConfig",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "KLConfig",
+    "LossConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimConfig",
+    "PtxConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "ShardingConfig",
+    "TrainConfig",
+    "build",
+    "config_names",
+    "load_config",
+    "preset_names",
+    "save_config",
+    "to_dict",
+]
