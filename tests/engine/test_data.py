@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from ppomax.data import DataError, check_same_vocabulary, check_tokenizer, load_pairs, load_prompts, load_texts
-from ppomax.rows import read_rows
+from ppomax.data.rows import read_rows
 from ppomax.stages.default_data import train_tokenizer
 from transformers import PreTrainedTokenizerFast
 

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ppomax.rows import read_rows
+from ppomax.data.rows import read_rows
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SHARES = {

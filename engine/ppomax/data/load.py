@@ -4,11 +4,9 @@
     pairs, counts = load_pairs("Anthropic/hh-rlhf", tokenizer, max_tokens=512)         chosen / rejected (+ prompt)
     texts, counts = load_texts("reviews.parquet", tokenizer, max_tokens=256)           text | prompt + response | chat
 
-One format everywhere, the one that PPO feeds: BOS once at the front where the tokenizer has one, then prompt, then
-response, then EOS. Prompt and response are tokenised apart, so that the boundary is the same as when the policy wrote
-the response. A row with `"complete": false` gets no EOS: its response was cut, as one is at the length limit.
-A row that cannot be used is an error by default (`bad_rows="error"`); with "drop" it is counted by reason and logged.
-"""
+A row with `"complete": false` gets no EOS: its response was cut, as one is at the length limit. A row that cannot be
+used is an error by default (`bad_rows="error"`); with "drop" it is counted by reason and logged. The format of the ids
+is that of encode.py."""
 
 from __future__ import annotations
 
@@ -16,29 +14,21 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
-from ppomax.rows import DataError, Row, Source, read_rows
-
-__all__ = [
-    "Counts",
-    "DataError",
-    "Pair",
-    "Text",
-    "check_same_vocabulary",
-    "check_tokenizer",
-    "encode_prompt",
-    "encode_response",
-    "load_pairs",
-    "load_prompts",
-    "load_texts",
-]
+from ppomax.data.encode import (
+    BadRow,
+    Tokenizer,
+    check_tokenizer,
+    encode_chat,
+    encode_prompt,
+    encode_response,
+    is_chat,
+    text_of,
+)
+from ppomax.data.rows import DataError, Row, Source, read_rows
 
 log = logging.getLogger(__name__)
-
-Tokenizer = PreTrainedTokenizerBase
 BadRows = Literal["error", "drop"]
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -92,120 +82,10 @@ class Counts:
         return self
 
 
-class _BadRow(Exception):
-    def __init__(self, reason: str, mend: str):
-        super().__init__(f"{reason}; {mend}")
-        self.reason = reason
-
-
-# ---- tokenizer checks -----------------------------------------------------------------------------------------------
-
-
-def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise DataError unless the tokenizer has an EOS and a pad token, not the same (a pad that is EOS hides ends)."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"{name}: the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token to the "
-            "token that the model was trained to end with and save the tokenizer"
-        )
-    mend = (
-        "add one by tokenizer.add_special_tokens({'pad_token': '<pad>'}), then model.resize_token_embeddings("
-        "len(tokenizer)), and save both; or name an unused reserved token"
-    )
-    if tokenizer.pad_token_id is None:
-        raise DataError(f"{name}: the tokenizer has no pad token; {mend}")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise DataError(
-            f"{name}: pad and EOS are the same token {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
-            f"so masks would hide real ends; {mend}"
-        )
-
-
-def check_same_vocabulary(policy: Tokenizer, reward_model: Tokenizer) -> None:
-    """Raise DataError unless both map every token to the same id: one token row is fed to both models."""
-    ours, theirs = policy.get_vocab(), reward_model.get_vocab()
-    if ours == theirs:
-        return
-    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    raise DataError(
-        f"policy and reward model have different vocabularies ({len(ours)} and {len(theirs)} tokens, {len(different)} "
-        f"differ, first {different[0]!r}: {ours.get(different[0])} and {theirs.get(different[0])}); train the "
-        "reward model with the policy's tokenizer, or score decoded text by a reward function"
-    )
-
-
-# ---- encoding -------------------------------------------------------------------------------------------------------
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _render(messages: Sequence[Row], tokenizer: Tokenizer, *, generation: bool) -> str:
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise _BadRow("malformed chat", "each message needs `role` and `content` strings")
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{tokenizer.name_or_path}: chats need a chat template, and this tokenizer has none; set "
-            "tokenizer.chat_template or give plain strings"
-        )
-    return str(
-        tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=generation)
-    )
-
-
-def encode_prompt(prompt: str | Sequence[Row], tokenizer: Tokenizer) -> list[int]:
-    """Prompt string or chat -> ids, with BOS where the tokenizer adds one and without a closing EOS."""
-    if _is_chat(prompt):
-        text = _render(cast("Sequence[Row]", prompt), tokenizer, generation=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-    while ids and ids[-1] == tokenizer.eos_token_id and len(ids) > (tokenizer.bos_token_id == tokenizer.eos_token_id):
-        ids.pop()
-    return ids
-
-
-def encode_response(response: str, tokenizer: Tokenizer) -> list[int]:
-    """Response string -> ids closed by one EOS, no BOS."""
-    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id in ids:  # a chat template closes the turn itself; what follows (a newline) is not sampled
-        return ids[: ids.index(tokenizer.eos_token_id) + 1]
-    return [*ids, tokenizer.eos_token_id]
-
-
-def _encode_chat(messages: Sequence[Row], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """A chat that ends with the assistant -> (prompt ids, response ids), cut where generation would begin."""
-    if not messages or messages[-1].get("role") != "assistant":
-        raise _BadRow("chat does not end with the assistant", "the last message must be the response")
-    whole = _render(messages, tokenizer, generation=False)
-    prompt = _render(messages[:-1], tokenizer, generation=True)
-    if not whole.startswith(prompt):  # some templates drop the generation marker from finished turns
-        prompt = _render(messages[:-1], tokenizer, generation=False)
-    if not whole.startswith(prompt):
-        raise _BadRow("chat template rewrites the prompt", "the rendered chat must begin with its rendered prompt")
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return list(prompt_ids), encode_response(whole[len(prompt) :], tokenizer)
-
-
-def _string(row: Row, column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise _BadRow(f"`{column}` is {type(value).__name__}", "a string is wanted")
-    if not value.strip():
-        raise _BadRow(f"empty {column}", "remove the row or fill it")
-    return value
-
-
 def _need(row: Row, columns: Sequence[str], where: str) -> None:
     missing = [column for column in columns if column not in row]
     if missing:
         raise DataError(f"{where}: column {missing[0]!r} is missing; the row has {sorted(row)}")
-
-
-# ---- loaders --------------------------------------------------------------------------------------------------------
 
 
 def load_prompts(
@@ -226,16 +106,16 @@ def load_prompts(
 
     def encode(row: Row) -> list[int]:
         value = row[column]
-        if _is_chat(value) and not value:
-            raise _BadRow("empty prompt", "remove the row or fill it")
-        ids = encode_prompt(value if _is_chat(value) else _string(row, column), tokenizer)
+        if is_chat(value) and not value:
+            raise BadRow("empty prompt", "remove the row or fill it")
+        ids = encode_prompt(value if is_chat(value) else text_of(row, column), tokenizer)
         if len(ids) <= max_prompt_tokens:
             return ids
         if overlong == "truncate":
             counts.reasons["truncated prompt"] += 1
             head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
             return head + ids[len(ids) - max_prompt_tokens + len(head) :]
-        raise _BadRow(
+        raise BadRow(
             "prompt over the limit",
             f"it has {len(ids)} tokens, the limit is {max_prompt_tokens}; raise "
             "max_prompt_tokens or set overlong to truncate or drop",
@@ -268,10 +148,10 @@ def load_pairs(
         if not row.get("complete", True):
             chosen, rejected = chosen[:-1], rejected[:-1]
         if chosen == rejected:
-            raise _BadRow("equal sides", "chosen and rejected are the same; remove the row")
+            raise BadRow("equal sides", "chosen and rejected are the same; remove the row")
         longest = len(prompt) + max(len(chosen), len(rejected))
         if longest > max_tokens:
-            raise _BadRow(
+            raise BadRow(
                 "pair over the limit",
                 f"it has {longest} tokens, the limit is {max_tokens}; raise max_tokens or drop such rows",
             )
@@ -308,7 +188,7 @@ def load_texts(
         tokens = prompt + response
         start = max(1, len(prompt)) if mask_prompt else 1
         if len(tokens) <= start:
-            raise _BadRow("no token to learn", "the text or response needs a token after the first")
+            raise BadRow("no token to learn", "the text or response needs a token after the first")
         if len(tokens) <= max_tokens:
             return [Text(tokens, start)]
         if overlong == "split" and "text" in row:
@@ -318,7 +198,7 @@ def load_texts(
         if overlong == "truncate" and start < max_tokens:
             counts.reasons["truncated text"] += 1
             return [Text(tokens[:max_tokens], start)]
-        raise _BadRow(
+        raise BadRow(
             "text over the limit",
             f"it has {len(tokens)} tokens, the limit is {max_tokens}; raise max_tokens or "
             "set overlong to truncate, split (plain text) or drop",
@@ -346,7 +226,7 @@ def _load(
         try:
             kept.append(encode(row))
             counts.kept += 1
-        except _BadRow as bad:
+        except BadRow as bad:
             if policy.get(bad.reason, bad_rows) == "error":
                 raise DataError(f"{where}: {bad}") from None
             counts.reasons[bad.reason] += 1
@@ -356,25 +236,25 @@ def _load(
 def _split_pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
     sides = [row["chosen"], row["rejected"]]
     if sides[0] == sides[1]:
-        raise _BadRow("equal sides", "chosen and rejected are the same; remove the row")
-    if all(_is_chat(side) for side in sides):
-        shared = list(row["prompt"]) if _is_chat(row.get("prompt")) else []
-        (prompt, chosen), (other, rejected) = (_encode_chat([*shared, *side], tokenizer) for side in sides)
+        raise BadRow("equal sides", "chosen and rejected are the same; remove the row")
+    if all(is_chat(side) for side in sides):
+        shared = list(row["prompt"]) if is_chat(row.get("prompt")) else []
+        (prompt, chosen), (other, rejected) = (encode_chat([*shared, *side], tokenizer) for side in sides)
         if prompt != other:
-            raise _BadRow("prompts differ", "both sides must answer the same dialogue")
+            raise BadRow("prompts differ", "both sides must answer the same dialogue")
         return prompt, chosen, rejected
-    texts = [_string(row, "chosen"), _string(row, "rejected")]
-    if _is_chat(row.get("prompt")):
+    texts = [text_of(row, "chosen"), text_of(row, "rejected")]
+    if is_chat(row.get("prompt")):
         (prompt, chosen), (_, rejected) = (
-            _encode_chat([*row["prompt"], {"role": "assistant", "content": text}], tokenizer) for text in texts
+            encode_chat([*row["prompt"], {"role": "assistant", "content": text}], tokenizer) for text in texts
         )
         return prompt, chosen, rejected
     if "prompt" in row:
-        start = _string(row, "prompt")
+        start = text_of(row, "prompt")
     elif HH_ASSISTANT in texts[0] and HH_HUMAN in texts[0]:
         (start, texts[0]), (other_start, texts[1]) = (_split_hh(text) for text in texts)
         if start != other_start:
-            raise _BadRow("prompts differ", "both sides must answer the same dialogue")
+            raise BadRow("prompts differ", "both sides must answer the same dialogue")
     else:
         start = ""  # whole texts are compared: nothing but BOS comes before them
     chosen, rejected = (encode_response(text, tokenizer) for text in texts)
@@ -385,21 +265,25 @@ def _split_hh(text: str) -> tuple[str, str]:
     """Dialogue -> (everything up to and with the last "\\n\\nAssistant:", what follows)."""
     prompt, marker, response = text.rpartition(HH_ASSISTANT)
     if not marker or HH_HUMAN in response:
-        raise _BadRow("dialogue does not end with the assistant", "each side must end with an assistant turn")
+        raise BadRow("dialogue does not end with the assistant", "each side must end with an assistant turn")
     if not response.strip():
-        raise _BadRow("empty response", "remove the row or fill it")
+        raise BadRow("empty response", "remove the row or fill it")
     return prompt + marker, response
 
 
 def _split_text(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     if "messages" in row:
-        return _encode_chat(row["messages"], tokenizer)
+        return encode_chat(row["messages"], tokenizer)
     if "response" in row and "prompt" in row:
-        if _is_chat(row["prompt"]):
-            return _encode_chat([*row["prompt"], {"role": "assistant", "content": _string(row, "response")}], tokenizer)
-        return encode_prompt(_string(row, "prompt"), tokenizer), encode_response(_string(row, "response"), tokenizer)
+        if is_chat(row["prompt"]):
+            return encode_chat(
+                [*row["prompt"], {"role": "assistant", "content": text_of(row, "response")}], tokenizer
+            )
+        return encode_prompt(text_of(row, "prompt"), tokenizer), encode_response(
+            text_of(row, "response"), tokenizer
+        )
     if "text" in row:
-        return encode_prompt("", tokenizer), encode_response(_string(row, "text"), tokenizer)
+        return encode_prompt("", tokenizer), encode_response(text_of(row, "text"), tokenizer)
     raise DataError(f"a text row needs `text`, `prompt` + `response`, or `messages`; this one has {sorted(row)}")
 
 

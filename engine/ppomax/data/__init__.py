@@ -1,0 +1,19 @@
+"""Data: rows from files, data sets or memory, as token ids in the one format that every stage trains on."""
+
+from ppomax.data.encode import check_same_vocabulary, check_tokenizer, encode_prompt, encode_response
+from ppomax.data.load import Counts, Pair, Text, load_pairs, load_prompts, load_texts
+from ppomax.data.rows import DataError
+
+__all__ = [
+    "Counts",
+    "DataError",
+    "Pair",
+    "Text",
+    "check_same_vocabulary",
+    "check_tokenizer",
+    "encode_prompt",
+    "encode_response",
+    "load_pairs",
+    "load_prompts",
+    "load_texts",
+]
