@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.batch import Experience, Rollout
-from ppomax.branch import TrunkCritic
-from ppomax.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.config import AdvantageConfig, TrainConfig
-from ppomax.fingerprints import fingerprints
 from ppomax.measures import experience_metrics
 from ppomax.models import Critic, RewardModel, freeze, load_policy, load_reward_model, load_tokenizer, make_critic
-from ppomax.modes import set_up, trunk_layers
-from ppomax.recompute import recompute_blocks
+from ppomax.models.branch import TrunkCritic
+from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
+from ppomax.models.fingerprints import fingerprints
+from ppomax.models.modes import set_up, trunk_layers
+from ppomax.models.recompute import recompute_blocks
 from ppomax.rewards import (
     FunctionReward,
     KLController,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ppomax.adapters import has_adapters, merged_weights
-from ppomax.models import save_model
+from ppomax.models.adapters import has_adapters, merged_weights
+from ppomax.saving.model_folder import save_model
 from ppomax.sharding import Lazy, rank, together
 from ppomax.tensor_files import shards, size_of, write_tensors, write_together
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.batch import Trunk, trunk_cu
-from ppomax.branch import Branch, TrunkCritic
 from ppomax.models import Critic, Head, head_of, packed_hidden
+from ppomax.models.branch import Branch, TrunkCritic
 
 
 def state_hidden(

@@ -29,10 +29,10 @@ from ppomax.batch import (
     pack,
     plan_minibatches,
 )
-from ppomax.branch import TrunkCritic
 from ppomax.config import TrainConfig
 from ppomax.data import Text
 from ppomax.models import Critic, head_of
+from ppomax.models.branch import TrunkCritic
 from ppomax.scoring import scaled, state_hidden, state_values
 from ppomax.sharding import Trained, largest, place, total
 

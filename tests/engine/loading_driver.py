@@ -17,11 +17,12 @@ import torch
 from ppomax.config import ShardingConfig, TrainConfig, config_names, load_config
 from ppomax.data import Text
 from ppomax.engine import Engine
-from ppomax.loading import LoadingError, load_partitioned
-from ppomax.models import load_policy, load_reward_model, make_reward_model, save_model
+from ppomax.models import load_policy, load_reward_model, make_reward_model
+from ppomax.models.partitioned import LoadingError, load_partitioned
 from ppomax.planning.memory import device_bytes
 from ppomax.planning.plan import job_of, shape_of
 from ppomax.planning.trace import live_bytes
+from ppomax.saving.model_folder import save_model
 from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.zero import ZeroFrozen
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

@@ -230,7 +230,7 @@ def test_a_bug_of_ours_is_not_blamed_on_the_input(monkeypatch, capsys):
 
 def test_sft_runs_from_flags_and_resumes_from_its_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    from ppomax.models import save_model
+    from ppomax.saving.model_folder import save_model
 
     save_model(tiny_llama(), tiny_tokenizer(), Path("model"))
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

@@ -12,8 +12,8 @@ import torch
 from ppomax.cli import main
 from ppomax.config.mapping import ConfigError
 from ppomax.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
-from ppomax.models import save_model
 from ppomax.rewards import RewardError
+from ppomax.saving.model_folder import save_model
 from ppomax.stages.evaluate import EvaluateConfig, load_checkpoint, run_evaluation, wilson
 
 from tests.engine.tiny import tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppomax.loading import LoadingError, prepare, tensor_files
+from ppomax.models.partitioned import LoadingError, prepare, tensor_files
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_a_rank_holds_its_part_and_little_more(checkpoints, tmp_path, shard):
 
 
 def test_casts_and_leftovers_are_said(checkpoints, caplog):
-    with caplog.at_level(logging.INFO, logger="ppomax.loading"):
+    with caplog.at_level(logging.INFO, logger="ppomax.models.partitioned"):
         model, places = prepare(checkpoints / "untied", torch.bfloat16, "sequence_classification", new_head=True)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32

@@ -16,8 +16,8 @@ from ppomax.models import (
     make_critic,
     make_reward_model,
     packed_hidden,
-    save_model,
 )
+from ppomax.saving.model_folder import save_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .tiny_text import tiny_llama, tiny_tokenizer

@@ -11,12 +11,12 @@ from ppomax.cli import main
 from ppomax.config import ConfigError, config_names, load_config
 from ppomax.engine import Engine
 from ppomax.models import make_reward_model
+from ppomax.models.recompute import recompute
 from ppomax.planning.job import GiB, Job, roles
 from ppomax.planning.memory import device_bytes, optimiser, weights
 from ppomax.planning.plan import checked, job_of, make_plan, plan_here, refuse_if_too_large, shape_of
 from ppomax.planning.seconds import DEVICES, seconds
 from ppomax.planning.trace import cache_bytes, counts, held, live_bytes
-from ppomax.recompute import recompute
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 WITHIN = 0.15

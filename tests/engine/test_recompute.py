@@ -11,8 +11,8 @@ import torch
 from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.models import blocks_of, packed_hidden
+from ppomax.models.recompute import recompute_blocks
 from ppomax.planning.live_bytes import live_bytes
-from ppomax.recompute import recompute_blocks
 from torch import nn
 
 from tests.engine.families import FAMILIES, family

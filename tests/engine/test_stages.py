@@ -12,7 +12,8 @@ from ppomax.checkpoint import CheckpointError
 from ppomax.config import OptimConfig, RunConfig
 from ppomax.config.mapping import ConfigError
 from ppomax.data import Pair, Text
-from ppomax.models import head_of, load_policy, load_reward_model, make_reward_model, save_model
+from ppomax.models import head_of, load_policy, load_reward_model, make_reward_model
+from ppomax.saving.model_folder import save_model
 from ppomax.stages import loop
 from ppomax.stages.loop import BatchOrder, run_loop
 from ppomax.stages.reward_model import (

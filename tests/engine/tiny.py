@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from ppomax.config import TrainConfig, load_config
 from ppomax.engine import Engine
-from ppomax.models import RewardModel, make_reward_model, save_model
+from ppomax.models import RewardModel, make_reward_model
+from ppomax.saving.model_folder import save_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 64

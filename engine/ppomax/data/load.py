@@ -276,12 +276,8 @@ def _split_text(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         return encode_chat(row["messages"], tokenizer)
     if "response" in row and "prompt" in row:
         if is_chat(row["prompt"]):
-            return encode_chat(
-                [*row["prompt"], {"role": "assistant", "content": text_of(row, "response")}], tokenizer
-            )
-        return encode_prompt(text_of(row, "prompt"), tokenizer), encode_response(
-            text_of(row, "response"), tokenizer
-        )
+            return encode_chat([*row["prompt"], {"role": "assistant", "content": text_of(row, "response")}], tokenizer)
+        return encode_prompt(text_of(row, "prompt"), tokenizer), encode_response(text_of(row, "response"), tokenizer)
     if "text" in row:
         return encode_prompt("", tokenizer), encode_response(text_of(row, "text"), tokenizer)
     raise DataError(f"a text row needs `text`, `prompt` + `response`, or `messages`; this one has {sorted(row)}")

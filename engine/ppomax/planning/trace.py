@@ -134,7 +134,7 @@ def _trace(
     import torch
     from transformers import AutoModel
 
-    from ppomax.recompute import recompute
+    from ppomax.models.recompute import recompute
 
     register_attention()
     with torch.device("meta"):

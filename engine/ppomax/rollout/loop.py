@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.adapters import adapters_off
 from ppomax.batch import (
     Plan,
     Rollout,
@@ -29,9 +28,10 @@ from ppomax.batch import (
     spans,
     trunk_cu,
 )
-from ppomax.branch import Branch, TrunkCritic, bottom_states
 from ppomax.config import BatchConfig, RolloutConfig
 from ppomax.models import Critic, embedding_weight
+from ppomax.models.adapters import adapters_off
+from ppomax.models.branch import Branch, TrunkCritic, bottom_states
 from ppomax.rollout.decode import Responses, decode
 from ppomax.rollout.plan import RolloutPlan
 from ppomax.scoring import policy_logprobs, state_values

@@ -25,7 +25,7 @@ from ppomax.engine import Engine
 from ppomax.export import export_policy
 from ppomax.launch import settled
 from ppomax.models import load_tokenizer
-from ppomax.modes import start_policy
+from ppomax.models.modes import start_policy
 from ppomax.rewards import load_function
 from ppomax.rollout import decode
 from ppomax.rollout.loop import joined

@@ -36,8 +36,8 @@ from ppomax.models import (
     load_tokenizer,
     make_reward_model,
     packed_hidden,
-    save_model,
 )
+from ppomax.saving.model_folder import save_model
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 from ppomax.stages.sft import autocast, counted_tokens, token_nll
 

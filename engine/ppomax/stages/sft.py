@@ -22,7 +22,8 @@ from ppomax.batch import pack
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import SftConfig
 from ppomax.data import Text, load_texts
-from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden, save_model
+from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden
+from ppomax.saving.model_folder import save_model
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppomax.branch import TrunkCritic
-from ppomax.models import Critic
+from ppomax.models.branch import TrunkCritic
+from ppomax.models.critic import Critic
 
 
 def eos_ids_of(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

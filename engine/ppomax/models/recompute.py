@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ppomax.branch import TrunkCritic
-from ppomax.models import Critic, blocks_of
+from ppomax.models.branch import TrunkCritic
+from ppomax.models.critic import Critic
+from ppomax.models.trunk import blocks_of
 
 
 def recompute_blocks(model: PreTrainedModel | Critic | TrunkCritic) -> None:

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ppomax.config import ModelConfig
-from ppomax.loading import whole
-from ppomax.models import blocks_of
+from ppomax.models.partitioned import whole
+from ppomax.models.trunk import blocks_of
 from ppomax.sharding import Lazy
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 from torch import nn
 
-from ppomax.loading import whole
+from ppomax.models.partitioned import whole
 
 
 def fingerprints(

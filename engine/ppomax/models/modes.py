@@ -15,10 +15,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ppomax.adapters import adapters_off, add_adapters, has_adapters
-from ppomax.branch import Branch, check_branch, train_top, with_top_of
 from ppomax.config import ModelConfig
-from ppomax.models import blocks_of, freeze
+from ppomax.models.adapters import adapters_off, add_adapters, has_adapters
+from ppomax.models.branch import Branch, check_branch, train_top, with_top_of
+from ppomax.models.trunk import blocks_of, freeze
 from ppomax.sharding import Trained
 
 Reference = PreTrainedModel | Branch | None

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppomax.models import Head, base_of, blocks_name, blocks_of, head_of, packed_forward, packed_hidden
+from ppomax.models.head import Head, head_of
+from ppomax.models.packed import packed_forward, packed_hidden
+from ppomax.models.trunk import base_of, blocks_name, blocks_of
 
 TOLERANCE = {torch.float32: 1e-4}
 """Of `check_branch`, relative to the largest hidden state; 5e-2 for 16-bit types, as in models.check_head."""

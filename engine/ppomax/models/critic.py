@@ -1,0 +1,171 @@
+"""Critic and reward model: one kind of module, a `*ForSequenceClassification` with a single output named `score`.
+
+    values = critic(tokens, cu_seqlens)                    (N,) fp32: V(s) after reading each token
+    scores = reward_model.scores(tokens, cu_seqlens)       (S,) fp32: the value at each sequence's last token
+The critic reads it everywhere, the reward model at the last token. The head runs in fp32 whatever the trunk's dtype."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from ppomax.models.packed import packed_hidden
+from ppomax.models.partitioned import load_partitioned
+from ppomax.models.policy import load_policy
+from ppomax.models.sources import ModelSource, local_or_hub
+from ppomax.models.trunk import base_of, blocks_name, disable_dropout
+
+
+def load_reward_model(
+    source: ModelSource | RewardModel,
+    dtype: torch.dtype = torch.float32,
+    *,
+    trust_remote_code: bool = False,
+    cut: dict[str, Any] | None = None,
+    **options: Any,
+) -> RewardModel:
+    """A RewardModel from an AutoModelForSequenceClassification checkpoint with num_labels = 1 and a `score` head; `cut`
+    as in load_policy."""
+    if isinstance(source, RewardModel):
+        return source.to(dtype)  # type: ignore[arg-type]
+    if isinstance(source, PreTrainedModel):
+        return RewardModel(source.to(dtype))  # type: ignore[arg-type]
+    path = local_or_hub(source)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if config.num_labels != 1:
+        raise ValueError(
+            f"load_reward_model: {path} has num_labels = {config.num_labels}, a reward model has 1 "
+            "(a `score` head with one output); train one with `ppomax reward-model`"
+        )
+    if cut is not None:
+        return RewardModel(load_partitioned(path, dtype, "sequence_classification", settings=cut))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+    )
+    return RewardModel(model)
+
+
+class Critic(nn.Module):
+    """A scalar at every token: values = (score head in fp32)(hidden) + score_offset.
+
+    Holds a HF `*ForSequenceClassification` as `.model`, so that it saves and loads as one. `config.score_offset` is the
+    centring of a reward model (see stages/reward_model.py); HF score heads have no bias, hence it lives in the config.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        score = getattr(model, "score", None)
+        if not isinstance(score, nn.Linear) or score.out_features != 1:
+            raise ValueError(
+                f"{type(model).__name__} has no `score` head with one output; load it by "
+                "AutoModelForSequenceClassification with num_labels=1, or build one by make_critic(policy)"
+            )
+        disable_dropout(model)
+        self.model = model
+
+    @property
+    def score(self) -> nn.Linear:
+        return self.model.score  # type: ignore[return-value]
+
+    @property
+    def offset(self) -> float:
+        return float(getattr(self.model.config, "score_offset", 0.0))
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, layout: str = "auto") -> Tensor:
+        """tokens (N,), cu_seqlens (S+1,) -> values (N,) fp32; the value at t has seen tokens up to and with t."""
+        return self.values_of(packed_hidden(self.model, tokens, cu_seqlens, layout=layout))
+
+    def values_of(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) -> values (N,) fp32."""
+        bias = None if self.score.bias is None else self.score.bias.float()
+        return nn.functional.linear(hidden.float(), self.score.weight.float(), bias)[:, 0] + self.offset
+
+
+class RewardModel(Critic):
+    """A Critic read at the last token of each sequence, which is the last response token (EOS if the model stopped)."""
+
+    def scores(self, tokens: Tensor, cu_seqlens: Tensor, *, layout: str = "auto") -> Tensor:
+        """tokens (N,), cu_seqlens (S+1,) -> scores (S,) fp32."""
+        hidden = packed_hidden(self.model, tokens, cu_seqlens, layout=layout)
+        return self.values_of(hidden.index_select(0, cu_seqlens[1:].long() - 1))
+
+
+def make_critic(
+    source: ModelSource | Critic,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    cut: dict[str, Any] | None = None,
+) -> Critic:
+    """A trainable critic from a reward model (copied, score head and centring included) or from a policy's trunk.
+
+    From a policy (a causal LM) the score head is new, with weights drawn from N(0, (1/(D+1))^2), which starts values
+    near zero; `seed` fixes the draw. A path is read as what its config names: ForCausalLM or ForSequenceClassification;
+    with `cut` into ZeRO-3's partitions, as in load_policy.
+    """
+    if isinstance(source, Critic):
+        return Critic(copy.deepcopy(source.model).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
+    if isinstance(source, PreTrainedModel):
+        if hasattr(source, "score"):
+            return Critic(copy.deepcopy(source).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
+        return Critic(_score_model_of(source, seed).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
+    architectures = AutoConfig.from_pretrained(local_or_hub(source)).architectures or []
+    scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if cut is not None:
+        options: dict[str, Any] = {"settings": cut, "new_head": not scorer, "seed": seed}
+        model = load_partitioned(local_or_hub(source), dtype, "sequence_classification", **options)
+        return Critic(model).requires_grad_(True)
+    if scorer:
+        return Critic(load_reward_model(source, dtype).model).requires_grad_(True)
+    return Critic(_score_model_of(load_policy(source, dtype), seed)).requires_grad_(True)
+
+
+def make_reward_model(policy: PreTrainedModel, *, layers: int | None = None, seed: int = 0) -> RewardModel:
+    """A new reward model on a copy of the policy's trunk, its first `layers` blocks where given, with a fresh head."""
+    model = _score_model_of(policy, seed)
+    if layers is not None:
+        depth = model.config.num_hidden_layers
+        if not 1 <= layers <= depth:
+            raise ValueError(f"make_reward_model: layers must be in 1..{depth} (the policy's depth), got {layers}")
+        base = base_of(model)
+        blocks = blocks_name(base)
+        setattr(base, blocks, getattr(base, blocks)[:layers])
+        model.config.num_hidden_layers = layers
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:layers]
+    return RewardModel(model)
+
+
+def _score_model_of(policy: PreTrainedModel, seed: int) -> PreTrainedModel:
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"transformers has no *ForSequenceClassification for {type(config).__name__}, so no critic or reward "
+            "model can be made from this policy; give a critic or reward model of another architecture with the same "
+            "tokenizer"
+        )
+    model = AutoModelForSequenceClassification.from_config(
+        config, attn_implementation=policy.config._attn_implementation, dtype=policy.dtype
+    )
+    if not hasattr(model, "score"):
+        raise ValueError(
+            f"{type(model).__name__} names its head otherwise than `score`; critics need a decoder-only model"
+        )
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    width = model.score.in_features
+    with torch.no_grad():
+        model.score.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1))
+        if model.score.bias is not None:
+            model.score.bias.zero_()
+    return model.to(policy.device)
