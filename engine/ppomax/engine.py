@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.batch import Experience, Rollout
-from ppomax.config import AdvantageConfig, TrainConfig
+from ppomax.config import AdvantageConfig, TrainConfig, to_dict
 from ppomax.measures import experience_metrics
 from ppomax.models import Critic, RewardModel, freeze, load_policy, load_reward_model, load_tokenizer, make_critic
 from ppomax.models.branch import TrunkCritic
@@ -39,6 +39,7 @@ from ppomax.rewards import (
     token_rewards,
 )
 from ppomax.rollout import RolloutPlan, rollout
+from ppomax.saving.engine_state import read_state, restore_state, save_state, saved_parts
 from ppomax.sharding import Trained, copy_source, cuts, freeze_model, is_cut, train_model
 from ppomax.update import Health, TextSource, update
 
@@ -193,24 +194,51 @@ class Engine:
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the whole state to the folder `path`, atomically; `extra` (plain data) is given back by `restore`."""
-        from ppomax.checkpoint import save_engine
-
-        return save_engine(self, Path(path), extra or {})
+        return save_state(Path(path), self._trained, self.state(), extra or {})
 
     def restore(self, path: str | Path) -> dict[str, Any]:
         """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other
         models."""
-        from ppomax.checkpoint import restore_engine
-
-        return restore_engine(self, Path(path))
+        state, extra = restore_state(Path(path), self._trained, self.fingerprints)
+        self.set_state(state)
+        return extra
 
     @classmethod
     def load(cls, path: str | Path, **parts: Any) -> Engine:
         """An engine from a folder of `save` alone. `reward=`, `reference=`, `tokenizer=`, `texts=` must be given where
         they were passed as objects, since a checkpoint holds no frozen model and no function."""
-        from ppomax.checkpoint import load_engine
+        state = read_state(Path(path))
+        engine = cls(**saved_parts(Path(path), state, parts))
+        engine.sources = state["sources"]
+        engine.restore(path)
+        return engine
 
-        return load_engine(cls, Path(path), parts)
+    def state(self) -> dict[str, Any]:
+        """All that an engine is besides its weights, optimisers and random generators, as plain data: configuration,
+        where its models came from, counters, running moments, the KL coefficient."""
+        return {
+            "config": to_dict(self.config),
+            "sources": self.sources,
+            "fingerprints": self.fingerprints,
+            "buffers": self.buffers,
+            "episodes": self.episodes,
+            "moments": self.moments.state(),
+            "kl_coef": self.controller.coef,
+            "skipped": self.health.skipped,
+            "skipped_in_a_row": self.health.in_a_row,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take up counters, running moments and the KL coefficient from what `state` gave; configuration and models
+        stay this engine's own."""
+        self.buffers, self.episodes = state["buffers"], state["episodes"]
+        self.moments.load(state["moments"])
+        self.controller.coef = state["kl_coef"]
+        self.health.skipped, self.health.in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+    @property
+    def _trained(self) -> dict[str, Trained[Any]]:
+        return {"policy": self.policy, "critic": self.critic}
 
     def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
         with self.policy.gathered() as policy:

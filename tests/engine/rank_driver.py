@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from ppomax import cli
-from ppomax.checkpoint import CheckpointError
 from ppomax.config import TrainConfig, load_config
 from ppomax.data import Text
 from ppomax.engine import Engine
-from ppomax.export import export_policy
 from ppomax.launch import settled
+from ppomax.saving.export_policy import export_policy
+from ppomax.saving.folder import CheckpointError
 from ppomax.sharding import everyone, rank, ranks, world_size
 from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
@@ -248,14 +248,14 @@ def without(path: Path, file: str) -> None:
 
 
 def onto_a_full_disk(folder: Path) -> None:
-    from ppomax import checkpoint
+    from ppomax.saving import folder as files
 
-    plain = checkpoint.shutil.disk_usage
-    checkpoint.shutil.disk_usage = lambda path: plain(path)._replace(free=1000)  # type: ignore[assignment]
+    plain = files.shutil.disk_usage
+    files.shutil.disk_usage = lambda path: plain(path)._replace(free=1000)  # type: ignore[assignment]
     try:
         engine_of(config_of(folder, 0)).save(folder / "no-room")
     finally:
-        checkpoint.shutil.disk_usage = plain
+        files.shutil.disk_usage = plain
     raise CheckpointError("the save went through")
 
 
@@ -290,7 +290,7 @@ def one(folder: Path) -> dict[str, Any]:
 MOMENTS: dict[str, tuple[str, str, int]] = {
     "update": ("ppomax.update", "train_minibatch", 5),
     "rollout": ("ppomax.rollout.loop", "decode", 4),
-    "save": ("ppomax.checkpoint", "write_tensors", 11),
+    "save": ("ppomax.saving.engine_state", "write_tensors", 11),
     "load": ("ppomax.stages.ppo", "Run", 1),
 }
 """Module, function, and which call of it."""

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppomax import checkpoint
-from ppomax.checkpoint import CheckpointError, newest, verify
 from ppomax.engine import Engine
-from ppomax.export import export_policy
+from ppomax.saving import folder
+from ppomax.saving.export_policy import export_policy
+from ppomax.saving.folder import CheckpointError, newest, verify
 from transformers import AutoModelForCausalLM
 
 from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_reward, tiny_tokenizer
@@ -174,7 +174,7 @@ def test_full_disk_leaves_no_checkpoint_and_names_the_mend(tmp_path) -> None:
 
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match="the disk is full") as caught:
         tiny_engine().save(tmp_path / "state")
     assert caught.value.__cause__.errno == errno.ENOSPC

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ppomax.models import adapters
 from ppomax.batch import Rollout, minibatch, pack, select_trunk
-from ppomax.checkpoint import CheckpointError
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
 from ppomax.engine import Engine
-from ppomax.export import export_policy
-from ppomax.models import blocks_of, head_of, load_policy, packed_hidden
+from ppomax.models import adapters, blocks_of, head_of, load_policy, packed_hidden
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states, check_branch
 from ppomax.models.modes import start_policy
 from ppomax.rollout import Responses, score
+from ppomax.saving.export_policy import export_policy
+from ppomax.saving.folder import CheckpointError
 from ppomax.scoring import policy_logprobs, state_hidden, state_values
 from ppomax.stages.critic import pretrain_critic
 from ppomax.stages.ppo import PlainMonitor, train_ppo

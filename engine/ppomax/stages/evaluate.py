@@ -280,8 +280,8 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
 
 def load_checkpoint(name: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Policy and tokenizer of a run's folder, a checkpoint in one, an HF directory, a hub name, or `default`."""
-    from ppomax.checkpoint import newest
     from ppomax.models import load_policy, load_tokenizer
+    from ppomax.saving.folder import newest
 
     path = shipped("policy") if name == "default" else Path(name)
     if (path / "policy" / "config.json").is_file():
@@ -304,8 +304,9 @@ def load_saved(path: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ppomax.checkpoint import CheckpointError, read_state
     from ppomax.models import load_policy, load_tokenizer
+    from ppomax.saving.engine_state import read_state
+    from ppomax.saving.folder import CheckpointError
     from ppomax.sharding import copy_into
 
     state = read_state(path)

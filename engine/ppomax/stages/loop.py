@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppomax.checkpoint import CheckpointError, check_space, newest, prune, random_state, written_whole
 from ppomax.config import OptimConfig, RunConfig
+from ppomax.saving.folder import CheckpointError, check_space, newest, prune, written_whole
+from ppomax.saving.random_state import random_state
 from ppomax.sharding import Trained
 
 log = logging.getLogger(__name__)

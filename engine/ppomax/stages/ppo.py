@@ -18,17 +18,17 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ppomax.checkpoint import CheckpointError, newest, prune
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import Text, check_same_vocabulary, load_prompts, load_texts
 from ppomax.engine import Engine
-from ppomax.export import export_policy
 from ppomax.launch import settled
 from ppomax.models import load_tokenizer
 from ppomax.models.modes import start_policy
 from ppomax.rewards import load_function
 from ppomax.rollout import decode
 from ppomax.rollout.loop import joined
+from ppomax.saving.export_policy import export_policy
+from ppomax.saving.folder import CheckpointError, newest, prune
 from ppomax.sharding import agree, largest, rank, ranks, share, together
 from ppomax.stages.critic import pretrain_critic
 

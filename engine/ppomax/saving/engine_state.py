@@ -1,0 +1,149 @@
+"""The whole state of an engine in a folder: written atomically, checked on reading, resumed to the bit.
+
+    step-000040/
+      policy.safetensors  policy_optim.safetensors  policy_config/   weights, AdamW state, HF config
+      critic.safetensors  critic_optim.safetensors  critic_config/
+      rng.safetensors     engine.json                                random states (uint8), everything small
+      MANIFEST.json                                                  size and SHA-256 of every file; written last
+Frozen weights are not stored, be it a whole model's, a hydra's trunk or those under adapters; a fingerprint refuses
+others in their place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from ppomax.config import TrainConfig, build
+from ppomax.models import Critic, load_tokenizer
+from ppomax.saving.folder import FORMAT, CheckpointError, check_space, unwritten, verify, written_whole
+from ppomax.saving.random_state import python_random_state, random_state, restore_random_state
+from ppomax.saving.tensor_files import TensorFile, size_of, write_tensors, write_together
+from ppomax.sharding import Lazy, Trained, everyone, rank, together
+
+STATE, RNG = "engine.json", "rng.safetensors"
+
+
+def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, Any], extra: dict[str, Any]) -> Path:
+    """Write a checkpoint to the folder `path`, replacing one of that name. CheckpointError if the disk does not take
+    it. Every rank calls.
+
+    trained: the models that an optimiser steps, by role; state: everything else that an engine is, plain data (see
+    `Engine.state`); extra: what the caller wants back."""
+    generators = {_of_rank(r, name): x for r, found in enumerate(everyone(random_state())) for name, x in found.items()}
+    files: dict[str, dict[str, Lazy]] = {RNG: {name: Lazy.of(x) for name, x in generators.items()}}
+    for role, part in trained.items():
+        weights, optim = part.lazy()
+        # In the order of names, so that the bytes do not tell in which order a run came by its tensors.
+        files[f"{role}.safetensors"], files[f"{role}_optim.safetensors"] = (
+            dict(sorted(d.items())) for d in (weights, optim)
+        )
+    written = {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        **state,
+        "optimizer_steps": {role: part.steps for role, part in trained.items()},
+        "random": everyone(python_random_state()),
+        "extra": extra,
+    }
+    tensors = [x for file in files.values() for x in file.values()]
+    with together():
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                check_space(path.parent, sum(size_of(x) for x in tensors))
+            except OSError as error:
+                raise unwritten(path, error) from error
+    write_together(tensors, lambda stream: _write(path, trained, files, stream, written))
+    return path
+
+
+def _write(
+    path: Path,
+    trained: dict[str, Trained[Any]],
+    files: dict[str, dict[str, Lazy]],
+    stream: Iterator[Tensor],
+    state: dict[str, Any],
+) -> None:
+    """The folder `path`; tensors are taken from `stream` as they become whole."""
+    with written_whole(path) as folder:
+        for name, file in files.items():
+            write_tensors(folder / name, file.items(), stream)
+        for role, part in trained.items():
+            model = part.module.model if isinstance(part.module, Critic) else part.module
+            if isinstance(model, PreTrainedModel):  # a critic on the policy's trunk has no configuration of its own
+                model.config.save_pretrained(folder / f"{role}_config")
+        (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """engine.json of a checkpoint that rank 0 has verified."""
+    with together():
+        if rank() == 0:
+            if not path.is_dir():
+                raise CheckpointError(f"no checkpoint folder {path}")
+            verify(path)
+    return json.loads((path / STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def restore_state(
+    path: Path, trained: dict[str, Trained[Any]], fingerprints: dict[str, str | None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put weights, optimisers and random states of the checkpoint `path` in place; returns the `state` and `extra` that
+    `save_state` was given. CheckpointError if it is damaged, or of models with other `fingerprints`."""
+    state = read_state(path)
+    compare_fingerprints(state["fingerprints"], fingerprints, path)
+    for role, part in trained.items():
+        part.load(
+            TensorFile(path / f"{role}.safetensors"),
+            TensorFile(path / f"{role}_optim.safetensors"),
+            state["optimizer_steps"][role],
+        )
+    own = min(rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
+    generators = dict(TensorFile(path / RNG).items())
+    restore_random_state({n: generators[_of_rank(own, n)] for n in random_state()}, state["random"][own])
+    return state, state["extra"]
+
+
+def saved_parts(path: Path, state: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that make an engine like the one saved in `path`, whose `state` was read: models built from their
+    saved configurations (weights are restored later), the rest from `given` or from the paths that it recorded.
+    CheckpointError names what has neither."""
+    config = given.get("config") or build(TrainConfig, state["config"])
+    trust, sources = config.model.trust_remote_code, state["sources"]
+    shared = config.model.train != "full"  # the checkpoint then lacks what is frozen of the policy
+    parts = {"reference": None, "tokenizer": None, **given, "config": config, "critic": None}
+    for name in ("policy" if shared else "reference", "reward"):
+        if parts.get(name) is None and not sources.get(name):
+            raise CheckpointError(
+                f"{path} records no path of its {name}, which was passed as an object; give Engine.load(..., {name}=)"
+            )
+        parts[name] = parts.get(name) or sources[name]
+    if parts["tokenizer"] is None and sources["tokenizer"]:
+        parts["tokenizer"] = load_tokenizer(sources["tokenizer"], trust_remote_code=trust)
+    if not shared:
+        saved = AutoConfig.from_pretrained(path / "policy_config", trust_remote_code=trust)
+        parts["policy"] = AutoModelForCausalLM.from_config(saved, trust_remote_code=trust)
+    if (path / "critic_config").is_dir():
+        saved = AutoConfig.from_pretrained(path / "critic_config", trust_remote_code=trust)
+        parts["critic"] = Critic(AutoModelForSequenceClassification.from_config(saved, trust_remote_code=trust))
+    return parts
+
+
+def compare_fingerprints(saved: dict[str, str | None], now: dict[str, str | None], path: Path) -> None:
+    """CheckpointError naming the first model that is not the one `path` was saved with."""
+    for role, print_ in saved.items():
+        if now.get(role) != print_:
+            raise CheckpointError(
+                f"{path} was saved with another {role}; resume with the models of that run, "
+                "or start anew in another folder"
+            )
+
+
+def _of_rank(number: int, name: str) -> str:
+    return name if number == 0 else f"rank{number}/{name}"

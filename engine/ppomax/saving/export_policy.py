@@ -1,0 +1,81 @@
+"""The trained policy as a HF directory, written by rank 0.
+
+A policy that is cut over the ranks (ZeRO-3) or has adapters is made whole tensor by tensor and written shard by shard,
+so that no process holds more of it than one layer beside what it holds anyway."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppomax.models.adapters import has_adapters, merged_weights
+from ppomax.saving.beside import beside
+from ppomax.saving.model_folder import save_model
+from ppomax.saving.tensor_files import shards, size_of, write_tensors, write_together
+from ppomax.sharding import Lazy, Trained, rank, together
+
+SHARD_BYTES = 4 << 30
+INDEX = "model.safetensors.index.json"
+
+
+class HasPolicy(Protocol):
+    """What is exported from: an engine, or anything else that holds a trained policy and its tokenizer."""
+
+    policy: Trained[PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def export_policy(engine: HasPolicy, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write the policy as a HF directory that AutoModelForCausalLM loads, its tokenizer included if there is one, and
+    return the path; a folder of that name is replaced. Adapters are merged in, and lie beside the weights in `adapter`,
+    in PEFT's format. Every rank calls; rank 0 writes, in files of at most `shard_bytes`."""
+    path, policy = Path(path), engine.policy
+    weights, adapters = policy.whole_model(), dict[str, Lazy]()
+    if has_adapters(policy.module):
+        weights, adapters = merged_weights(policy.module, weights)
+    elif not policy.cut:
+        with together():
+            if rank() == 0:
+                save_model(policy.module, engine.tokenizer, path)
+        return path
+    parts = shards(weights, shard_bytes)
+
+    def write(stream: Iterator[Tensor]) -> None:
+        with beside(path) as folder:
+            folder.mkdir()
+            _write_weights(folder, weights, parts, stream)
+            if adapters:
+                whole = {name: next(stream).detach().cpu().clone() for name in adapters}
+                policy.module.save_pretrained(folder / "adapter", state_dict=whole, safe_serialization=True)
+            _write_configs(folder, policy.module)
+            if engine.tokenizer is not None:
+                engine.tokenizer.save_pretrained(folder)
+
+    write_together([*weights.values(), *adapters.values()], write)
+    return path
+
+
+def _write_weights(folder: Path, weights: dict[str, Lazy], parts: list[list[str]], stream: Iterator[Tensor]) -> None:
+    """The safetensors files, and the index that transformers reads where there are several."""
+    files = ["model.safetensors"]
+    if len(parts) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+        placed = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        index = {"metadata": {"total_size": sum(map(size_of, weights.values()))}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for file, part in zip(files, parts, strict=True):
+        write_tensors(folder / file, [(name, weights[name]) for name in part], stream)
+
+
+def _write_configs(folder: Path, policy: PreTrainedModel) -> None:
+    config = copy.deepcopy(policy.config)
+    config.architectures, config.dtype = [type(policy).__name__], policy.dtype  # as save_pretrained does
+    config.save_pretrained(folder)
+    if policy.generation_config is not None:
+        policy.generation_config.save_pretrained(folder)

@@ -1,0 +1,140 @@
+"""A folder that is whole or not there, and damage found on reading.
+
+It is filled under another name, synced, then renamed, so a kill at any moment leaves no half of it. MANIFEST.json holds
+size and SHA-256 of every file and is written last. Only safetensors and JSON: reading a checkpoint runs no code."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ppomax.saving.beside import OLD, PART, beside, sync
+from ppomax.sharding import agree, rank, together
+
+log = logging.getLogger(__name__)
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+"""Of the manifest."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or must not be read; the message names the folder and the mend."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` only once every file in it is listed, synced and named in a manifest."""
+    try:
+        with beside(path) as part:
+            part.mkdir()
+            yield part
+            listing = {str(f.relative_to(part)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in _files(part)}
+            (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listing}, indent=1), encoding="utf-8")
+            for file in _files(part):
+                sync(file)
+            sync(part)
+    except (OSError, SafetensorError) as error:
+        raise unwritten(path, error) from error
+
+
+def unwritten(path: Path, error: Exception) -> CheckpointError:
+    """What stopped `path` from being written, and the mend."""
+    reason = f"the disk is full ({error})" if _is_full(error) else f"{type(error).__name__}: {error}"
+    return CheckpointError(
+        f"{path} could not be written: {reason}. Free some space or choose another run.out; "
+        "earlier checkpoints are untouched"
+    )
+
+
+def check_space(folder: Path, need: int) -> None:
+    """OSError before a byte is written if `need` bytes are not free."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f"{need / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+
+
+def verify(path: Path) -> None:
+    """CheckpointError unless every file that the manifest names is there with its size and SHA-256."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        listing = manifest["files"].items()
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} has no readable {MANIFEST}, so it is no whole checkpoint ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; use the ppomax that wrote it"
+        )
+    for name, entry in listing:
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{file} is missing or cut short (wanted {entry['bytes']} bytes); use an earlier checkpoint"
+            )
+        if sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file} is damaged (its SHA-256 is not the manifest's); use an earlier checkpoint")
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Finished checkpoint folders under `root`, oldest first; unfinished ones have other names."""
+    return sorted(root.glob("step-*")) if root.is_dir() else []
+
+
+def newest(root: Path) -> Path | None:
+    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each. None: there are none
+    at all. CheckpointError: there are some and none is whole."""
+    found: Path | None = None
+    with together():
+        found = _newest(root) if rank() == 0 else None
+    return agree(found)
+
+
+def _newest(root: Path) -> Path | None:
+    found = checkpoints(root)
+    for path in reversed(found):
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            warnings.warn(f"CHECKPOINT PASSED OVER: {error}", stacklevel=2)
+            log.error("checkpoint passed over: %s", error)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints under {root} is whole; start anew in another folder"
+        )
+    return None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
+    if rank():
+        return
+    for path in checkpoints(root)[:-keep]:
+        gone = path.with_name(OLD + path.name)
+        os.replace(path, gone)  # so that a kill while deleting leaves no half checkpoint under a real name
+        shutil.rmtree(gone)
+    for pattern in (PART + "*", OLD + "*"):
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def _is_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
