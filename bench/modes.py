@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from ppomax.assets import default_assets
-from ppomax.batch import Experience
 from ppomax.config import load_config
 from ppomax.engine import Engine
+from ppomax.recipe.batch import Experience
 from torch import nn
 
 MODES = {

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
-from ppomax.batch import Experience, minibatch
 from ppomax.config import TrainConfig, load_config
 from ppomax.engine import Engine
 from ppomax.models import make_reward_model
-from ppomax.update import train_minibatch
+from ppomax.recipe.batch import Experience, minibatch
+from ppomax.recipe.update import train_minibatch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM

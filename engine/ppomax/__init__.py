@@ -6,9 +6,9 @@ Names below load on first use, so that `import ppomax` and `--help` stay fast.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppomax.batch import Experience, Rollout
     from ppomax.config import TrainConfig, load_config
     from ppomax.engine import Engine
+    from ppomax.recipe.batch import Experience, Rollout
 
 _HOMES = {
     "Engine": "engine",

@@ -15,33 +15,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ppomax_kernels as K
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppomax.batch import Experience, Rollout
-from ppomax.config import AdvantageConfig, TrainConfig, to_dict
-from ppomax.measures import experience_metrics
-from ppomax.models import Critic, RewardModel, freeze, load_policy, load_reward_model, load_tokenizer, make_critic
+from ppomax.config import TrainConfig, to_dict
+from ppomax.models import (
+    Critic,
+    RewardModel,
+    freeze,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    make_critic,
+    pick_device,
+)
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.models.fingerprints import fingerprints
 from ppomax.models.modes import set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
-from ppomax.rewards import (
+from ppomax.recipe.batch import Experience, Rollout
+from ppomax.recipe.measures import experience_metrics
+from ppomax.recipe.rewards import (
     FunctionReward,
     KLController,
     ModelReward,
     RewardSource,
     RunningMoments,
+    advantages_and_returns,
     shape_scores,
     token_rewards,
 )
-from ppomax.rollout import RolloutPlan, rollout
+from ppomax.recipe.rollout import rollout
+from ppomax.recipe.update import Health, TextSource, update
+from ppomax.rollout import RolloutPlan
 from ppomax.saving.engine_state import read_state, restore_state, save_state, saved_parts
 from ppomax.sharding import Trained, copy_source, cuts, freeze_model, is_cut, train_model
-from ppomax.update import Health, TextSource, update
 
 log = logging.getLogger(__name__)
 
@@ -318,35 +328,9 @@ class Engine:
         return make_critic(wanted, self.dtype, seed=self.config.run.seed, cut=cut)
 
 
-def advantages_and_returns(
-    rewards: Tensor, roll: Rollout, config: AdvantageConfig, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """(N,) advantages with the actor's lambda, (N,) returns with the critic's; then buffer-wide whitening and
-    clipping."""
-    lam: float | Tensor = config.lam
-    if config.length_alpha is not None:
-        lam = (1 - 1 / (config.length_alpha * roll.lengths.float())).clamp(min=0.0)
-    advantages, returns = K.gae(rewards, roll.values, roll.response_cu, gamma=config.gamma, lam=lam, impl=impl)
-    critic_lam = config.lam if config.critic_lam is None else config.critic_lam
-    if config.length_alpha is not None or critic_lam != config.lam:
-        _, returns = K.gae(rewards, roll.values, roll.response_cu, gamma=config.gamma, lam=critic_lam, impl=impl)
-    if config.whiten:
-        advantages = K.whiten(advantages, impl=impl)
-    if config.clip is not None:
-        advantages = advantages.clamp(-config.clip, config.clip)
-    return advantages, returns
-
-
 def optimizer_steps(config: TrainConfig) -> int:
     """Optimiser steps of the whole run, which the learning-rate schedule spans."""
     return config.run.steps * config.batch.epochs * -(-config.batch.rollout_size // config.batch.minibatch_size)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def _path(source: Any) -> str | None:

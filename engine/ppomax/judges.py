@@ -176,7 +176,7 @@ def score_by_function(function: Callable[..., Any], prompts: Sequence[str], resp
     """A reward function's scores, checked as in training."""
     import torch
 
-    from ppomax.rewards import RewardError, checked_scores
+    from ppomax.recipe.rewards import RewardError, checked_scores
 
     name = f"the function {getattr(function, '__name__', function)}"
     try:

@@ -288,8 +288,8 @@ def one(folder: Path) -> dict[str, Any]:
 # ---- a whole job ----------------------------------------------------------------------------------------------------
 
 MOMENTS: dict[str, tuple[str, str, int]] = {
-    "update": ("ppomax.update", "train_minibatch", 5),
-    "rollout": ("ppomax.rollout.loop", "decode", 4),
+    "update": ("ppomax.recipe.update", "train_minibatch", 5),
+    "rollout": ("ppomax.recipe.rollout", "decode", 4),
     "save": ("ppomax.saving.engine_state", "write_tensors", 11),
     "load": ("ppomax.stages.ppo", "Run", 1),
 }

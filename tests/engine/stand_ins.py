@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppomax.rollout import plan
+from ppomax.rollout import sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -84,7 +84,7 @@ def captures_by_tape(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 def attend_by(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """From here on, rollouts on a CPU attend by this implementation."""
-    monkeypatch.setattr(plan, "choose", lambda model, impl="auto": name)
+    monkeypatch.setattr(sizes, "choose", lambda model, impl="auto": name)
 
 
 class FakeFlash(ModuleType):

@@ -12,7 +12,7 @@ import torch
 from ppomax.cli import main
 from ppomax.config.mapping import ConfigError
 from ppomax.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
-from ppomax.rewards import RewardError
+from ppomax.recipe.rewards import RewardError
 from ppomax.saving.model_folder import save_model
 from ppomax.stages.evaluate import EvaluateConfig, load_checkpoint, run_evaluation, wilson
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from ppomax.batch import pack
 from ppomax.models import (
     Critic,
     RewardModel,
@@ -17,6 +16,7 @@ from ppomax.models import (
     make_reward_model,
     packed_hidden,
 )
+from ppomax.recipe.batch import pack
 from ppomax.saving.model_folder import save_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

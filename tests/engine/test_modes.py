@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ppomax.batch import Rollout, minibatch, pack, select_trunk
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.models import adapters, blocks_of, head_of, load_policy, packed_hidden
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states, check_branch
 from ppomax.models.modes import start_policy
-from ppomax.rollout import Responses, score
+from ppomax.recipe.batch import Rollout, minibatch, pack, select_trunk
+from ppomax.recipe.rollout import score
+from ppomax.recipe.scoring import policy_logprobs, state_hidden, state_values
+from ppomax.recipe.update import policy_loss
+from ppomax.rollout import Responses
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError
-from ppomax.scoring import policy_logprobs, state_hidden, state_values
 from ppomax.stages.critic import pretrain_critic
 from ppomax.stages.ppo import PlainMonitor, train_ppo
-from ppomax.update import policy_loss
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

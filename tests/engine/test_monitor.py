@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from ppomax.config import MonitorConfig, load_config
-from ppomax.measures import QUANTILES
+from ppomax.recipe.measures import QUANTILES
 from ppomax.reporting.alarm import CollapseAlarm, history
 from ppomax.reporting.monitor import VERL_NAMES, PlainLine, RichLine, RunMonitor, cut_rows, progress_line, read_jsonl
 from rich.console import Console

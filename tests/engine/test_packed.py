@@ -6,7 +6,7 @@ import pytest
 import torch
 from ppomax.models import base_of
 from ppomax.rollout import decode
-from ppomax.rollout.packed import norm_of, packable, packed_linears, swiglu_layers
+from ppomax.rollout.packed_weights import norm_of, packable, packed_linears, swiglu_layers
 
 from tests.engine.families import BOS, FAMILIES, family
 

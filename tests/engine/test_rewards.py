@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from ppomax.rewards import KLController, RewardError, RunningMoments, checked_scores, load_function, shape_scores
+from ppomax.recipe.rewards import KLController, RewardError, RunningMoments, checked_scores, load_function, shape_scores
 
 from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
 

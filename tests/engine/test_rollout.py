@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from ppomax.models import base_of, blocks_of
+from ppomax.recipe.scoring import policy_logprobs
 from ppomax.rollout import RolloutPlan, decode
 from ppomax.rollout.arena import arena_bytes, cache_shape
 from ppomax.rollout.attention import UnsupportedModel
-from ppomax.rollout.plan import RolloutError
-from ppomax.scoring import policy_logprobs
+from ppomax.rollout.sizes import RolloutError
 from ppomax.sharding import ranks
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 

@@ -11,7 +11,7 @@ from ppomax.models import base_of
 from ppomax.rollout import RolloutPlan, decode
 from ppomax.rollout.arena import Arena, cache_shape
 from ppomax.rollout.graphs import MEETINGS, WARM_UPS, capture_for, page_bucket, row_bucket
-from ppomax.rollout.plan import RolloutError
+from ppomax.rollout.sizes import RolloutError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engine.families import BOS, FAMILIES, SHARED, family

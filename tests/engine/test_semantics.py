@@ -8,13 +8,13 @@ import math
 import ppomax_kernels as K
 import pytest
 import torch
-from ppomax.batch import cumulative, minibatch, plan_minibatches
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
-from ppomax.measures import experience_metrics
-from ppomax.rewards import RunningMoments, sequence_sums, shape_scores, token_rewards
+from ppomax.recipe.batch import cumulative, minibatch, plan_minibatches
+from ppomax.recipe.measures import experience_metrics
+from ppomax.recipe.rewards import RunningMoments, sequence_sums, shape_scores, token_rewards
+from ppomax.recipe.update import critic_loss, policy_loss, train_minibatch
 from ppomax.rollout.decode import stream_seeds
-from ppomax.update import critic_loss, policy_loss, train_minibatch
 
 from tests.engine.tiny import VOCABULARY, prompts, small_config, tiny_engine
 

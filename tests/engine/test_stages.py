@@ -7,11 +7,11 @@ import signal
 
 import pytest
 import torch
-from ppomax.batch import pack
 from ppomax.config import OptimConfig, RunConfig
 from ppomax.config.mapping import ConfigError
 from ppomax.data import Pair, Text
 from ppomax.models import head_of, load_policy, load_reward_model, make_reward_model
+from ppomax.recipe.batch import pack
 from ppomax.saving.folder import CheckpointError
 from ppomax.saving.model_folder import save_model
 from ppomax.stages import loop

@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax.batch import Experience, cumulative, minibatch, pack, plan_minibatches, select, spans
 from ppomax.config import AdvantageConfig, OptimConfig
 from ppomax.data import Text
-from ppomax.engine import Engine, advantages_and_returns
+from ppomax.engine import Engine
 from ppomax.models import head_of, packed_hidden
+from ppomax.recipe.batch import Experience, cumulative, minibatch, pack, plan_minibatches, select, spans
+from ppomax.recipe.rewards import advantages_and_returns
+from ppomax.recipe.update import Diverged, Health, critic_loss, policy_loss, ptx_backward
 from ppomax.sharding import Trained, lr_at
-from ppomax.update import Diverged, Health, critic_loss, policy_loss, ptx_backward
 
 from tests.engine.tiny import prompts, small_config, tiny_engine
 

@@ -10,7 +10,7 @@ from ppomax.models.critic import Critic, RewardModel, load_reward_model, make_cr
 from ppomax.models.head import Head, check_head, head_of
 from ppomax.models.packed import packed_forward, packed_hidden
 from ppomax.models.policy import load_policy
-from ppomax.models.sources import ModelSource, load_tokenizer
+from ppomax.models.sources import ModelSource, load_tokenizer, pick_device
 from ppomax.models.trunk import base_of, blocks_name, blocks_of, disable_dropout, embedding_weight, freeze
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "make_reward_model",
     "packed_forward",
     "packed_hidden",
+    "pick_device",
 ]

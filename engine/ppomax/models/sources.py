@@ -1,9 +1,10 @@
-"""Where models and tokenizers are read from: a folder, a hub name, or a model in memory."""
+"""Where models and tokenizers are read from: a folder, a hub name, or a model in memory; and the device they go to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -33,3 +34,10 @@ def local_or_hub(path: str | Path) -> str:
             f"no model folder {text}; give a folder with config.json and model.safetensors, or a hub name"
         )
     return text
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

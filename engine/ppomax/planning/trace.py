@@ -195,7 +195,7 @@ def cache_bytes(config: str, dtype: str, slots: int, capacity: int) -> int:
 
 def packed_bytes(config: str) -> int:
     """Bytes of the second copy of its float32 weights that the rollout keeps on a CPU where they are few."""
-    from ppomax.rollout.packed import MOST_BYTES
+    from ppomax.rollout.packed_weights import MOST_BYTES
 
     c = counts(config, "causal_lm")
     size = 4 * (c.layers * sum(i * o for _, i, o in c.linears) + c.head)

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ppomax.models import base_of
 from ppomax.rollout.arena import FLASH_PAGE, Arena, Step, cache_shape
-from ppomax.rollout.borrowed import How, attend_borrowed
+from ppomax.rollout.attention_borrowed import How, attend_borrowed
 
 NAME = "ppomax_rollout"
 LAYER_TYPES = ("full_attention", "sliding_attention")

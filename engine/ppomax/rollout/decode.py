@@ -25,9 +25,9 @@ from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Arena, Step
 from ppomax.rollout.attention import Attention, arena_attention
 from ppomax.rollout.graphs import DecodeGraphs, capture_for
-from ppomax.rollout.packed import packed_linears
-from ppomax.rollout.plan import RolloutError, RolloutPlan, plan_rollout
+from ppomax.rollout.packed_weights import packed_linears
 from ppomax.rollout.recorder import Recorder
+from ppomax.rollout.sizes import RolloutError, RolloutPlan, plan_rollout
 from ppomax.rollout.slots import Admission, Prompt, Slots
 from ppomax.rollout.text import TextStream
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ppomax.rollout.arena import Step, pages_for
-from ppomax.rollout.plan import RolloutError
+from ppomax.rollout.sizes import RolloutError
 
 log = logging.getLogger(__name__)
 

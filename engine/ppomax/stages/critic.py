@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import ppomax_kernels as K
 import torch
 
-from ppomax.batch import Plan, Rollout, or_shortest, plan_minibatches, select, select_trunk
 from ppomax.engine import Engine
-from ppomax.measures import explained_variance
-from ppomax.scoring import state_values
+from ppomax.recipe.batch import Plan, Rollout, or_shortest, plan_minibatches, select, select_trunk
+from ppomax.recipe.measures import explained_variance
+from ppomax.recipe.scoring import state_values
 from ppomax.sharding import place, total
 
 

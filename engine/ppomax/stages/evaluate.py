@@ -219,7 +219,8 @@ def as_json(
 def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]:
     """This checkpoint's responses to the prompts, and its tokenizer."""
     from ppomax.data import load_prompts
-    from ppomax.engine import eos_ids_of, pick_device
+    from ppomax.models import pick_device
+    from ppomax.models.checks import eos_ids_of
     from ppomax.rollout import decode
 
     model, tokenizer = load_checkpoint(checkpoint, config.trust_remote_code)
@@ -253,14 +254,13 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
         classifier = SentimentClassifier.load(shipped("classifier.json"))
         return [classifier.logit(a.whole) for a in given]
     if config.judge == "function":
-        from ppomax.rewards import load_function
+        from ppomax.recipe.rewards import load_function
 
         return score_by_function(
             load_function(str(config.function)), [a.prompt for a in given], [a.text for a in given]
         )
     from ppomax.data import Text, encode_prompt, encode_response
-    from ppomax.engine import pick_device
-    from ppomax.models import freeze, load_reward_model, load_tokenizer
+    from ppomax.models import freeze, load_reward_model, load_tokenizer, pick_device
     from ppomax.stages.reward_model import score_texts
 
     path = config.reward_model or str(shipped("reward_model"))

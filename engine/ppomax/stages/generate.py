@@ -63,8 +63,7 @@ class GenerateConfig:
 def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO | None = None) -> list[str]:
     """Write prompt and response of each sequence to `sink` (standard output), the first one as it comes; returns the
     responses' texts. A last line tells tokens and tokens a second."""
-    from ppomax.engine import pick_device
-    from ppomax.models import load_policy, load_tokenizer
+    from ppomax.models import load_policy, load_tokenizer, pick_device
     from ppomax.models.checks import eos_ids_of
     from ppomax.rollout import decode
     from ppomax.stages.evaluate import shipped

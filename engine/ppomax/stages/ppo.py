@@ -24,9 +24,9 @@ from ppomax.engine import Engine
 from ppomax.launch import settled
 from ppomax.models import load_tokenizer
 from ppomax.models.modes import start_policy
-from ppomax.rewards import load_function
+from ppomax.recipe.rewards import load_function
+from ppomax.recipe.rollout import joined
 from ppomax.rollout import decode
-from ppomax.rollout.loop import joined
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError, newest, prune
 from ppomax.sharding import agree, largest, rank, ranks, share, together

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import AutoConfig
 
-from ppomax.batch import pack
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import RewardModelConfig
 from ppomax.data import Pair, Text, load_pairs, load_texts
@@ -37,6 +36,7 @@ from ppomax.models import (
     make_reward_model,
     packed_hidden,
 )
+from ppomax.recipe.batch import pack
 from ppomax.saving.model_folder import save_model
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 from ppomax.stages.sft import autocast, counted_tokens, token_nll

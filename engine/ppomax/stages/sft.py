@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.batch import pack
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import SftConfig
 from ppomax.data import Text, load_texts
 from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden
+from ppomax.recipe.batch import pack
 from ppomax.saving.model_folder import save_model
 from ppomax.stages.loop import BatchOrder, chunks, run_loop
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ppomax.models import embedding_weight, head_of
 from ppomax.rollout.arena import cache_shape, pages_for
 from ppomax.rollout.attention import check_model, choose, page_of
-from ppomax.rollout.packed import packed_bytes
+from ppomax.rollout.packed_weights import packed_bytes
 from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
 
 MIB = 2**20

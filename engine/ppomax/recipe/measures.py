@@ -9,8 +9,8 @@ import ppomax_kernels as K
 import torch
 from torch import Tensor
 
-from ppomax.batch import Experience
-from ppomax.rewards import sequence_sums
+from ppomax.recipe.batch import Experience
+from ppomax.recipe.rewards import sequence_sums
 
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.batch import Trunk, trunk_cu
 from ppomax.models import Critic, Head, head_of, packed_hidden
 from ppomax.models.branch import Branch, TrunkCritic
+from ppomax.recipe.batch import Trunk, trunk_cu
 
 
 def state_hidden(

@@ -19,7 +19,11 @@ from ppomax_kernels.ppo_loss import METRICS as PG_FIGURES
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.batch import (
+from ppomax.config import TrainConfig
+from ppomax.data import Text
+from ppomax.models import Critic, head_of
+from ppomax.models.branch import TrunkCritic
+from ppomax.recipe.batch import (
     Experience,
     Minibatch,
     Plan,
@@ -29,11 +33,7 @@ from ppomax.batch import (
     pack,
     plan_minibatches,
 )
-from ppomax.config import TrainConfig
-from ppomax.data import Text
-from ppomax.models import Critic, head_of
-from ppomax.models.branch import TrunkCritic
-from ppomax.scoring import scaled, state_hidden, state_values
+from ppomax.recipe.scoring import scaled, state_hidden, state_values
 from ppomax.sharding import Trained, largest, place, total
 
 TextSource = Callable[[int], list[Text]]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ppomax.batch import Rollout, or_shortest, per_token, spans
-from ppomax.config import KLConfig, RewardConfig
+from ppomax.config import AdvantageConfig, KLConfig, RewardConfig
 from ppomax.models import RewardModel
+from ppomax.recipe.batch import Rollout, or_shortest, per_token, spans
 from ppomax.sharding import gather, run, share, total
 
 if TYPE_CHECKING:
@@ -179,6 +179,25 @@ def token_rewards(shaped: Tensor, rollout: Rollout, kl_coef: float, estimator: s
         estimator=estimator,
         impl=impl,
     )
+
+
+def advantages_and_returns(
+    rewards: Tensor, roll: Rollout, config: AdvantageConfig, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(N,) advantages with the actor's lambda, (N,) returns with the critic's; then buffer-wide whitening and
+    clipping."""
+    lam: float | Tensor = config.lam
+    if config.length_alpha is not None:
+        lam = (1 - 1 / (config.length_alpha * roll.lengths.float())).clamp(min=0.0)
+    advantages, returns = K.gae(rewards, roll.values, roll.response_cu, gamma=config.gamma, lam=lam, impl=impl)
+    critic_lam = config.lam if config.critic_lam is None else config.critic_lam
+    if config.length_alpha is not None or critic_lam != config.lam:
+        _, returns = K.gae(rewards, roll.values, roll.response_cu, gamma=config.gamma, lam=critic_lam, impl=impl)
+    if config.whiten:
+        advantages = K.whiten(advantages, impl=impl)
+    if config.clip is not None:
+        advantages = advantages.clamp(-config.clip, config.clip)
+    return advantages, returns
 
 
 def sequence_sums(x: Tensor, cu: Tensor) -> Tensor:

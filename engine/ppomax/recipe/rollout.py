@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.batch import (
+from ppomax.config import BatchConfig, RolloutConfig
+from ppomax.models import Critic, embedding_weight
+from ppomax.models.adapters import adapters_off
+from ppomax.models.branch import Branch, TrunkCritic, bottom_states
+from ppomax.recipe.batch import (
     Plan,
     Rollout,
     Trunk,
@@ -28,13 +32,9 @@ from ppomax.batch import (
     spans,
     trunk_cu,
 )
-from ppomax.config import BatchConfig, RolloutConfig
-from ppomax.models import Critic, embedding_weight
-from ppomax.models.adapters import adapters_off
-from ppomax.models.branch import Branch, TrunkCritic, bottom_states
+from ppomax.recipe.scoring import policy_logprobs, state_values
 from ppomax.rollout.decode import Responses, decode
-from ppomax.rollout.plan import RolloutPlan
-from ppomax.scoring import policy_logprobs, state_values
+from ppomax.rollout.sizes import RolloutPlan
 from ppomax.sharding import Trained, gather, place, run, share, total, world_size
 
 
