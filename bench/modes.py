@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ppomax.assets import default_assets
+from ppomax.assets import FOLDER
 from ppomax.config import load_config
 from ppomax.engine import Engine
 from ppomax.recipe.batch import Experience
@@ -34,7 +34,7 @@ MODES = {
 
 def make(mode: str, prompts: int, tokens: int, layers: int) -> Engine:
     """An engine on the shipped models, one minibatch a buffer."""
-    shipped = default_assets()
+    shipped = FOLDER
     config = load_config(
         overrides={
             "ptx.coef": 0.0, "batch.rollout_size": prompts, "batch.minibatch_size": prompts, "run.device": "cpu",
@@ -47,7 +47,7 @@ def make(mode: str, prompts: int, tokens: int, layers: int) -> Engine:
 
 def read_prompts(engine: Engine, count: int) -> list[list[int]]:
     """The first shipped prompts as token ids."""
-    rows = (default_assets() / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    rows = (FOLDER / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     return [list(engine.tokenizer(json.loads(row)["prompt"])["input_ids"]) for row in rows]  # type: ignore[misc]
 
 

@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 
 import torch
 import transformers
-from ppomax.assets import default_assets
+from ppomax.assets import FOLDER
 from ppomax.data import load_prompts
 from ppomax.models import load_policy, load_tokenizer
 from ppomax.rollout import decode
@@ -62,7 +62,7 @@ class Turn:
 
 
 def jobs(tokenizer: PreTrainedTokenizerBase) -> dict[str, Job]:
-    texts, _ = load_prompts(str(default_assets() / "prompts.jsonl"), tokenizer, 512)
+    texts, _ = load_prompts(str(FOLDER / "prompts.jsonl"), tokenizer, 512)
     generator = torch.Generator().manual_seed(0)
 
     def random(count: int, length: int) -> Rows:
@@ -143,7 +143,7 @@ def serve(connection: Connection, threads: int, cpu_time: bool) -> None:
     """Do what is asked through the connection until its other end closes."""
     torch.set_num_threads(threads)
     clock = time.process_time if cpu_time else time.perf_counter
-    path = default_assets() / "policy"
+    path = FOLDER / "policy"
     tokenizer, models = load_tokenizer(path), {}
     eos, todo = int(tokenizer.eos_token_id), jobs(tokenizer)
     while True:
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=names, default=list(names))
     parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args(arguments)
-    todo = jobs(load_tokenizer(default_assets() / "policy"))
+    todo = jobs(load_tokenizer(FOLDER / "policy"))
     rollout, spins, sleeps = (Side(w, args.threads, args.cpu_time) for w in ("passive", "default", "passive"))
     print(
         f"tokens a second, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"

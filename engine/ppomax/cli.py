@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ppomax.command.folders import folder_of, taken, training_config
+from ppomax.command.launch import parsed_together, watched, without_local_rank
+from ppomax.command.options import RUN_FLAGS, Options, stage_presets
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, save_config, to_dict
+from ppomax.config.launcher import started_ranks
 from ppomax.config.mapping import flat, nearest, read_yaml
 from ppomax.config.stages import BuildDefaultConfig, RewardModelConfig, SftConfig
-from ppomax.folders import folder_of, taken, training_config
-from ppomax.launch import launched, parsed_together, watched, without_local_rank
-from ppomax.options import RUN_FLAGS, Options, stage_presets
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
 
@@ -36,8 +37,9 @@ def train(argv: list[str]) -> None:
 
 def _train(config: TrainConfig) -> None:
     from ppomax.planning.plan import checked
-    from ppomax.reporting.monitor import METRICS, RunMonitor, read_jsonl
+    from ppomax.reporting.monitor import METRICS, RunMonitor
     from ppomax.reporting.page import closing_words, write_report
+    from ppomax.saving.jsonl import read_rows
     from ppomax.sharding import rank, together
     from ppomax.stages.ppo import train_ppo
 
@@ -53,13 +55,11 @@ def _train(config: TrainConfig) -> None:
     train_ppo(config, monitor)
     if rank():
         return
-    if monitor.verdict:
-        console.print(
-            f"ended by the collapse alarm ({monitor.verdict}); {out / 'alarms.jsonl'} says why", highlight=False
-        )
+    if monitor.halt:
+        console.print(f"ended by the collapse alarm ({monitor.halt}); {out / 'alarms.jsonl'} says why", highlight=False)
     elif not (out / "policy").is_dir():
         console.print(f"interrupted; go on with: ppomax train --resume --out {out}", highlight=False)
-    if any(row["step"] for row in read_jsonl(out / METRICS)):
+    if any(row["step"] for row in read_rows(out / METRICS)):
         console.print(closing_words(out), highlight=False, markup=False)
         console.print(f"report: {write_report([out])}", highlight=False)
     if (out / "policy").is_dir():
@@ -108,14 +108,15 @@ def build_default(argv: list[str]) -> None:
     for knob in ("--lm_steps", "--sft_steps", "--reward_steps"):
         argv = [*argv, knob, steps] if steps else argv
     config = training_config("build-default", BuildDefaultConfig, argv)
-    from ppomax.stages.build_default import build_default as run
+    from ppomax.default.build import build_default as run
 
     stage("build-default", config, run)
 
 
 def evaluate(argv: list[str]) -> None:
     """win / tie / lose of one checkpoint against another on given prompts"""
-    from ppomax.stages.evaluate import EvaluateConfig, run_evaluation  # loads torch only to answer
+    from ppomax.config.stages import EvaluateConfig
+    from ppomax.stages.evaluate import run_evaluation
 
     config = Options("evaluate", EvaluateConfig, {}).parse(argv)
     console = start_logging()
@@ -124,7 +125,7 @@ def evaluate(argv: list[str]) -> None:
 
 def generate(argv: list[str]) -> None:
     """sample from a model by hand: text as it comes, tokens a second"""
-    from ppomax.stages.generate import GenerateConfig
+    from ppomax.config.stages import GenerateConfig
     from ppomax.stages.generate import generate as run
 
     config = Options("generate", GenerateConfig, {}, layered=False).parse(argv)
@@ -230,8 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}")
-        if launched() > 1 and command != "train":
-            words = f"ppomax {command} runs in one process, but {launched()} were started; leave the launcher out"
+        if started_ranks() > 1 and command != "train":
+            words = f"ppomax {command} runs in one process, but {started_ranks()} were started; leave the launcher out"
             raise ConfigError(words)
         COMMANDS[command](rest)
     except KeyboardInterrupt:

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from ppomax import cli
 from ppomax.config import TrainConfig, load_config
+from ppomax.config.launcher import restarts
 from ppomax.data import Text
 from ppomax.engine import Engine
-from ppomax.launch import settled
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError
 from ppomax.sharding import everyone, rank, ranks, world_size
+from ppomax.sharding.settle import agreed_config
 from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
 
@@ -221,11 +222,11 @@ def refused(folder: Path) -> dict[str, list[str]]:
     contradicting.write_text(json.dumps({"zero_optimization": {"stage": 1}}), encoding="utf-8")
     other = {"policy_optim__lr": 2e-3 if rank() else 1e-3}
     attempts: dict[str, Callable[[], object]] = {
-        "batch": lambda: settled(small_config(batch__rollout_size=8, batch__minibatch_size=3)),
-        "mismatch": lambda: settled(small_config(**other)),
-        "file": lambda: settled(small_config(sharding__zero_stage=3, sharding__deepspeed=str(contradicting))),
-        "hpz": lambda: settled(small_config(sharding__zero_stage=3, sharding__hpz=3)),
-        "int8": lambda: settled(small_config(sharding__zero_stage=3, sharding__quantized_weights=True)),
+        "batch": lambda: agreed_config(small_config(batch__rollout_size=8, batch__minibatch_size=3)),
+        "mismatch": lambda: agreed_config(small_config(**other)),
+        "file": lambda: agreed_config(small_config(sharding__zero_stage=3, sharding__deepspeed=str(contradicting))),
+        "hpz": lambda: agreed_config(small_config(sharding__zero_stage=3, sharding__hpz=3)),
+        "int8": lambda: agreed_config(small_config(sharding__zero_stage=3, sharding__quantized_weights=True)),
         "missing shard": lambda: without(folder / "zero-0", "policy_optim.safetensors"),
         "disk": lambda: onto_a_full_disk(folder),
     }
@@ -311,7 +312,7 @@ def job(folder: Path, name: str, moment: str, number: int = signal.SIGKILL, vict
     """`ppomax train` in `folder`/`name`; one rank sends itself a signal at `moment` of the job's first start."""
     from importlib import import_module
 
-    if moment in MOMENTS and not ranks.restarts() and int(os.environ.get("RANK", "0")) == victim:
+    if moment in MOMENTS and not restarts() and int(os.environ.get("RANK", "0")) == victim:
         module, function, nth = MOMENTS[moment]
         owner, count = import_module(module), [0]
         plain = getattr(owner, function)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 from ppomax.cli import main
+from ppomax.command.options import RUN_FLAGS, Options
 from ppomax.config import ConfigError, TrainConfig
 from ppomax.config.mapping import undot
 from ppomax.config.stages import SftConfig
-from ppomax.options import RUN_FLAGS, Options
 
 from tests.engine.tiny import SMALL, tiny_assets
 from tests.engine.tiny_text import TEXTS, tiny_llama, tiny_tokenizer
@@ -247,9 +247,7 @@ def test_sft_runs_from_flags_and_resumes_from_its_folder(tmp_path, monkeypatch, 
 def test_build_default_s_steps_reach_each_of_its_stages(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(
-        "ppomax.stages.build_default.build_default", lambda config: seen.append(config) or Path(config.out)
-    )
+    monkeypatch.setattr("ppomax.default.build.build_default", lambda config: seen.append(config) or Path(config.out))
     assert main(["build-default", "--data", "d", "--steps", "7"]) == 0
     assert (seen[0].lm_steps, seen[0].sft_steps, seen[0].reward_steps) == (7, 7, 7)
     assert seen[0].out.startswith("runs/")
@@ -258,8 +256,8 @@ def test_build_default_s_steps_reach_each_of_its_stages(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("command", "names"), [("sft", ["paper"]), ("reward-model", ["paper", "released"])])
 def test_the_stages_have_presets_of_their_own(command, names):
+    from ppomax.command.options import stage_presets
     from ppomax.config.stages import RewardModelConfig
-    from ppomax.options import stage_presets
 
     cls = {"sft": SftConfig, "reward-model": RewardModelConfig}[command]
     assert stage_presets(command) == names

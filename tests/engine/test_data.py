@@ -7,7 +7,7 @@ import logging
 import pytest
 from ppomax.data import DataError, check_same_vocabulary, check_tokenizer, load_pairs, load_prompts, load_texts
 from ppomax.data.rows import read_rows
-from ppomax.stages.default_data import train_tokenizer
+from ppomax.default.texts import train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from .tiny_text import CHAT_TEMPLATE, TEXTS, tiny_tokenizer

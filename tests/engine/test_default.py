@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppomax.assets import default_assets
-from ppomax.assets.classifier import SentimentClassifier, train_classifier
+from ppomax.assets import FOLDER
+from ppomax.assets.classifier import SentimentClassifier
 from ppomax.data import check_same_vocabulary, check_tokenizer, load_pairs, load_prompts
+from ppomax.default import texts as files
+from ppomax.default.build import LIMIT_BYTES, BuildDefaultConfig, build_default
+from ppomax.default.classifier import train_classifier
 from ppomax.models import load_policy, load_reward_model, load_tokenizer
-from ppomax.stages import default_data as files
-from ppomax.stages.build_default import LIMIT_BYTES, BuildDefaultConfig, build_default
 from ppomax.stages.reward_model import evaluate_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -26,7 +27,7 @@ needs_reviews = pytest.mark.skipif(not REVIEWS.is_dir(), reason=f"no labelled re
 
 @pytest.fixture(scope="module")
 def assets():
-    return default_assets()
+    return FOLDER
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ import pytest
 import torch
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
+from ppomax.reporting.monitor import RunMonitor
 from ppomax.rollout import decode
-from ppomax.stages.critic import pretrain_critic
-from ppomax.stages.ppo import Order, PlainMonitor, differences, train_ppo
+from ppomax.stages.order import Order
+from ppomax.stages.ppo import differences, train_ppo
+from ppomax.stages.pretrain_critic import pretrain_critic
 from transformers import AutoModelForCausalLM
 
 from tests.engine.tiny import BOS, EOS, SMALL, prompts, small_config, tiny_assets, tiny_engine, tiny_policy
@@ -224,19 +226,19 @@ def test_train_ppo_leaves_a_whole_run(names, tmp_path) -> None:
         train_ppo(config)
 
 
-class Verdicts(PlainMonitor):
-    verdict = "stop"
+class Halts(RunMonitor):
+    asked = "stop"
 
     def log(self, step, metrics):
         super().log(step, metrics)
-        return self.verdict if step == 2 else None
+        return self.asked if step == 2 else None
 
 
-@pytest.mark.parametrize(("verdict", "last"), [("stop", "step-000002"), ("rollback", "step-000001")])
-def test_monitor_ends_a_run(names, tmp_path, verdict: str, last: str) -> None:
+@pytest.mark.parametrize(("halt", "last"), [("stop", "step-000002"), ("rollback", "step-000001")])
+def test_monitor_ends_a_run(names, tmp_path, halt: str, last: str) -> None:
     config = config_of(names, tmp_path / "run")
-    monitor = Verdicts(tmp_path, 4)
-    monitor.verdict = verdict
+    monitor = Halts(tmp_path, config)
+    monitor.asked = halt
     out = train_ppo(config, monitor)
     assert sorted(p.name for p in (out / "checkpoints").iterdir())[-1] == last
     assert (out / "policy" / "config.json").is_file()

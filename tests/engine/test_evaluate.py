@@ -11,10 +11,11 @@ import pytest
 import torch
 from ppomax.cli import main
 from ppomax.config.mapping import ConfigError
-from ppomax.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
+from ppomax.config.stages import EvaluateConfig
 from ppomax.recipe.rewards import RewardError
 from ppomax.saving.model_folder import save_model
-from ppomax.stages.evaluate import EvaluateConfig, load_checkpoint, run_evaluation, wilson
+from ppomax.stages.evaluate import load_checkpoint, run_evaluation, wilson
+from ppomax.stages.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
 
 from tests.engine.tiny import tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer
 

@@ -22,11 +22,12 @@ from ppomax.recipe.batch import Rollout, minibatch, pack, select_trunk
 from ppomax.recipe.rollout import score
 from ppomax.recipe.scoring import policy_logprobs, state_hidden, state_values
 from ppomax.recipe.update import policy_loss
+from ppomax.reporting.monitor import RunMonitor
 from ppomax.rollout import Responses
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError
-from ppomax.stages.critic import pretrain_critic
-from ppomax.stages.ppo import PlainMonitor, train_ppo
+from ppomax.stages.ppo import train_ppo
+from ppomax.stages.pretrain_critic import pretrain_critic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -199,7 +200,7 @@ def test_stopped_run_resumes_to_the_bit(mode: str, tmp_path: Path) -> None:
     if "model.trained_layers" in knobs:
         knobs["model.trained_layers"] = 1  # of the two that the policy on disk has
 
-    class Stop(PlainMonitor):
+    class Stop(RunMonitor):
         def log(self, step: int, metrics: dict[str, float]) -> Any:
             super().log(step, metrics)
             return "stop" if step == 2 else None
@@ -207,7 +208,7 @@ def test_stopped_run_resumes_to_the_bit(mode: str, tmp_path: Path) -> None:
     whole = train_ppo(load_config(overrides={**knobs, "run.out": str(tmp_path / "whole")}))
     cut = load_config(overrides={**knobs, "run.out": str(tmp_path / "cut"), "run.resume": True})
     (tmp_path / "cut").mkdir()
-    train_ppo(cut, Stop(tmp_path / "cut", 4))
+    train_ppo(cut, Stop(tmp_path / "cut", cut))
     train_ppo(cut)
     a, b = (load_file(out / "policy" / "model.safetensors") for out in (whole, tmp_path / "cut"))
     assert a.keys() == b.keys()

@@ -8,7 +8,8 @@ import pytest
 from ppomax.config import MonitorConfig, load_config
 from ppomax.recipe.measures import QUANTILES
 from ppomax.reporting.alarm import CollapseAlarm, history
-from ppomax.reporting.monitor import VERL_NAMES, PlainLine, RichLine, RunMonitor, cut_rows, progress_line, read_jsonl
+from ppomax.reporting.monitor import VERL_NAMES, PlainLine, RichLine, RunMonitor, before, progress_line
+from ppomax.saving.jsonl import keep_rows, read_rows
 from rich.console import Console
 
 HEALTHY = {
@@ -153,7 +154,7 @@ def test_the_alarm_warns_stops_or_rolls_back_as_told(tmp_path, caplog, action, v
     told = [r for r in caplog.records if "COLLAPSE ALARM" in r.message]
     assert len(told) == 1
     assert "mean length" in told[0].message
-    (row,) = read_jsonl(tmp_path / "alarms.jsonl")
+    (row,) = read_rows(tmp_path / "alarms.jsonl")
     assert verdicts[row["step"] - 1] == verdict
     assert set(verdicts) == {None, verdict}
 
@@ -182,9 +183,9 @@ def test_a_resumed_run_appends_without_double_rows_and_its_alarm_remembers(tmp_p
         again.scores(row["step"], [1.0, 2.0])
         if verdicts[row["step"]]:
             break
-    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(at + 1))
-    assert all(r["step"] <= 12 for r in read_jsonl(tmp_path / "samples.jsonl"))
-    kept = [r["step"] for r in read_jsonl(tmp_path / "scores.jsonl")]
+    assert [r["step"] for r in read_rows(tmp_path / "metrics.jsonl")] == list(range(at + 1))
+    assert all(r["step"] <= 12 for r in read_rows(tmp_path / "samples.jsonl"))
+    kept = [r["step"] for r in read_rows(tmp_path / "scores.jsonl")]
     assert kept == sorted(set(kept))
     assert verdicts[at] == "stop"  # its start is still steps 1 to 10, not 13 to 22
 
@@ -194,24 +195,24 @@ def test_pretraining_that_is_done_again_is_cut_too(tmp_path):
     for buffer in (1, 2, 3):
         first.log(0, {"pretrain/buffers": buffer})
     monitor_of(tmp_path).log(0, {"pretrain/buffers": 2})
-    assert [r["pretrain/buffers"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [r["pretrain/buffers"] for r in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped_and_a_damaged_one_is_an_error(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert [r["step"] for r in cut_rows(path, 9)] == [1, 2]
+    assert [r["step"] for r in keep_rows(path, before(9, None, path.name))] == [1, 2]
     assert "cut short" in caplog.text
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
-        read_jsonl(path)
+        read_rows(path)
 
 
 def test_scores_are_kept_at_the_steps_with_samples_and_at_both_ends(tmp_path):
     watch = monitor_of(tmp_path, steps=7)
     for step in range(1, 8):
         watch.scores(step, [0.123456789, 2.0])
-    rows = read_jsonl(tmp_path / "scores.jsonl")
+    rows = read_rows(tmp_path / "scores.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 4, 6, 7]
     assert rows[0]["scores"] == [0.12346, 2.0]
 

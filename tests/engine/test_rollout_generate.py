@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from ppomax.cli import main
 from ppomax.config import ConfigError
+from ppomax.config.stages import GenerateConfig
 from ppomax.models import load_tokenizer
 from ppomax.rollout.text import TextStream
 from ppomax.stages.evaluate import shipped
-from ppomax.stages.generate import GenerateConfig, generate
+from ppomax.stages.generate import generate
 
 from tests.engine.tiny import tiny_assets
 

@@ -14,8 +14,7 @@ from ppomax.models import head_of, load_policy, load_reward_model, make_reward_m
 from ppomax.recipe.batch import pack
 from ppomax.saving.folder import CheckpointError
 from ppomax.saving.model_folder import save_model
-from ppomax.stages import loop
-from ppomax.stages.loop import BatchOrder, run_loop
+from ppomax.stages import supervised_loop as loop
 from ppomax.stages.reward_model import (
     RewardModelConfig,
     RewardTrainee,
@@ -26,6 +25,7 @@ from ppomax.stages.reward_model import (
     train_reward_model,
 )
 from ppomax.stages.sft import SftConfig, batch_nll, mean_nll, train_sft
+from ppomax.stages.supervised_loop import BatchOrder, run_loop
 from safetensors.torch import load_file
 
 from .tiny_text import TEXTS, tiny_llama, tiny_tokenizer

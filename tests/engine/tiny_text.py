@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from ppomax.stages.default_data import train_tokenizer
+from ppomax.default.texts import train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXTS = [

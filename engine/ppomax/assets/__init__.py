@@ -1,17 +1,19 @@
-"""The embedded default: tokenizer, policy, reward model, prompts and a sentiment classifier, made by
-`build_default`."""
+"""What ships with ppomax: tokenizer, policy, reward model, prompts and a sentiment classifier, made by
+`ppomax build-default` (see default/)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+FOLDER = Path(__file__).parent / "default"
 
-def default_assets() -> Path:
-    """Folder with `policy/`, `reward_model/`, `prompts.jsonl`, `classifier.json` and `MODEL_CARD.md`."""
-    path = Path(__file__).parent / "default"
-    if not (path / "policy" / "config.json").is_file():
+
+def shipped(name: str) -> Path:
+    """`policy`, `reward_model`, `prompts.jsonl`, `classifier.json` or `MODEL_CARD.md` of what ships.
+    FileNotFoundError: the package was installed in part."""
+    if not (FOLDER / "policy" / "config.json").is_file():
         raise FileNotFoundError(
-            f"the embedded default model is not in {path}; install the package whole, "
+            f"the model that ships with ppomax is not in {FOLDER}; install the package whole, "
             "or rebuild it with `ppomax build-default --data DIR`"
         )
-    return path
+    return FOLDER / name

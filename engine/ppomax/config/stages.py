@@ -1,12 +1,12 @@
-"""Knobs of the stages before PPO, apart from their code, so that reading flags and `--help` load no torch."""
+"""Knobs of the commands besides `train`, apart from their code, so that reading flags and `--help` load no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppomax.config import OptimConfig, RunConfig
-from ppomax.config.mapping import require
+from ppomax.config.knobs import OptimConfig, RunConfig
+from ppomax.config.mapping import ConfigError, require, require_sampling
 
 
 @dataclass(frozen=True)
@@ -136,3 +136,125 @@ class BuildDefaultConfig:
         require(self.hidden_size % 32 == 0, "hidden_size", "a multiple of 32 (the head size)", self.hidden_size)
         require(1 <= self.reward_layers <= self.layers, "reward_layers", f"in 1..{self.layers}", self.reward_layers)
         require(self.samples >= 2, "samples", "at least 2", self.samples)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One comparison of two checkpoints."""
+
+    policy: str
+    """Checkpoint that is judged: folder of a run, one of its checkpoints, HF directory or hub name; `default`: what
+    ships with ppomax."""
+    baseline: str = "default"
+    """Checkpoint that it is held against, named likewise."""
+    prompts: str | None = None
+    """JSONL, Parquet or HF dataset with a `prompt` column. None: the prompts that ship with ppomax."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt."""
+    limit: int = 256
+    """Use the first so many prompts. 0: all."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are an error."""
+    judge: Literal["reward_model", "classifier", "function", "endpoint"] = "reward_model"
+    """Who judges. `classifier`: the sentiment classifier that ships with ppomax, which no training here has seen."""
+    reward_model: str | None = None
+    """Reward model that judges. None: the one that ships with ppomax."""
+    function: str | None = None
+    """Python function that judges: `file.py:name` or `package.module:name`, called as f(prompts, responses) -> one
+    number each, higher is better."""
+    tie_margin: float = 0.0
+    """Scores that differ by no more than this are a tie."""
+    endpoint: str | None = None
+    """Base address of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1. It judges both orders."""
+    endpoint_model: str | None = None
+    """Model that the endpoint shall use."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the endpoint's key; it is read from nowhere else and never written."""
+    criterion: str = "it is the better written, more fitting and more helpful continuation"
+    """What the endpoint's model is asked to judge by."""
+    workers: int = 4
+    """Questions to the endpoint at once."""
+    timeout: float = 60.0
+    """Seconds to wait for an answer of the endpoint."""
+    retries: int = 4
+    """How often a question is asked again after a failure that may pass, 1, 2, 4 ... seconds later."""
+    max_new_tokens: int = 48
+    """Response limit in tokens, EOS included."""
+    temperature: float = 1.0
+    """Sampling temperature of both. 0: greedy."""
+    top_p: float = 1.0
+    """Nucleus of both; 1: off."""
+    slots: int = 128
+    """Responses decoded together."""
+    seed: int = 0
+    """Seeds the responses."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`."""
+    out: str | None = None
+    """Folder for evaluation.json. None: a dated one under runs/."""
+    trust_remote_code: bool = False
+    """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
+        require(self.tie_margin >= 0, "tie_margin", "0 or more", self.tie_margin)
+        require_sampling(self)
+        require(self.workers >= 1, "workers", "at least 1", self.workers)
+        require(self.retries >= 0, "retries", "0 or more", self.retries)
+        require(self.timeout > 0, "timeout", "above 0", self.timeout)
+        if self.judge == "function" and not self.function:
+            raise ConfigError(
+                "config: judge is function, so function must be given (file.py:name or package.module:name)"
+            )
+        if self.judge == "endpoint" and not (self.endpoint and self.endpoint_model):
+            raise ConfigError(
+                "config: judge is endpoint, so endpoint (its base address) and endpoint_model must be given"
+            )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sample from a model. Prompts come from --prompt, --file, or standard input, one a line."""
+
+    model: str | None = None
+    """HF directory or hub name. None: the policy that ships with ppomax."""
+    prompt: str | None = None
+    """The prompt. None: lines of `file`, or of standard input."""
+    file: str | None = None
+    """Text file with one prompt a line; `-` is standard input."""
+    samples: int = 1
+    """Responses to each prompt; the prompt is run once for all of them."""
+    max_new_tokens: int = 128
+    """Response limit in tokens, EOS included."""
+    min_new_tokens: int = 0
+    """EOS is forbidden before this many tokens are out."""
+    temperature: float = 1.0
+    """Sampling temperature. 0: greedy."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample from the smallest set with this mass; 1: all."""
+    stop: str | None = None
+    """Text that ends a response, besides EOS; several are separated by `|`."""
+    slots: int = 128
+    """Responses decoded together."""
+    seed: int = 0
+    """Seeds the responses."""
+    dtype: str = "auto"
+    """`float32`, `bfloat16`, or `auto`: what the checkpoint says."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`."""
+    chat: bool = False
+    """Put each prompt into the tokenizer's chat template as the user's turn."""
+    trust_remote_code: bool = False
+    """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, "samples", "at least 1", self.samples)
+        require_sampling(self)
+        require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        require(self.slots >= 1, "slots", "at least 1", self.slots)
+        known = ("auto", "float32", "bfloat16", "float16")
+        require(self.dtype in known, "dtype", f"one of {', '.join(known)}", self.dtype)
+        if self.prompt is not None and self.file is not None:
+            raise ConfigError("config: prompt and file are both given; give one of them")

@@ -9,11 +9,12 @@ tables.py shows all of it."""
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ppomax.config import CONFIG_DIR, ConfigError, TrainConfig
+from ppomax.config.launcher import local_rank, ranks_on_node, started_ranks
+from ppomax.config.sources import named_sources
 from ppomax.planning.advice import Advice, advice_for
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes
@@ -110,7 +111,7 @@ def job_of(
     from ppomax.sharding import zero_config
 
     model, notes = config.model, []
-    policy, reward = _model_paths(config)
+    policy, reward, _ = named_sources(config)
     policy_shape = shape_of(policy)
     reward_shape = None
     if config.reward.function is None:
@@ -162,16 +163,6 @@ def job_of(
     )
 
 
-def _model_paths(config: TrainConfig) -> tuple[str, str | None]:
-    """Policy and reward model, the shipped ones where the policy is not named."""
-    if config.model.policy is not None:
-        return config.model.policy, config.model.reward_model
-    from ppomax.assets import default_assets
-
-    shipped = default_assets()
-    return str(shipped / "policy"), config.model.reward_model or str(shipped / "reward_model")
-
-
 def shape_of(source: str) -> str:
     """The HF configuration of a model folder or hub name, as JSON; those that ship with ppomax need no network."""
     folder = Path(source)
@@ -196,14 +187,11 @@ def plan_here(config: TrainConfig) -> Plan:
     """The plan of `config` on the machine and the ranks that this process is one of."""
     import torch
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = started_ranks()
+    local = ranks_on_node()
     host = free_host_memory()
     cpu = config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
-    if cpu:
-        memory = host // local
-    else:
-        memory = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    memory = host // local if cpu else torch.cuda.get_device_properties(local_rank()).total_memory
     job, notes = job_of(config, ranks=ranks, memory=memory, host_memory=host, ranks_per_node=local, cpu=cpu)
     return make_plan(job, advise=False, notes=notes)
 

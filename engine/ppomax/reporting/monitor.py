@@ -9,17 +9,16 @@ A resumed run appends; rows of steps that are done again are cut first, so no st
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ppomax.config import TrainConfig
 from ppomax.reporting.alarm import CollapseAlarm
-
-if TYPE_CHECKING:
-    from ppomax.stages.ppo import Verdict
+from ppomax.reporting.monitors import Halt
+from ppomax.saving.jsonl import append_row, keep_rows
 
 log = logging.getLogger(__name__)
 
@@ -64,33 +63,33 @@ STABILITY = {
 
 
 class RunMonitor:
-    """Watches one PPO run in folder `out`; a Monitor of stages/ppo.py. `console`: a rich one; None: standard output."""
+    """Watches one PPO run in folder `out`; a Monitor. `console`: a rich one; None: standard output."""
 
     def __init__(self, out: Path, config: TrainConfig, console: Any = None):
         self.out, self.config, self.settings = Path(out), config, config.monitor
         self.alarm = CollapseAlarm(self.settings)
         self.line = progress_line(config.run.steps, config.critic.pretrain_steps, console)
-        self.verdict: Verdict | None = None
+        self.halt: Halt | None = None
         """What the alarm asked for, once it did."""
         self._begun = False
         self._board: Any = None
 
-    def log(self, step: int, metrics: dict[str, float]) -> Verdict | None:
-        """Take one step's metrics; the verdict of the collapse alarm if it is raised by this step."""
+    def log(self, step: int, metrics: dict[str, float]) -> Halt | None:
+        """Take one step's metrics; what the collapse alarm asks for if this step raises it."""
         self._begin(step, metrics.get("pretrain/buffers"))
-        self._append(METRICS, {"step": step, **metrics})
+        append_row(self.out / METRICS, {"step": step, **metrics})
         self._scalars(step, metrics)
         self.line.show(step, metrics)
         if step < 1 or self.settings.alarm == "off" or not self.alarm.update(metrics):
             return None
-        self.verdict = self._alarm(step)
-        return self.verdict
+        self.halt = self._alarm(step)
+        return self.halt
 
     def scores(self, step: int, scores: list[float]) -> None:
         """Take all raw scores of a step's buffer; kept at the steps that have samples, and at the first and last."""
         every = self.settings.samples_every
         if step in (1, self.config.run.steps) or (every and step % every == 0):
-            self._append(SCORES, {"step": step, "scores": [float(f"{s:.5g}") for s in scores]})
+            append_row(self.out / SCORES, {"step": step, "scores": [float(f"{s:.5g}") for s in scores]})
             if self.settings.tensorboard:
                 import torch
 
@@ -100,7 +99,7 @@ class RunMonitor:
         """Take sample texts."""
         self._begin(step, None)
         for row in rows:
-            self._append(SAMPLES, {"step": step, **row})
+            append_row(self.out / SAMPLES, {"step": step, **row})
         if self.settings.tensorboard:
             text = "\n\n".join(f"**{row['prompt']}** {row['response']}  _(score {row['score']:.2f})_" for row in rows)
             self._writer(step).add_text("samples", text, step)
@@ -118,26 +117,22 @@ class RunMonitor:
         self._begun = True
         kept = {}
         for name in (METRICS, SAMPLES, SCORES, ALARMS):
-            kept[name] = cut_rows(self.out / name, step, buffers if name == METRICS else None)
+            kept[name] = keep_rows(self.out / name, before(step, buffers if name == METRICS else None, name))
         for row in kept[METRICS]:
             if row["step"] >= 1:
                 self.alarm.update(row)
 
-    def _alarm(self, step: int) -> Verdict | None:
+    def _alarm(self, step: int) -> Halt | None:
         signs = self.alarm.signs
-        self._append(ALARMS, {"step": step, "action": self.settings.alarm, "signs": [vars(s) for s in signs]})
-        verdicts: dict[str, tuple[str, Verdict | None]] = {
+        append_row(self.out / ALARMS, {"step": step, "action": self.settings.alarm, "signs": [vars(s) for s in signs]})
+        answers: dict[str, tuple[str, Halt | None]] = {
             "warn": ("going on", None),
             "stop": ("stopping", "stop"),
             "rollback": ("stopping at the last checkpoint", "rollback"),
         }
-        words, verdict = verdicts[self.settings.alarm]
+        words, halt = answers[self.settings.alarm]
         log.warning("COLLAPSE ALARM at step %d: %s; %s", step, "; ".join(s.text for s in signs), words)
-        return verdict
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self.out / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        return halt
 
     def _scalars(self, step: int, metrics: dict[str, float]) -> None:
         if not self.settings.tensorboard:
@@ -159,41 +154,14 @@ class RunMonitor:
         return self._board
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that a run wrote; [] if there is none. A last line cut short by a kill is left out, logged."""
-    if not path.is_file():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not JSON ({error}); the file was changed or damaged") from error
-            log.warning("%s: the last line was cut short and is left out", path)
-    return rows
-
-
-def cut_rows(path: Path, step: int, buffers: float | None = None) -> list[dict[str, Any]]:
-    """Leave the rows before `step` in `path` and return them; at step 0, those before pre-training buffer `buffers`."""
-    if not path.is_file():
-        return []
-    rows = read_jsonl(path)
+def before(step: int, buffers: float | None, name: str) -> Callable[[dict[str, Any]], bool]:
+    """Which rows of the file `name` a run that goes on with `step` keeps; at step 0, with pre-training buffer
+    `buffers`."""
     if step == 0 and buffers is not None:
-        kept = [r for r in rows if r["step"] == 0 and r.get("pretrain/buffers", math.inf) < buffers]
-    elif step == 0 and path.name == METRICS:
-        kept = [r for r in rows if r["step"] == 0]  # pre-training is over
-    else:
-        kept = [r for r in rows if r["step"] < step]
-    if len(kept) < len(rows):
-        log.info("%s: %d rows of steps that are done again are cut", path.name, len(rows) - len(kept))
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    new.replace(path)
-    return kept
+        return lambda row: row["step"] == 0 and row.get("pretrain/buffers", math.inf) < buffers
+    if step == 0 and name == METRICS:
+        return lambda row: row["step"] == 0  # pre-training is over
+    return lambda row: row["step"] < step
 
 
 # ---- the progress line ----------------------------------------------------------------------------------------------

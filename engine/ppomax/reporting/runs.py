@@ -10,7 +10,8 @@ from typing import Any
 from ppomax.config import ConfigError, MonitorConfig, build
 from ppomax.config.mapping import read_yaml
 from ppomax.reporting.alarm import History, history, means
-from ppomax.reporting.monitor import METRICS, SAMPLES, SCORES, read_jsonl
+from ppomax.reporting.monitor import METRICS, SAMPLES, SCORES
+from ppomax.saving.jsonl import read_rows
 
 END_STEPS = 5
 """The end's figures are means over so many last steps, fewer in short runs; the start's are step 1."""
@@ -50,7 +51,7 @@ class Run:
 
 def read_run(folder: Path, name: str, colour: str) -> Run:
     """Everything that the report says of the run in `folder`."""
-    rows = read_jsonl(folder / METRICS)
+    rows = read_rows(folder / METRICS)
     steps = [row for row in rows if row.get("step", 0) >= 1]
     if not steps:
         raise ConfigError(
@@ -64,8 +65,8 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
         config,
         steps,
         [row for row in rows if row.get("step") == 0],
-        read_jsonl(folder / SAMPLES),
-        read_jsonl(folder / SCORES),
+        read_rows(folder / SAMPLES),
+        read_rows(folder / SCORES),
         history(steps, monitor),
         monitor.alarm_baseline_steps,
         picture.read_bytes() if (picture := folder / "held_out.png").is_file() else b"",

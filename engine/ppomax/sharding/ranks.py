@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppomax.config.launcher import local_rank, restarts, started_ranks
+
 T = TypeVar("T")
 
 
@@ -34,27 +36,12 @@ def place() -> tuple[int, int]:
     return rank(), world_size()
 
 
-def launched() -> int:
-    """How many ranks the launcher (torchrun, deepspeed, Slurm with its variables set) started; 1: none did."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """This process's number on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def restarts() -> int:
-    """How often torchrun has started this job anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def start(device: str = "auto", timeout: float = 3600.0) -> None:
     """Join the job's process group if a launcher started several ranks: nccl on GPUs, gloo on CPUs.
 
     `timeout`, in seconds, bounds how long a rank waits for another's work; a rank that is gone is noticed far sooner
     (watch.py)."""
-    if launched() == 1 or dist.is_initialized():
+    if started_ranks() == 1 or dist.is_initialized():
         return
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
@@ -65,7 +52,9 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's own store outlives a restart, and the addresses of dead ranks are still in it: hence the prefix.
         store = dist.PrefixStore(f"ppomax/start-{restarts()}", job_store())
-        dist.init_process_group(backend, timeout=wait, store=store, rank=int(os.environ["RANK"]), world_size=launched())
+        dist.init_process_group(
+            backend, timeout=wait, store=store, rank=int(os.environ["RANK"]), world_size=started_ranks()
+        )
     else:
         dist.init_process_group(backend, timeout=wait)
 

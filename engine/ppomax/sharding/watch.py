@@ -20,7 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ppomax.sharding.ranks import job_store, rank, restarts, world_size
+from ppomax.config.launcher import restarts
+from ppomax.sharding.ranks import job_store, rank, world_size
 
 PERIOD = 2.0
 GRACE = 10.0

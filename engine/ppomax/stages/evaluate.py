@@ -13,84 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ppomax.config.mapping import ConfigError, require, require_sampling, to_dict
-from ppomax.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key, score_by_function
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """One comparison of two checkpoints."""
-
-    policy: str
-    """Checkpoint that is judged: folder of a run, one of its checkpoints, HF directory or hub name; `default`: what
-    ships with ppomax."""
-    baseline: str = "default"
-    """Checkpoint that it is held against, named likewise."""
-    prompts: str | None = None
-    """JSONL, Parquet or HF dataset with a `prompt` column. None: the prompts that ship with ppomax."""
-    prompt_column: str = "prompt"
-    """Column that holds the prompt."""
-    limit: int = 256
-    """Use the first so many prompts. 0: all."""
-    max_prompt_tokens: int = 512
-    """Longer prompts are an error."""
-    judge: Literal["reward_model", "classifier", "function", "endpoint"] = "reward_model"
-    """Who judges. `classifier`: the sentiment classifier that ships with ppomax, which no training here has seen."""
-    reward_model: str | None = None
-    """Reward model that judges. None: the one that ships with ppomax."""
-    function: str | None = None
-    """Python function that judges: `file.py:name` or `package.module:name`, called as f(prompts, responses) -> one
-    number each, higher is better."""
-    tie_margin: float = 0.0
-    """Scores that differ by no more than this are a tie."""
-    endpoint: str | None = None
-    """Base address of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1. It judges both orders."""
-    endpoint_model: str | None = None
-    """Model that the endpoint shall use."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the endpoint's key; it is read from nowhere else and never written."""
-    criterion: str = "it is the better written, more fitting and more helpful continuation"
-    """What the endpoint's model is asked to judge by."""
-    workers: int = 4
-    """Questions to the endpoint at once."""
-    timeout: float = 60.0
-    """Seconds to wait for an answer of the endpoint."""
-    retries: int = 4
-    """How often a question is asked again after a failure that may pass, 1, 2, 4 ... seconds later."""
-    max_new_tokens: int = 48
-    """Response limit in tokens, EOS included."""
-    temperature: float = 1.0
-    """Sampling temperature of both. 0: greedy."""
-    top_p: float = 1.0
-    """Nucleus of both; 1: off."""
-    slots: int = 128
-    """Responses decoded together."""
-    seed: int = 0
-    """Seeds the responses."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:N`."""
-    out: str | None = None
-    """Folder for evaluation.json. None: a dated one under runs/."""
-    trust_remote_code: bool = False
-    """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
-
-    def __post_init__(self) -> None:
-        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
-        require(self.tie_margin >= 0, "tie_margin", "0 or more", self.tie_margin)
-        require_sampling(self)
-        require(self.workers >= 1, "workers", "at least 1", self.workers)
-        require(self.retries >= 0, "retries", "0 or more", self.retries)
-        require(self.timeout > 0, "timeout", "above 0", self.timeout)
-        if self.judge == "function" and not self.function:
-            raise ConfigError(
-                "config: judge is function, so function must be given (file.py:name or package.module:name)"
-            )
-        if self.judge == "endpoint" and not (self.endpoint and self.endpoint_model):
-            raise ConfigError(
-                "config: judge is endpoint, so endpoint (its base address) and endpoint_model must be given"
-            )
+from ppomax.assets import shipped
+from ppomax.config.mapping import to_dict
+from ppomax.config.stages import EvaluateConfig
+from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key, score_by_function
 
 
 @dataclass(frozen=True)
@@ -317,10 +245,3 @@ def load_saved(path: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float()
     copy_into(model, load_file(path / "policy.safetensors"))
     return load_policy(model), load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-
-
-def shipped(name: str) -> Path:
-    """A part of what ships with ppomax."""
-    from ppomax.assets import default_assets
-
-    return default_assets() / name

@@ -4,60 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from ppomax.assets import shipped
 from ppomax.config import ConfigError
-from ppomax.config.mapping import require, require_sampling
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Sample from a model. Prompts come from --prompt, --file, or standard input, one a line."""
-
-    model: str | None = None
-    """HF directory or hub name. None: the policy that ships with ppomax."""
-    prompt: str | None = None
-    """The prompt. None: lines of `file`, or of standard input."""
-    file: str | None = None
-    """Text file with one prompt a line; `-` is standard input."""
-    samples: int = 1
-    """Responses to each prompt; the prompt is run once for all of them."""
-    max_new_tokens: int = 128
-    """Response limit in tokens, EOS included."""
-    min_new_tokens: int = 0
-    """EOS is forbidden before this many tokens are out."""
-    temperature: float = 1.0
-    """Sampling temperature. 0: greedy."""
-    top_k: int = 0
-    """Sample from the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Sample from the smallest set with this mass; 1: all."""
-    stop: str | None = None
-    """Text that ends a response, besides EOS; several are separated by `|`."""
-    slots: int = 128
-    """Responses decoded together."""
-    seed: int = 0
-    """Seeds the responses."""
-    dtype: str = "auto"
-    """`float32`, `bfloat16`, or `auto`: what the checkpoint says."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:N`."""
-    chat: bool = False
-    """Put each prompt into the tokenizer's chat template as the user's turn."""
-    trust_remote_code: bool = False
-    """Let a checkpoint run Python of its own. Off: such checkpoints are refused."""
-
-    def __post_init__(self) -> None:
-        require(self.samples >= 1, "samples", "at least 1", self.samples)
-        require_sampling(self)
-        require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
-        require(self.slots >= 1, "slots", "at least 1", self.slots)
-        known = ("auto", "float32", "bfloat16", "float16")
-        require(self.dtype in known, "dtype", f"one of {', '.join(known)}", self.dtype)
-        if self.prompt is not None and self.file is not None:
-            raise ConfigError("config: prompt and file are both given; give one of them")
+from ppomax.config.stages import GenerateConfig
 
 
 def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO | None = None) -> list[str]:
@@ -66,7 +18,6 @@ def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO 
     from ppomax.models import load_policy, load_tokenizer, pick_device
     from ppomax.models.checks import eos_ids_of
     from ppomax.rollout import decode
-    from ppomax.stages.evaluate import shipped
 
     texts = prompts_of(config, source or sys.stdin)
     sink = sink or sys.stdout

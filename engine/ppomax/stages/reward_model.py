@@ -38,8 +38,8 @@ from ppomax.models import (
 )
 from ppomax.recipe.batch import pack
 from ppomax.saving.model_folder import save_model
-from ppomax.stages.loop import BatchOrder, chunks, run_loop
 from ppomax.stages.sft import autocast, counted_tokens, token_nll
+from ppomax.stages.supervised_loop import BatchOrder, chunks, run_loop
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ppomax.data import Text, load_texts
 from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden
 from ppomax.recipe.batch import pack
 from ppomax.saving.model_folder import save_model
-from ppomax.stages.loop import BatchOrder, chunks, run_loop
+from ppomax.stages.supervised_loop import BatchOrder, chunks, run_loop
 
 log = logging.getLogger(__name__)
 

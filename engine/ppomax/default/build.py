@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ppomax.assets.classifier import SentimentClassifier, train_classifier
+from ppomax.assets.classifier import SentimentClassifier
 from ppomax.config import OptimConfig, RunConfig
 from ppomax.config.stages import BuildDefaultConfig, RewardModelConfig, SftConfig
 from ppomax.data import Text, load_pairs, load_prompts, load_texts
+from ppomax.default import texts as files
+from ppomax.default.classifier import train_classifier
+from ppomax.default.model_card import model_card
 from ppomax.models import RewardModel, load_policy, load_reward_model, load_tokenizer
 from ppomax.rollout.decode import Responses, decode
 from ppomax.saving.model_folder import save_model
-from ppomax.stages import default_data as files
-from ppomax.stages.model_card import model_card
 from ppomax.stages.reward_model import centre_scores, evaluate_pairs, score_texts, train_reward_model
 from ppomax.stages.sft import mean_nll, train_sft
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,13 +19,15 @@ from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, RunConfig
 from ppomax.saving.folder import CheckpointError, check_space, newest, prune, written_whole
+from ppomax.saving.jsonl import append_row, keep_rows
 from ppomax.saving.random_state import random_state
 from ppomax.sharding import Trained
+from ppomax.stages.signals import stop_requests
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 
 
 class BatchOrder:
@@ -98,7 +98,7 @@ def run_loop(
     """
     trained = Trained(module, optim, run.steps)
     bad = _resume(trained, out, identity) if run.resume else _fresh(out)
-    with StopSignals() as stop, open(out / "metrics.jsonl", "a", encoding="utf-8") as lines:
+    with stop_requests() as stop:
         while trained.steps < run.steps:
             began = time.perf_counter()
             lr = trained.lr
@@ -118,10 +118,9 @@ def run_loop(
                 }
                 if step == run.steps or step % eval_every == 0:
                     row |= evaluate()
-                lines.write(json.dumps(row) + "\n")
-                lines.flush()
+                append_row(out / METRICS, row)
                 log.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            if stop.signal or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
+            if stop.asked or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
                 _save(trained, out, identity, bad)
                 prune(out / CHECKPOINTS, run.keep_checkpoints)
             if stop.signal and step < run.steps:
@@ -142,27 +141,6 @@ def _step(trained: Trained, loss: Tensor, norm: Tensor, bad: int, run: RunConfig
             "the rows of the last step"
         )
     return bad + 1
-
-
-class StopSignals:
-    """While entered, SIGTERM and SIGINT are noted in `.signal` instead of ending the process (main thread only)."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -194,10 +172,7 @@ def _resume(trained: Trained, out: Path, identity: dict[str, Any]) -> int:
         )
     trained.load(load_file(path / "weights.safetensors"), load_file(path / "optim.safetensors"), state["steps"])
     torch.set_rng_state(load_file(path / "rng.safetensors")["torch_cpu"])
-    metrics = out / "metrics.jsonl"
-    if metrics.exists():  # lines after the checkpoint will be written again
-        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= state["steps"]]
-        metrics.write_text("".join(line + "\n" for line in kept))
+    keep_rows(out / METRICS, lambda row: row["step"] <= state["steps"])
     log.info("resumed %s", path)
     return int(state["skipped_in_a_row"])
 
@@ -205,7 +180,7 @@ def _resume(trained: Trained, out: Path, identity: dict[str, Any]) -> int:
 def _fresh(out: Path) -> int:
     if newest(out / CHECKPOINTS) is not None:
         raise CheckpointError(f"{out} holds checkpoints of an earlier run; resume it, or choose another run.out")
-    (out / "metrics.jsonl").unlink(missing_ok=True)
+    (out / METRICS).unlink(missing_ok=True)
     return 0
 
 

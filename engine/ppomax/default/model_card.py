@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppomax.config.stages import BuildDefaultConfig
-    from ppomax.stages.default_data import Part
+    from ppomax.default.texts import Part
 
 CARD = """# The embedded default of ppomax
 
@@ -71,7 +71,7 @@ def model_card(
     config: BuildDefaultConfig, parts: dict[str, Part], figures: dict[str, Any], seconds: dict[str, float]
 ) -> str:
     """MODEL_CARD.md as text."""
-    from ppomax.stages.default_data import prompt_rows
+    from ppomax.default.texts import prompt_rows
 
     samples, judge = figures["samples"], figures["judge_accuracy"]
     counts = {name: f"{len(part.snippets):,} | {len(part.reviews):,}" for name, part in parts.items()}

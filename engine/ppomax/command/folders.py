@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ppomax.command.options import RUN_FLAGS, Options
 from ppomax.config import ConfigError, to_dict
 from ppomax.config.mapping import flat, read_yaml
-from ppomax.options import RUN_FLAGS, Options
 
 C = TypeVar("C")
 

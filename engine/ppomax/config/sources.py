@@ -1,0 +1,39 @@
+"""Which policy, reward model and prompts a configuration names: what ships with ppomax where it names no policy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ppomax.assets import shipped
+from ppomax.config.knobs import TrainConfig
+from ppomax.config.mapping import ConfigError
+
+
+class NamedSources(NamedTuple):
+    """Paths or hub names; "": none is named."""
+
+    policy: str
+    reward_model: str
+    prompts: str
+
+
+def named_sources(config: TrainConfig) -> NamedSources:
+    """As the configuration says; may lack what a run needs (see `run_sources`)."""
+    model = config.model
+    if model.policy is not None:
+        return NamedSources(model.policy, model.reward_model or "", config.data.prompts or "")
+    return NamedSources(
+        str(shipped("policy")),
+        model.reward_model or str(shipped("reward_model")),
+        config.data.prompts or str(shipped("prompts.jsonl")),
+    )
+
+
+def run_sources(config: TrainConfig) -> NamedSources:
+    """The same, for a run. ConfigError if its reward model (without a reward function) or its prompts are missing."""
+    found = named_sources(config)
+    if not found.reward_model and config.reward.function is None:
+        raise ConfigError("config: model.policy is set, so model.reward_model or reward.function must be too")
+    if not found.prompts:
+        raise ConfigError("config: model.policy is set, so data.prompts must be too")
+    return found

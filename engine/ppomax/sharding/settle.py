@@ -1,0 +1,39 @@
+"""The configuration that all ranks run with: found to be the same on each, and possible on so many."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ppomax.config import ConfigError, TrainConfig, to_dict
+from ppomax.config.launcher import restarts
+from ppomax.config.mapping import flat
+from ppomax.sharding.ranks import agree, everyone, talks_by_nccl, world_size
+from ppomax.sharding.zero_config import check, extra
+
+
+def agreed_config(config: TrainConfig) -> TrainConfig:
+    """`config` with rank 0's folder, resumed if the launcher has started it anew, once all ranks are found to have the
+    same one and to share its batches evenly. Raises ConfigError on every rank otherwise."""
+    out = agree(config.run.out)
+    resume = config.run.resume or (restarts() > 0 and out is not None)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out, resume=resume))
+    every = [flat(found) for found in everyone(to_dict(config))]
+    for number, found in enumerate(every[1:], 1):
+        odd = [f"{k} is {found[k]!r} there and {every[0][k]!r} on rank 0" for k in found if found[k] != every[0][k]]
+        if odd:
+            raise ConfigError(f"config: rank {number} was started otherwise than rank 0: {', '.join(odd[:4])}")
+    count = world_size()
+    for knob in ("rollout_size", "minibatch_size"):
+        value = getattr(config.batch, knob)
+        if value % count:
+            raise ConfigError(
+                f"config: batch.{knob}={value} cannot be shared evenly by {count} ranks; make it a multiple of "
+                f"{count}, or start another number of ranks"
+            )
+    if count > 1 and config.run.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"config: run.device={config.run.device}, but each rank takes its own GPU; use auto or cuda")
+    if count > 1 and config.run.device == "cpu" and talks_by_nccl():
+        raise ConfigError("config: run.device=cpu is only in a file, and ranks talk by nccl; give --run.device cpu too")
+    check(config.sharding, count)
+    extra(config.sharding)
+    return config
