@@ -12,9 +12,9 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ppomax.assets.sources import named_sources
 from ppomax.config import CONFIG_DIR, ConfigError, TrainConfig
 from ppomax.config.launcher import local_rank, ranks_on_node, started_ranks
-from ppomax.config.sources import named_sources
 from ppomax.planning.advice import Advice, advice_for
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
-from ppomax.config.sources import run_sources
 from ppomax.data import Text, check_same_vocabulary, load_prompts, load_texts
 from ppomax.engine import Engine
 from ppomax.models import load_tokenizer

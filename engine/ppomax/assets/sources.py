@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ppomax.assets import shipped
-from ppomax.config.knobs import TrainConfig
-from ppomax.config.mapping import ConfigError
+from ppomax.config import ConfigError, TrainConfig
 
 
 class NamedSources(NamedTuple):
