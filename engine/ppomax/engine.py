@@ -1,7 +1,7 @@
 """The object that others embed: rollout -> experience -> update.
 
     engine = Engine(policy, reference, critic, reward, config)
-    metrics = engine.step(prompts)                     # or the three by themselves:
+    metrics, scores = engine.step(prompts)             # or the three by themselves:
     experience = engine.experience(engine.rollout(prompts)); metrics = engine.update(experience)
 
 Holds the two trained models, the frozen ones, and the little state between steps (running moments, KL coefficient,
@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,17 +38,18 @@ from ppomax.models.modes import set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import Experience, Rollout
 from ppomax.recipe.measures import experience_metrics
+from ppomax.recipe.moments import RunningMoments
 from ppomax.recipe.rewards import (
     FunctionReward,
     KLController,
     ModelReward,
     RewardSource,
-    RunningMoments,
     advantages_and_returns,
     shape_scores,
     token_rewards,
 )
 from ppomax.recipe.rollout import rollout
+from ppomax.recipe.streams import Purpose, stream
 from ppomax.recipe.update import Health, TextSource, update
 from ppomax.rollout import RolloutPlan
 from ppomax.saving.engine_state import read_state, restore_state, save_state, saved_parts
@@ -57,6 +59,24 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ModelSource = str | Path | PreTrainedModel
+
+
+class StepResult(NamedTuple):
+    """What one step of an engine gives."""
+
+    metrics: dict[str, float]
+    """By name; see recipe/measures.py and recipe/update.py."""
+    scores: Tensor
+    """(S,) float32 raw scores of the step's responses."""
+
+
+class _Models(NamedTuple):
+    """The models of an engine as they were read, before anything is frozen or sharded."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    """None: the policy's own start."""
+    critic: Critic | TrunkCritic
 
 
 class Engine:
@@ -83,17 +103,40 @@ class Engine:
     ):
         self.config = config or TrainConfig()
         self.device = pick_device(self.config.run.device)
+        self.dtype = DTYPES[self.config.model.dtype]
         self.sources = {
             "policy": _path(policy),
             "reference": _path(reference) or _path(policy),
             "reward": _path(reward),
             "tokenizer": self.config.model.tokenizer or _path(policy),
         }
-        self.dtype, trust = DTYPES[self.config.model.dtype], self.config.model.trust_remote_code
+        self.texts = texts
+        if self.config.ptx.coef and texts is None:
+            raise ValueError(
+                f"Engine: ptx.coef is {self.config.ptx.coef} but there are no texts for it; pass texts=, or set "
+                "ptx.coef: 0"
+            )
+        models = self._read(policy, reference, critic, reward, tokenizer)
+        self._set_up(models)
+        self._shard(models)
+        self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
+        self.buffers, self.episodes = 0, 0
+        self._announced: tuple[int, str] | None = None
+
+    def _read(
+        self,
+        policy: ModelSource,
+        reference: ModelSource | None,
+        critic: ModelSource | Critic | TrunkCritic | None,
+        reward: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> _Models:
+        """All models, whole or in this rank's parts, each on the device; and the tokenizer."""
         cut = cuts(self.config, self.dtype, from_files=self.sources["policy"] is not None)
         lm = self._language_model(policy, cut.policy).eval().requires_grad_(True)
         self.tokenizer = tokenizer
         if tokenizer is None and self.sources["tokenizer"]:
+            trust = self.config.model.trust_remote_code
             self.tokenizer = load_tokenizer(self.sources["tokenizer"], trust_remote_code=trust)
         self.reward_model: RewardModel | None = None
         self.reward = self._reward_source(reward, cut.frozen)
@@ -102,47 +145,43 @@ class Engine:
         if reference is None and self.config.model.train == "full" and is_cut(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
         given = None if reference is None else self._language_model(reference, cut.frozen)
-        self.reference = set_up(lm, given, self.config.model, seed=self.config.run.seed)
-        if self.config.model.gradient_checkpointing:
-            recompute_blocks(lm)
-            recompute_blocks(value_model)
-        self.texts = texts
-        if self.config.ptx.coef and texts is None:
-            raise ValueError(
-                f"Engine: ptx.coef is {self.config.ptx.coef} but there are no texts for it; pass texts=, or set "
-                "ptx.coef: 0"
-            )
-        self.eos_ids = eos_ids_of(lm, self.tokenizer)
-        check_vocabularies(lm, given, value_model, self.reward_model)
+        return _Models(lm, given, value_model)
 
-        self.fingerprints = fingerprints(lm, value_model, self.reference, self.reward_model)
-        steps = optimizer_steps(self.config)
-        sharding = self.config.sharding
-        self.policy: Trained[PreTrainedModel] = train_model(lm, self.config.policy_optim, steps, sharding)
-        self.critic: Trained[Critic | TrunkCritic] = train_model(value_model, self.config.critic_optim, steps, sharding)
+    def _set_up(self, models: _Models) -> None:
+        """What is trained of the policy and what the reference then is; and that all models fit each other."""
+        self.reference = set_up(models.policy, models.reference, self.config.model, seed=self.config.run.seed)
+        if self.config.model.gradient_checkpointing:
+            recompute_blocks(models.policy)
+            recompute_blocks(models.critic)
+        self.eos_ids = eos_ids_of(models.policy, self.tokenizer)
+        check_vocabularies(models.policy, models.reference, models.critic, self.reward_model)
+        self.fingerprints = fingerprints(models.policy, models.critic, self.reference, self.reward_model)
+
+    def _shard(self, models: _Models) -> None:
+        """Each model over the ranks as `config.sharding` says, the trained ones under their optimisers."""
+        config, steps = self.config, optimizer_steps(self.config)
+        self.policy: Trained[PreTrainedModel] = train_model(models.policy, config.policy_optim, steps, config.sharding)
+        self.critic: Trained[Any] = train_model(models.critic, config.critic_optim, steps, config.sharding)
         if isinstance(self.reference, PreTrainedModel):
-            self.reference = freeze_model(self.reference, sharding)
+            self.reference = freeze_model(self.reference, config.sharding)
         if self.reward_model is not None:
-            self.reward = ModelReward(freeze_model(self.reward_model, sharding))
-        self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
-        self.buffers, self.episodes = 0, 0
-        self.last_scores: Tensor | None = None
-        """(S,) raw scores of the newest buffer that `step` made; for histograms, not part of the state."""
-        self._announced: tuple[int, str] | None = None
+            self.reward = ModelReward(freeze_model(self.reward_model, config.sharding))
 
     def rollout(self, prompts: Sequence[Sequence[int] | str]) -> Rollout:
-        """One scored response to each prompt (token ids, or text if there is a tokenizer)."""
+        """One scored response to each prompt (token ids, or text if there is a tokenizer). Counts the buffer and its
+        episodes, which name the random streams of the next ones."""
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
         uids = range(self.episodes, self.episodes + len(ids))
         self.episodes += len(ids)
         self.buffers += 1
-        return self._generate(ids, uids, self._generator(0))
+        return self._generate(ids, uids, stream(self.config.run.seed, Purpose.MINIBATCHES, self.buffers))
 
     def experience(self, roll: Rollout) -> Experience:
-        """Raw scores -> running moments -> shaped scores -> token rewards -> advantages and returns."""
+        """Raw scores -> running moments -> shaped scores -> token rewards -> advantages and returns. Changes nothing
+        of the engine: `update` takes up the moments that these scores lead to."""
         scores = self.reward(roll)
-        self.moments.update(scores)
-        shaped = shape_scores(scores, roll.finished, self.moments, self.config.reward)
+        moments = self.moments.with_scores(scores)
+        shaped = shape_scores(scores, roll.finished, moments, self.config.reward)
         rewards = token_rewards(shaped, roll, self.controller.coef, self.config.kl.estimator, self.config.impl)
         advantages, returns = advantages_and_returns(rewards, roll, self.config.advantage, self.config.impl)
         return Experience(
@@ -153,32 +192,32 @@ class Engine:
             advantages=advantages,
             returns=returns,
             kl_coef=self.controller.coef,
+            moments=moments,
         )
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """PPO epochs over the buffer, then the KL controller. Returns metrics; Diverged after too many bad steps in a
-        row."""
+        """PPO epochs over the buffer, then the KL controller; takes up the experience's moments. Returns metrics;
+        Diverged after too many bad steps in a row."""
+        self.moments = experience.moments
         metrics = update(
             self.policy,
             self.critic,
             experience,
             self.config,
             self.health,
-            generator=self._generator(1),
+            generator=stream(self.config.run.seed, Purpose.EPOCHS, self.buffers),
             texts=self.texts,
         )
         roll = experience.rollout
         self.controller.update(float((roll.logprobs - roll.ref_logprobs).mean()), len(roll.finished))
         return metrics
 
-    def step(self, prompts: Sequence[Sequence[int] | str]) -> dict[str, float]:
-        """Rollout, experience and update: one PPO-max iteration. Returns all metrics, phase times in seconds
-        included."""
+    def step(self, prompts: Sequence[Sequence[int] | str]) -> StepResult:
+        """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too."""
         times = [time.perf_counter()]
         roll = self.rollout(prompts)
         times.append(time.perf_counter())
         experience = self.experience(roll)
-        self.last_scores = experience.scores
         metrics = experience_metrics(experience, self.config.impl) | roll.stats
         times.append(time.perf_counter())
         metrics.update(self.update(experience))
@@ -193,7 +232,7 @@ class Engine:
                 "perf/tokens_per_second": float(len(roll.states)) / (times[1] - times[0]),
             }
         )
-        return metrics
+        return StepResult(metrics, experience.scores)
 
     def preview(self, prompts: Sequence[Sequence[int] | str]) -> tuple[Rollout, Tensor]:
         """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing
@@ -232,7 +271,7 @@ class Engine:
             "fingerprints": self.fingerprints,
             "buffers": self.buffers,
             "episodes": self.episodes,
-            "moments": self.moments.state(),
+            "moments": asdict(self.moments),
             "kl_coef": self.controller.coef,
             "skipped": self.health.skipped,
             "skipped_in_a_row": self.health.in_a_row,
@@ -242,7 +281,7 @@ class Engine:
         """Take up counters, running moments and the KL coefficient from what `state` gave; configuration and models
         stay this engine's own."""
         self.buffers, self.episodes = state["buffers"], state["episodes"]
-        self.moments.load(state["moments"])
+        self.moments = RunningMoments(**state["moments"])
         self.controller.coef = state["kl_coef"]
         self.health.skipped, self.health.in_a_row = state["skipped"], state["skipped_in_a_row"]
 
@@ -274,10 +313,6 @@ class Engine:
         if kind != self._announced:
             self._announced = kind
             log.info(plan.sentence())
-
-    def _generator(self, purpose: int) -> torch.Generator:
-        """Shuffles of this buffer: a function of seed and buffer number, so nothing of it needs saving."""
-        return torch.Generator().manual_seed((self.config.run.seed * 1_000_003 + self.buffers) * 2 + purpose)
 
     def _ids(self, prompt: Sequence[int] | str) -> list[int]:
         if not isinstance(prompt, str):

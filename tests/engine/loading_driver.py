@@ -77,7 +77,7 @@ def as_whole(folder: Path) -> dict[str, list[float]]:
         assert all(hasattr(p, "ds_id") for p in cut.policy.module.parameters())
         late = Engine(load_policy(paths[0]), None, None, load_reward_model(paths[1]), config, tokenizer=cut.tokenizer)
         assert cut.fingerprints == late.fingerprints
-        rows = [(cut.step(prompts(8, seed=i)), late.step(prompts(8, seed=i))) for i in range(2)]
+        rows = [(cut.step(prompts(8, seed=i)).metrics, late.step(prompts(8, seed=i)).metrics) for i in range(2)]
         gap = [abs(a[k] - b[k]) for a, b in rows for k in a if not k.startswith(("time/", "perf/")) and a[k] == a[k]]
         out[f"{train} {critic}"] = max(gap)
     return out
@@ -113,7 +113,7 @@ def configs(folder: Path) -> dict[str, float]:
             paths[0], None, None, paths[1], config, tokenizer=tiny_tokenizer(), texts=lambda n: [Text([1, 5, 6], 1)] * n
         )
         before = weights_of(engine)
-        rows = [engine.step(prompts(8, seed=i)) for i in range(2)]
+        rows = [engine.step(prompts(8, seed=i)).metrics for i in range(2)]
         after = weights_of(engine)
         assert all(row["val/skipped"] == 0 for row in rows)
         assert any((before[key] != after[key]).any() for key in before), f"{name}: no weight moved"

@@ -72,7 +72,7 @@ def engine_of(config: TrainConfig, **parts: Any) -> Engine:
 
 def steps(engine: Engine, counts: tuple[int, ...] = COUNTS) -> list[dict[str, float]]:
     """Metrics of steps whose prompts are a function of the engine's state alone; times left out."""
-    rows = [engine.step(prompts(count, seed=engine.buffers)) for count in counts]
+    rows = [engine.step(prompts(count, seed=engine.buffers)).metrics for count in counts]
     return [{k: v for k, v in row.items() if not k.startswith(OWN)} for row in rows]
 
 

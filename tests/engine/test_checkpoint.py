@@ -90,7 +90,7 @@ def test_save_and_load_alone(tmp_path) -> None:
     drawn = random.random(), float(torch.rand(()))
     loaded = Engine.load(tmp_path / "state", reference=tiny_policy(), reward=tiny_reward())
     assert (random.random(), float(torch.rand(()))) == drawn
-    a, b = engine.step(prompts(8, seed=1)), loaded.step(prompts(8, seed=1))
+    a, b = engine.step(prompts(8, seed=1)).metrics, loaded.step(prompts(8, seed=1)).metrics
     assert a["loss/policy_avg"] == b["loss/policy_avg"]
     assert all(torch.equal(p, q) for p, q in zip(engine.policy.params, loaded.policy.params, strict=True))
     assert loaded.restore(tmp_path / "state") == {"note": 1}
@@ -110,7 +110,7 @@ def test_bfloat16_master_copies_survive(tmp_path) -> None:
     other.restore(tmp_path / "state")
     assert engine.policy.copies[0].dtype == torch.float32
     assert all(torch.equal(p, q) for p, q in zip(engine.policy.copies, other.policy.copies, strict=True))
-    assert engine.step(prompts(8))["loss/value_avg"] == other.step(prompts(8))["loss/value_avg"]
+    assert engine.step(prompts(8)).metrics["loss/value_avg"] == other.step(prompts(8)).metrics["loss/value_avg"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])

@@ -84,7 +84,7 @@ def test_lengths_ends_and_minimum() -> None:
 def test_all_empty_and_all_truncated_responses_train(eos: list[int]) -> None:
     engine = tiny_engine()
     engine.eos_ids = eos
-    metrics = engine.step(prompts(8))
+    metrics = engine.step(prompts(8)).metrics
     assert metrics["rollout/length"] == (1 if len(eos) > 1 else 10)
     assert metrics["rollout/truncated"] == (0 if len(eos) > 1 else 1)
     assert metrics["val/skipped"] == 0
@@ -115,7 +115,7 @@ def test_preview_leaves_no_trace() -> None:
     first, _ = a.preview(GIVEN)
     again, _ = a.preview(GIVEN)
     assert first.sequences() == again.sequences()
-    assert a.step(prompts(8))["loss/policy_avg"] == b.step(prompts(8))["loss/policy_avg"]
+    assert a.step(prompts(8)).metrics["loss/policy_avg"] == b.step(prompts(8)).metrics["loss/policy_avg"]
 
 
 def test_ptx_without_texts_is_refused() -> None:
@@ -125,9 +125,9 @@ def test_ptx_without_texts_is_refused() -> None:
 
 def test_two_engines_do_not_see_each_other() -> None:
     a, b = tiny_engine(), tiny_engine()
-    alone = tiny_engine().step(prompts(8))
+    alone = tiny_engine().step(prompts(8)).metrics
     a.step(prompts(8, seed=5))
-    assert b.step(prompts(8))["loss/policy_avg"] == alone["loss/policy_avg"]
+    assert b.step(prompts(8)).metrics["loss/policy_avg"] == alone["loss/policy_avg"]
 
 
 def test_steps_raise_an_easy_reward() -> None:
@@ -148,7 +148,7 @@ def test_steps_raise_an_easy_reward() -> None:
         batch__micro_tokens=4096,
     )
     engine = tiny_engine(config, reward=count, tokenizer=tiny_tokenizer())
-    scores = [engine.step(prompts(32))["objective/scores"] for _ in range(12)]
+    scores = [engine.step(prompts(32)).metrics["objective/scores"] for _ in range(12)]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.05
 
 

@@ -121,7 +121,7 @@ def test_logprobs_equal_full_forwards_of_start_and_trained_model(name: str, mode
 def test_first_ratio_is_one_and_values_are_those_of_the_rollout(mode: str, dtype: str) -> None:
     engine = engine_of(batch__epochs=2, model__dtype=dtype, **MODES[mode])
     for seed in range(2):
-        metrics = engine.step(prompts(8, seed=seed))
+        metrics = engine.step(prompts(8, seed=seed)).metrics
         assert metrics["val/first_ratio_gap"] <= 1e-6
         assert metrics["val/first_value_gap"] <= 1e-6
         assert metrics["val/ratio_max"] > 1 + 1e-4
@@ -134,7 +134,7 @@ def test_saved_and_restored_to_the_bit(mode: str, tmp_path: Path) -> None:
     engine.step(prompts(8))
     engine.save(tmp_path / "state")
     other.restore(tmp_path / "state")
-    a, b = engine.step(prompts(8, seed=1)), other.step(prompts(8, seed=1))
+    a, b = engine.step(prompts(8, seed=1)).metrics, other.step(prompts(8, seed=1)).metrics
     assert {k: v for k, v in a.items() if "time" not in k and "per_second" not in k} == {
         k: v for k, v in b.items() if "time" not in k and "per_second" not in k
     }
@@ -156,7 +156,7 @@ def test_loaded_alone_it_wants_the_start_policy(mode: str, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="saved with another policy"):
         Engine.load(tmp_path / "state", policy=foreign, reward=tiny_reward())
     loaded = Engine.load(tmp_path / "state", policy=family(), reward=tiny_reward())
-    a, b = engine.step(prompts(8, seed=1)), loaded.step(prompts(8, seed=1))
+    a, b = engine.step(prompts(8, seed=1)).metrics, loaded.step(prompts(8, seed=1)).metrics
     assert a["loss/policy_avg"] == b["loss/policy_avg"]
     assert a["loss/value_avg"] == b["loss/value_avg"]
 
@@ -321,7 +321,7 @@ def test_ptx_of_hydra_runs_the_whole_model_and_trains_the_top() -> None:
     config = small_config(ptx__coef=1.0, kl__coef=0.0, **HYDRA)
     engine = Engine(family(), None, None, tiny_reward(), config, texts=lambda n: [Text([1, 5, 6, 7, 8], 2)] * n)
     frozen = weights(engine.policy.module, trained=False)
-    losses = [engine.step(prompts(8))["loss/ptx_avg"] for _ in range(4)]
+    losses = [engine.step(prompts(8)).metrics["loss/ptx_avg"] for _ in range(4)]
     assert losses[-1] < losses[0]
     assert all(torch.equal(x, frozen[n]) for n, x in weights(engine.policy.module, trained=False).items())
 
@@ -371,9 +371,9 @@ def test_a_model_whose_upper_layers_read_more_is_refused() -> None:
 def test_lora_starts_at_zero_kl_and_holds_no_reference() -> None:
     engine = engine_of(**MODES["lora"])
     assert engine.reference is None
-    metrics = engine.step(prompts(8))
+    metrics = engine.step(prompts(8)).metrics
     assert metrics["objective/kl"] == 0.0
-    assert engine.step(prompts(8))["objective/kl"] != 0.0
+    assert engine.step(prompts(8)).metrics["objective/kl"] != 0.0
     assert all("lora_" in name for name in engine.policy.names)
     base = dict(family().named_parameters())
     for name, p in engine.policy.module.named_parameters():

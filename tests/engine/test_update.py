@@ -111,7 +111,7 @@ def test_fused_and_reference_updates_agree(monkeypatch: pytest.MonkeyPatch) -> N
         engine = tiny_engine(small_config(impl=impl, **knobs), texts=lambda n: [Text([1, 5, 6, 7, 8], 2)] * n)
         params = [*engine.policy.params, *engine.critic.params]
         before = torch.cat([p.detach().clone().flatten() for p in params])
-        rows.append(engine.step(prompts(8)))
+        rows.append(engine.step(prompts(8)).metrics)
         moves.append(torch.cat([p.detach().flatten() for p in params]) - before)
     for key in ("loss/policy_avg", "loss/value_avg", "loss/ptx_avg", "policy/grad_norm", "critic/grad_norm",
                 "objective/kl_per_token", "policy/entropy_avg", "val/ratio_max"):  # fmt: skip
@@ -124,7 +124,7 @@ def test_fused_and_reference_updates_agree(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_first_minibatch_gaps_are_reported_as_zero() -> None:
-    metrics = tiny_engine(small_config(batch__epochs=2)).step(prompts(8))
+    metrics = tiny_engine(small_config(batch__epochs=2)).step(prompts(8)).metrics
     assert metrics["val/first_ratio_gap"] <= 1e-6
     assert metrics["val/first_value_gap"] <= 1e-6
     assert metrics["val/ratio_max"] > 1.0

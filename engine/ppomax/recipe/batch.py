@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ppomax.recipe.moments import RunningMoments
+
 Plan = list[list[Tensor]]
 """Minibatches of micro-batches of sequence indices (int64). Under several ranks, this rank's part: an empty micro-batch
 stands where others have one more, so that all make the same number of forwards."""
@@ -93,6 +95,8 @@ class Experience:
     """(N,) float32, the critic's targets."""
     kl_coef: float
     """Coefficient that `rewards` was made with."""
+    moments: RunningMoments
+    """Of all scores up to and with these."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,13 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from ppomax.config import AdvantageConfig, KLConfig, RewardConfig
 from ppomax.models import RewardModel
 from ppomax.recipe.batch import Rollout, or_shortest, per_token, spans
+from ppomax.recipe.moments import RunningMoments
 from ppomax.sharding import gather, run, share, total
 
 if TYPE_CHECKING:
     from ppomax.sharding.zero import ZeroFrozen
-
-LEAST_STD = 1e-6
-"""Below this the scores are taken as equal, and nothing is divided."""
 
 
 class RewardError(RuntimeError):
@@ -61,7 +58,6 @@ class FunctionReward:
 
     def __init__(self, function: Callable[[list[str], list[str]], Sequence[float]], tokenizer: PreTrainedTokenizerBase):
         self.function, self.tokenizer = function, tokenizer
-        self.name = f"the reward function {getattr(function, '__name__', repr(function))}"
 
     def __call__(self, rollout: Rollout) -> Tensor:
         mine = share(len(rollout.finished))
@@ -69,15 +65,25 @@ class FunctionReward:
         prompts, responses = (
             [str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1)
         )
-        try:
-            given = self.function(prompts, responses) if pairs else []
-        except Exception as error:
-            raise RewardError(f"{self.name} raised {type(error).__name__}: {error}") from error
-        try:
-            scores = torch.as_tensor(given, dtype=torch.float32, device=rollout.tokens.device).flatten()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise RewardError(f"{self.name} must return one number for each response, got {given!r:.80}") from error
-        return gather(checked_scores(scores, len(pairs), self.name))
+        scores = call_reward(self.function, prompts, responses) if pairs else torch.zeros(0)
+        return gather(scores.to(rollout.tokens.device))
+
+
+def call_reward(
+    function: Callable[[list[str], list[str]], Sequence[float]], prompts: list[str], responses: list[str]
+) -> Tensor:
+    """`function(prompts, responses)` as (n,) float32 scores on the CPU, one for each response. RewardError: it raised,
+    or gave something else than finite numbers."""
+    name = f"the reward function {getattr(function, '__name__', repr(function))}"
+    try:
+        given = function(prompts, responses)
+    except Exception as error:
+        raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+    try:
+        scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"{name} must return one number for each response, got {given!r:.80}") from error
+    return checked_scores(scores, len(responses), name)
 
 
 def checked_scores(scores: Tensor, count: int, name: str) -> Tensor:
@@ -108,40 +114,6 @@ def load_function(spec: str) -> Callable[..., Any]:
         return getattr(module, name)  # type: ignore[no-any-return]
     except (ImportError, OSError, AttributeError) as error:
         raise RewardError(f"reward.function={spec!r} cannot be loaded: {error}") from error
-
-
-class RunningMoments:
-    """Mean and standard deviation of all scores so far, batch by batch (Chan, Golub, LeVeque 1979), in float64.
-
-    Any split of the same scores gives the same moments to rounding. Starts empty, never forgets."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def update(self, scores: Tensor) -> None:
-        """Take in one batch: (n,) scores of all ranks."""
-        x = scores.double()
-        if not len(x):
-            return
-        mean = float(x.mean())
-        squares = float(((x - mean) ** 2).sum())
-        count = self.count + len(x)
-        shift = mean - self.mean
-        self.squares += squares + shift**2 * self.count * len(x) / count
-        self.mean += shift * len(x) / count
-        self.count = count
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation; 1 while there are fewer than two scores or they are all equal."""
-        std = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
-        return std if std > LEAST_STD else 1.0
-
-    def state(self) -> dict[str, float]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
-
-    def load(self, state: dict[str, float]) -> None:
-        self.count, self.mean, self.squares = int(state["count"]), state["mean"], state["squares"]
 
 
 class KLController:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import ppomax_kernels as K
 import torch
-from ppomax_kernels.ppo_loss import METRICS as PG_FIGURES
+from ppomax_kernels.ppo_loss import METRICS as PG_METRICS
+from ppomax_kernels.value_loss import METRICS as V_METRICS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -76,12 +78,7 @@ class Tally:
         out = {key: sum(r[key] for r in good) / len(good) for key in good[0]}
         out["val/ratio_max"] = max(r["val/ratio_max"] for r in good)
         out["val/skipped"] = sum(r["val/skipped"] for r in self.rows)
-        first = self.rows[0]
-        out["val/first_ratio_gap"], out["val/first_value_gap"] = (
-            first["val/first_ratio_gap"],
-            first["val/first_value_gap"],
-        )
-        return out
+        return out | {key: self.rows[0][key] for key in ("val/first_ratio_gap", "val/first_value_gap")}
 
 
 def update(
@@ -110,6 +107,30 @@ def update(
     return tally.means()
 
 
+class MicroLosses(NamedTuple):
+    """What one micro-batch adds to its minibatch: shares of losses and metrics, 0 for a stand-in."""
+
+    pg_loss: Tensor
+    v_loss: Tensor
+    pg_metrics: Tensor
+    """By the names of ppo_loss.METRICS."""
+    v_metrics: Tensor
+    """By the names of value_loss.METRICS."""
+    value_gap: Tensor
+    """max |V - V_old|."""
+
+
+class OptimizerStep(NamedTuple):
+    """One step of both optimisers, or a skipped one."""
+
+    policy_norm: Tensor
+    critic_norm: Tensor
+    policy_lr: float
+    critic_lr: float
+    good: bool
+    """False: a loss or gradient was not finite, and no weight moved."""
+
+
 def train_minibatch(
     policy: Trained[PreTrainedModel],
     critic: Trained[Critic | TrunkCritic],
@@ -125,26 +146,31 @@ def train_minibatch(
     parts = []
     for i, micro in enumerate(micros):
         last = i + 1 == len(micros)
-        share = float(micro.counts)
-        pg_loss, pg = policy_loss(policy, micro, tokens, config)
-        policy.backward(share * pg_loss, last=last and not with_ptx)
-        v_loss, v, value_gap = critic_loss(critic, micro, tokens, config)
-        critic.backward(share * v_loss, last=last)
-        parts.append([share * x.detach() for x in (pg_loss, v_loss, pg.tensor, v.tensor, value_gap)])
+        weight = float(micro.counts)
+        pg_loss, pg_metrics = policy_loss(policy, micro, tokens, config)
+        policy.backward(weight * pg_loss, last=last and not with_ptx)
+        v_loss, v_metrics, value_gap = critic_loss(critic, micro, tokens, config)
+        critic.backward(weight * v_loss, last=last)
+        given = (pg_loss, v_loss, pg_metrics.tensor, v_metrics.tensor, value_gap)
+        parts.append(MicroLosses(*(weight * x.detach() for x in given)))
     ptx = ptx_backward(policy, config, texts, device) if with_ptx and texts else torch.zeros((), device=device)
+    losses = total(torch.stack([p.pg_loss for p in parts]).sum() + torch.stack([p.v_loss for p in parts]).sum() + ptx)
+    stepped = _step(policy, critic, losses)
+    health.note(stepped.good, config.run.max_bad_steps)
+    return _row(parts, total(ptx), stepped)
 
-    policy_norm, critic_norm = policy.grad_norm(), critic.grad_norm()
-    losses = total(torch.stack([p[0] for p in parts]).sum() + torch.stack([p[1] for p in parts]).sum() + ptx)
-    good = bool(torch.isfinite(losses + policy_norm + critic_norm))
-    rates = policy.lr, critic.lr
-    if good:
-        policy.step(policy_norm)
-        critic.step(critic_norm)
-    else:
-        policy.skip()
-        critic.skip()
-    health.note(good, config.run.max_bad_steps)
-    return _row(parts, pg.names, v.names, total(ptx), policy_norm, critic_norm, rates, good)
+
+def _step(policy: Trained[PreTrainedModel], critic: Trained[Critic | TrunkCritic], losses: Tensor) -> OptimizerStep:
+    """Step both optimisers if all losses and gradients are finite, on every rank alike."""
+    norms, rates = (policy.grad_norm(), critic.grad_norm()), (policy.lr, critic.lr)
+    good = bool(torch.isfinite(losses + norms[0] + norms[1]))
+    both: tuple[Trained[Any], ...] = (policy, critic)
+    for part, norm in zip(both, norms, strict=True):
+        if good:
+            part.step(norm)
+        else:
+            part.skip()
+    return OptimizerStep(*norms, *rates, good)
 
 
 def policy_loss(
@@ -153,7 +179,7 @@ def policy_loss(
     """This micro-batch's share of the clipped surrogate, with entropy bonus and KL term; divided by the global
     `tokens`."""
     pg_loss, figures = policy.run(_surrogate, micro, tokens, config)
-    return pg_loss, K.Metrics(PG_FIGURES, figures)
+    return pg_loss, K.Metrics(PG_METRICS, figures)
 
 
 def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -227,20 +253,12 @@ def _nll(policy: PreTrainedModel, tokens: Tensor, cu: Tensor, at: Tensor, target
     return nll
 
 
-def _row(
-    parts: Sequence[Sequence[Tensor]],
-    pg_names: tuple[str, ...],
-    v_names: tuple[str, ...],
-    ptx: Tensor,
-    policy_norm: Tensor,
-    critic_norm: Tensor,
-    rates: tuple[float, float],
-    good: bool,
-) -> dict[str, float]:
+def _row(parts: Sequence[MicroLosses], ptx: Tensor, stepped: OptimizerStep) -> dict[str, float]:
     """Metrics of one minibatch, read back from the device once: sums of shares are means, except the largest ratio."""
-    pg = dict(zip(pg_names, total(torch.stack([p[2] for p in parts]).sum(0)).tolist(), strict=True))
-    v = dict(zip(v_names, total(torch.stack([p[3] for p in parts]).sum(0)).tolist(), strict=True))
-    most = torch.stack([torch.stack([p[2][pg_names.index("ratio_max")], p[4]]) for p in parts]).amax(0)
+    pg = dict(zip(PG_METRICS, total(torch.stack([p.pg_metrics for p in parts]).sum(0)).tolist(), strict=True))
+    v = dict(zip(V_METRICS, total(torch.stack([p.v_metrics for p in parts]).sum(0)).tolist(), strict=True))
+    at = PG_METRICS.index("ratio_max")
+    most = torch.stack([torch.stack([p.pg_metrics[at], p.value_gap]) for p in parts]).amax(0)
     ratio_max, value_gap = largest(most).tolist()
     return {
         "loss/policy_avg": pg["pg_loss"],
@@ -254,9 +272,9 @@ def _row(
         "val/ratio_max": ratio_max,
         "val/first_ratio_gap": abs(ratio_max - 1.0),
         "val/first_value_gap": value_gap,
-        "policy/grad_norm": float(policy_norm),
-        "critic/grad_norm": float(critic_norm),
-        "lr": rates[0],
-        "critic/lr": rates[1],
-        "val/skipped": float(not good),
+        "policy/grad_norm": float(stepped.policy_norm),
+        "critic/grad_norm": float(stepped.critic_norm),
+        "lr": stepped.policy_lr,
+        "critic/lr": stepped.critic_lr,
+        "val/skipped": float(not stepped.good),
     }

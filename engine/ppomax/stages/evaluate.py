@@ -18,7 +18,7 @@ from typing import Any
 from ppomax.assets import shipped
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import EvaluateConfig
-from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key, score_by_function
+from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,10 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
         classifier = SentimentClassifier.load(shipped("classifier.json"))
         return [classifier.logit(a.whole) for a in given]
     if config.judge == "function":
-        from ppomax.recipe.rewards import load_function
+        from ppomax.recipe.rewards import call_reward, load_function
 
-        return score_by_function(
-            load_function(str(config.function)), [a.prompt for a in given], [a.text for a in given]
-        )
+        function = load_function(str(config.function))
+        return call_reward(function, [a.prompt for a in given], [a.text for a in given]).tolist()
     from ppomax.data import Text, encode_prompt, encode_response
     from ppomax.models import freeze, load_reward_model, load_tokenizer, pick_device
     from ppomax.stages.reward_model import score_texts

@@ -1,4 +1,4 @@
-"""Which of two responses is better: by scores (reward model, Python function) or by a model behind an endpoint.
+"""Which of two responses is better: by scores of a reward model or function, or by a model behind an endpoint.
 
 A judge takes prompts and both sides' responses and gives one Judgement a prompt, seen from the first side. A score
 knows no order; an endpoint is asked twice, each side first once, and a side wins only if both answers together favour
@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -170,21 +170,3 @@ def both_orders(first: str | Exception, swapped: str | Exception) -> Judgement:
         return Judgement(None, detail)
     total = {"A": 1, "C": 0, "B": -1}[str(letters[0])] - {"A": 1, "C": 0, "B": -1}[str(letters[1])]
     return Judgement("win" if total > 0 else "lose" if total < 0 else "tie", detail)
-
-
-def score_by_function(function: Callable[..., Any], prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A reward function's scores, checked as in training."""
-    import torch
-
-    from ppomax.recipe.rewards import RewardError, checked_scores
-
-    name = f"the function {getattr(function, '__name__', function)}"
-    try:
-        given = function(list(prompts), list(responses))
-    except Exception as error:
-        raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
-    try:
-        scores = torch.as_tensor(given, dtype=torch.float32).flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(f"{name} must return one number for each response, got {given!r:.80}") from error
-    return [float(x) for x in checked_scores(scores, len(responses), name)]

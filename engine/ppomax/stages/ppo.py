@@ -22,6 +22,7 @@ from ppomax.models import load_tokenizer
 from ppomax.models.modes import start_policy
 from ppomax.recipe.rewards import load_function
 from ppomax.recipe.rollout import joined
+from ppomax.recipe.streams import Purpose
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
 from ppomax.rollout import decode
@@ -114,7 +115,7 @@ class Run:
         )
         self.order = Order(len(self.prompts), config.run.seed)
         self.texts = self._load_texts() if config.ptx.coef else []
-        self.text_order = Order(max(1, len(self.texts)), config.run.seed + 1)
+        self.text_order = Order(max(1, len(self.texts)), config.run.seed, Purpose.TEXTS)
 
     def _load_prompts(self, source: str) -> list[list[int]]:
         data = self.config.data
@@ -157,11 +158,10 @@ class Run:
             monitor.samples(0, self.sample_rows())
         halt: Halt | None = None
         while progress.step < run.steps and halt is None and not self.stopped(stop):
-            metrics = self.engine.step(self.next_prompts())
+            metrics, scores = self.engine.step(self.next_prompts())
             progress.step += 1
             halt = agree(monitor.log(progress.step, metrics))
-            if self.engine.last_scores is not None:
-                monitor.scores(progress.step, self.engine.last_scores.tolist())
+            monitor.scores(progress.step, scores.tolist())
             if every and (progress.step % every == 0 or progress.step == run.steps):
                 monitor.samples(progress.step, self.sample_rows())
             if halt == "rollback":

@@ -16,6 +16,7 @@ from ppomax.engine import Engine
 from ppomax.recipe.batch import Plan, Rollout, or_shortest, plan_minibatches, select, select_trunk
 from ppomax.recipe.measures import explained_variance
 from ppomax.recipe.scoring import state_values
+from ppomax.recipe.streams import Purpose, stream
 from ppomax.sharding import place, total
 
 
@@ -24,6 +25,7 @@ def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[d
     was."""
     config = engine.config
     experience = engine.experience(engine.rollout(prompts))
+    engine.moments = experience.moments
     roll = experience.rollout
     _, returns = K.gae(
         experience.rewards, roll.values, roll.response_cu, gamma=config.advantage.gamma, lam=1.0, impl=config.impl
@@ -38,7 +40,7 @@ def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[d
         return metrics, True
     losses: list[float] = []
     lengths = roll.cu_seqlens.diff().cpu()
-    shuffle = torch.Generator().manual_seed(config.run.seed * 1_000_003 + engine.buffers)
+    shuffle = stream(config.run.seed, Purpose.CRITIC_EPOCHS, engine.buffers)
     for epoch in range(config.critic.pretrain_epochs):
         plan: Plan = roll.plan
         if epoch:

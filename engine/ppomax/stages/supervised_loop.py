@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, RunConfig
+from ppomax.recipe.streams import Purpose, stream
 from ppomax.saving.folder import CheckpointError, check_space, newest, prune, written_whole
 from ppomax.saving.jsonl import append_row, keep_rows
 from ppomax.saving.random_state import random_state
@@ -56,7 +57,7 @@ class BatchOrder:
         return len(self._batches)
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = stream(self.seed, Purpose.ROWS, epoch)
         rows = torch.randperm(len(self.lengths), generator=generator).tolist()
         mean = max(1, sum(self.lengths) // len(self.lengths))
         pool = max(1, self.POOL * self.batch_tokens // mean)
