@@ -100,7 +100,7 @@ class Eager:
 
 
 def engine_step(engine: Engine, exp: Experience) -> dict[str, float]:
-    micros = [minibatch(exp, m) for m in exp.rollout.plan[0]]
+    micros = [minibatch(exp, m) for m in exp.rollout.micro_batches[0]]
     return train_minibatch(engine.policy, engine.critic, micros, engine.config, engine.health, None)
 
 

@@ -40,20 +40,20 @@ def _train(config: TrainConfig) -> None:
     from ppomax.reporting.monitor import METRICS, RunMonitor
     from ppomax.reporting.page import closing_words, write_report
     from ppomax.saving.jsonl import read_rows
-    from ppomax.sharding import rank, together
+    from ppomax.sharding import ranks
     from ppomax.stages.ppo import train_ppo
 
     out = Path(str(config.run.out))
-    console = start_logging(quiet=rank() > 0)
+    console = start_logging(quiet=ranks.rank() > 0)
     console.print(
         f"[bold]ppomax train[/]  preset {config.preset}, {config.run.steps} steps, folder {out}", highlight=False
     )
-    with together():
-        if rank() == 0:
+    with ranks.fail_together():
+        if ranks.rank() == 0:
             console.print(checked(config), highlight=False, markup=False)
     monitor = RunMonitor(out, config, console)
     train_ppo(config, monitor)
-    if rank():
+    if ranks.rank():
         return
     if monitor.halt:
         console.print(f"ended by the collapse alarm ({monitor.halt}); {out / 'alarms.jsonl'} says why", highlight=False)

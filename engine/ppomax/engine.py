@@ -50,10 +50,10 @@ from ppomax.recipe.rewards import (
 )
 from ppomax.recipe.rollout import rollout
 from ppomax.recipe.streams import Purpose, stream
-from ppomax.recipe.update import Health, TextSource, update
+from ppomax.recipe.update import Health, NextTexts, update
 from ppomax.rollout import RolloutPlan
 from ppomax.saving.engine_state import read_state, restore_state, save_state, saved_parts
-from ppomax.sharding import Trained, copy_source, cuts, freeze_model, is_cut, train_model
+from ppomax.sharding import Trained, freeze_model, is_sharded, model_to_copy, sharded_reads, train_model
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Engine:
         config: TrainConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        texts: TextSource | None = None,
+        texts: NextTexts | None = None,
     ):
         self.config = config or TrainConfig()
         self.device = pick_device(self.config.run.device)
@@ -132,7 +132,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> _Models:
         """All models, whole or in this rank's parts, each on the device; and the tokenizer."""
-        cut = cuts(self.config, self.dtype, from_files=self.sources["policy"] is not None)
+        cut = sharded_reads(self.config, self.dtype, from_files=self.sources["policy"] is not None)
         lm = self._language_model(policy, cut.policy).eval().requires_grad_(True)
         self.tokenizer = tokenizer
         if tokenizer is None and self.sources["tokenizer"]:
@@ -142,7 +142,7 @@ class Engine:
         self.reward = self._reward_source(reward, cut.frozen)
         self.trunk_layers = trunk_layers(lm, self.config.model)
         value_model = self._critic(critic, lm, cut.critic).to(self.device).eval()
-        if reference is None and self.config.model.train == "full" and is_cut(lm):
+        if reference is None and self.config.model.train == "full" and is_sharded(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
         given = None if reference is None else self._language_model(reference, cut.frozen)
         return _Models(lm, given, value_model)
@@ -348,11 +348,11 @@ class Engine:
                     "Engine: model.critic is reward_model, but the reward is a function; set model.critic: policy, "
                     "or a path"
                 )
-            wanted = copy_source(self.reward_model, self.sources["reward"], cut)
+            wanted = model_to_copy(self.reward_model, self.sources["reward"], cut)
         elif wanted == "trunk" and self.trunk_layers is not None:
             return TrunkCritic(policy, self.trunk_layers, seed=self.config.run.seed).requires_grad_(True)
         elif wanted == "policy":
-            wanted = copy_source(policy, self.sources["policy"], cut)
+            wanted = model_to_copy(policy, self.sources["policy"], cut)
         if isinstance(wanted, TrunkCritic) and wanted.branch.layers != self.trunk_layers:
             raise ValueError(
                 f"Engine: the critic stands on a trunk of {wanted.branch.layers} blocks, the policy's has "

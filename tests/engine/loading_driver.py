@@ -231,7 +231,7 @@ def main(folder: Path, out: Path, cases: list[str]) -> None:
     everyone = ranks.everyone(mine)
     if ranks.rank() == 0:
         out.write_text(json.dumps(everyone), encoding="utf-8")
-    ranks.leave()
+    ranks.shut_down()
 
 
 if __name__ == "__main__":

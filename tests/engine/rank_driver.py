@@ -25,7 +25,7 @@ from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError
-from ppomax.sharding import everyone, rank, ranks, world_size
+from ppomax.sharding import ranks
 from ppomax.sharding.settle import agreed_config
 from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
@@ -112,7 +112,7 @@ def variant(folder: Path, name: str, stage: int | None) -> dict[str, Any]:
 
 
 def two(folder: Path) -> dict[str, Any]:
-    out: dict[str, Any] = {"world": world_size()}
+    out: dict[str, Any] = {"world": ranks.world_size()}
     for stage in (0, 1, 2, 3):
         engine = engine_of(config_of(folder, stage))
         out[f"zero {stage}"] = {"metrics": steps(engine), "state": state_of(engine)}
@@ -160,8 +160,8 @@ def gathered(engine: Engine) -> dict[str, Any]:
 def exported(engine: Engine, path: Path) -> dict[str, Any]:
     """A cut policy written in shards of 8 KB; is it the model that the engine holds?"""
     export_policy(engine, path, shard_bytes=8192)
-    held = {name: x.get() for name, x in engine.policy.whole_model().items()}
-    if rank():
+    held = {name: x.get() for name, x in engine.policy.all_weights().items()}
+    if ranks.rank():
         return {}
     model = AutoModelForCausalLM.from_pretrained(path)
     equal = all(torch.equal(p, held[name]) for name, p in model.named_parameters())
@@ -191,7 +191,7 @@ def lora_exported(folder: Path) -> dict[str, Any]:
     module = engine.policy.module
     out = {"whole": most[0], "all": sum(p.ds_numel for p in module.parameters())}  # type: ignore[attr-defined]
     out["largest"] = max(p.ds_numel for p in module.parameters())  # type: ignore[attr-defined]
-    if rank() == 0:
+    if ranks.rank() == 0:
         from safetensors.torch import load_file
 
         merged = AutoModelForCausalLM.from_pretrained(folder / "lora-export")
@@ -213,14 +213,18 @@ def nan_on_one_rank(engine: Engine) -> dict[str, Any]:
     before = engine.health.skipped
     metrics = engine.update(dataclasses.replace(experience, advantages=bad))
     after = steps(engine, (8,))[0]["loss/policy_avg"]
-    return {"skipped": everyone(engine.health.skipped - before), "in metrics": metrics["val/skipped"], "after": after}
+    return {
+        "skipped": ranks.gather_objects(engine.health.skipped - before),
+        "in metrics": metrics["val/skipped"],
+        "after": after,
+    }
 
 
 def refused(folder: Path) -> dict[str, list[str]]:
     """What each rank says to input that cannot be right."""
     contradicting = folder / "contradicting.json"
     contradicting.write_text(json.dumps({"zero_optimization": {"stage": 1}}), encoding="utf-8")
-    other = {"policy_optim__lr": 2e-3 if rank() else 1e-3}
+    other = {"policy_optim__lr": 2e-3 if ranks.rank() else 1e-3}
     attempts: dict[str, Callable[[], object]] = {
         "batch": lambda: agreed_config(small_config(batch__rollout_size=8, batch__minibatch_size=3)),
         "mismatch": lambda: agreed_config(small_config(**other)),
@@ -230,7 +234,7 @@ def refused(folder: Path) -> dict[str, list[str]]:
         "missing shard": lambda: without(folder / "zero-0", "policy_optim.safetensors"),
         "disk": lambda: onto_a_full_disk(folder),
     }
-    return {name: everyone(words_of(attempt)) for name, attempt in attempts.items()}
+    return {name: ranks.gather_objects(words_of(attempt)) for name, attempt in attempts.items()}
 
 
 def words_of(attempt: Callable[[], object]) -> str:
@@ -243,7 +247,7 @@ def words_of(attempt: Callable[[], object]) -> str:
 
 def without(path: Path, file: str) -> None:
     ranks.barrier()
-    if rank() == 0:
+    if ranks.rank() == 0:
         (path / file).unlink()
     engine_of(config_of(path.parent, 0)).restore(path)
 
@@ -292,7 +296,7 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
     "update": ("ppomax.recipe.update", "train_minibatch", 5),
     "rollout": ("ppomax.recipe.rollout", "decode", 4),
     "save": ("ppomax.saving.engine_state", "write_tensors", 11),
-    "load": ("ppomax.stages.ppo", "Run", 1),
+    "load": ("ppomax.stages.ppo", "PpoLoop", 1),
 }
 """Module, function, and which call of it."""
 
@@ -337,9 +341,9 @@ def main(case: str, folder: Path, *rest: str) -> int:
         return job(folder, rest[0], rest[1].removeprefix("term-"), number, victim=0 if rest[1] == "save" else 1)
     ranks.start("cpu")
     verdicts = globals()[case](folder)
-    if rank() == 0:
+    if ranks.rank() == 0:
         (folder / f"{case}.json").write_text(json.dumps(verdicts), encoding="utf-8")
-    ranks.leave()
+    ranks.shut_down()
     return 0
 
 

@@ -255,7 +255,7 @@ def test_trunk_runs_neither_in_scoring_nor_in_the_update() -> None:
         given, [[0.0] * len(r) for r in given], roll.finished.tolist(), list(trunk.states.split(lengths))
     )
     again = score(
-        policy, engine.reference, engine.critic.module, [p for p, _ in roll.sequences()], recorded, roll.plan,
+        policy, engine.reference, engine.critic.module, [p for p, _ in roll.sequences()], recorded, roll.micro_batches,
         trunk_layers=trunk.layers, impl="ref",
     )  # fmt: skip
     assert ran == []
@@ -263,7 +263,7 @@ def test_trunk_runs_neither_in_scoring_nor_in_the_update() -> None:
     assert not torch.equal(again.logprobs, roll.logprobs)
     computed = score(
         policy, engine.reference, engine.critic.module, [p for p, _ in roll.sequences()],
-        dataclasses.replace(recorded, trunk=None), roll.plan, trunk_layers=trunk.layers, impl="ref",
+        dataclasses.replace(recorded, trunk=None), roll.micro_batches, trunk_layers=trunk.layers, impl="ref",
     )  # fmt: skip
     assert len(ran) > 0  # a sampler that recorded nothing: the trunk runs once
     assert largest(computed.ref_logprobs, roll.ref_logprobs) <= CLOSE

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
-from ppomax.recipe.batch import cumulative, minibatch, plan_minibatches
+from ppomax.recipe.batch import cumulative, minibatch, split_minibatches
 from ppomax.recipe.measures import experience_metrics
 from ppomax.recipe.moments import RunningMoments
 from ppomax.recipe.rewards import sequence_sums, shape_scores, token_rewards
@@ -32,7 +32,7 @@ def experience():
 
 def test_first_minibatch_has_ratio_one_and_old_values(experience) -> None:
     engine, exp = experience
-    for micros in exp.rollout.plan:
+    for micros in exp.rollout.micro_batches:
         for which in micros:
             micro = minibatch(exp, which)
             tokens = torch.tensor(float(len(micro.labels)))
@@ -101,7 +101,7 @@ def _gradients(engine, exp, micro_tokens: int, ranks: int) -> torch.Tensor:
     tokens = torch.tensor(float(len(exp.rollout.states)))
     for rank in range(ranks):
         mine = torch.arange(rank, len(lengths), ranks)
-        for micro in plan_minibatches(lengths[mine], len(mine), micro_tokens, None)[0]:
+        for micro in split_minibatches(lengths[mine], len(mine), micro_tokens, None)[0]:
             part = minibatch(exp, mine[micro])
             engine.policy.backward(policy_loss(engine.policy, part, tokens, engine.config)[0])
             engine.critic.backward(critic_loss(engine.critic, part, tokens, engine.config)[0])
@@ -189,7 +189,7 @@ def test_ptx_and_policy_losses_make_one_optimiser_step() -> None:
     plain = engine.policy.optimizer.step
     engine.policy.optimizer.step = lambda *a: (calls.append("step"), plain(*a))[1]  # type: ignore[method-assign]
     before = engine.policy.steps
-    micros = [minibatch(exp, m) for m in exp.rollout.plan[0]]
+    micros = [minibatch(exp, m) for m in exp.rollout.micro_batches[0]]
     row = train_minibatch(engine.policy, engine.critic, micros, engine.config, engine.health, texts)
     assert calls == ["step"]
     assert engine.policy.steps == before + 1

@@ -14,7 +14,7 @@ from ppomax.config import AdvantageConfig, OptimConfig
 from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.models import head_of, packed_hidden
-from ppomax.recipe.batch import Experience, cumulative, minibatch, pack, plan_minibatches, select, spans
+from ppomax.recipe.batch import Experience, cumulative, minibatch, pack, select, spans, split_minibatches
 from ppomax.recipe.rewards import advantages_and_returns
 from ppomax.recipe.update import Diverged, Health, critic_loss, policy_loss, ptx_backward
 from ppomax.sharding import Trained, lr_at
@@ -263,7 +263,7 @@ def test_plans_hold_each_sequence_once_within_the_budget(
     lengths: list[int], size: int, budget: int, shuffle: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0) if shuffle else None
-    plan = plan_minibatches(torch.tensor(lengths), size, budget, generator)
+    plan = split_minibatches(torch.tensor(lengths), size, budget, generator)
     assert sorted(i for mb in plan for micro in mb for i in micro.tolist()) == list(range(len(lengths)))
     assert all(sum(len(m) for m in mb) == size for mb in plan[:-1])
     for micro in (m for mb in plan for m in mb):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ppomax.sharding.watch import Watch
 
 OUT_KEY = "ppomax/out"
-LATER = 20.0
+ANSWER_SECONDS = 20.0
 """Seconds past the longest silence until a rank stops waiting to be told which other one died."""
 
 
@@ -47,10 +47,10 @@ def watched(argv: list[str]) -> Iterator[Watch | None]:
     watch.start()
     try:
         yield watch
-        ranks.leave()
+        ranks.shut_down()
     except Exception as error:
         if _lost_a_rank(error):
-            time.sleep(watch.silence + LATER)  # the watch knows by then who it was, and ends this process
+            time.sleep(watch.silence + ANSWER_SECONDS)  # the watch knows by then who it was, and ends this process
         watch.failed(str(error))
         raise
     finally:
@@ -67,7 +67,7 @@ def parsed_together(parse: Callable[[list[str]], TrainConfig], argv: list[str]) 
     differ."""
     if started_ranks() == 1 or {"-h", "--help"} & set(argv):
         return parse(argv)
-    from ppomax.sharding import agree, rank, ranks, together
+    from ppomax.sharding import ranks
 
     store, config = ranks.job_store(), None
     if restarts():
@@ -75,12 +75,12 @@ def parsed_together(parse: Callable[[list[str]], TrainConfig], argv: list[str]) 
             raise ConfigError("the launcher started the job anew, but its folder is not known any more; give --out")
         out = store.get(OUT_KEY).decode()
         argv = [*argv, "--out", out, *(["--resume"] if Path(out).is_dir() and "--resume" not in argv else [])]
-    with together():
-        config = parse(argv) if rank() == 0 else None
-    out = agree(str(config.run.out) if config else "")
-    with together():
+    with ranks.fail_together():
+        config = parse(argv) if ranks.rank() == 0 else None
+    out = ranks.broadcast(str(config.run.out) if config else "")
+    with ranks.fail_together():
         config = config or parse([*argv, "--out", out])
     assert config is not None
-    if rank() == 0:
+    if ranks.rank() == 0:
         store.set(OUT_KEY, str(Path(out).resolve()))
     return config

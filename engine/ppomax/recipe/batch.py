@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppomax.recipe.moments import RunningMoments
 
-Plan = list[list[Tensor]]
+MicroBatches = list[list[Tensor]]
 """Minibatches of micro-batches of sequence indices (int64). Under several ranks, this rank's part: an empty micro-batch
 stands where others have one more, so that all make the same number of forwards."""
 
@@ -54,8 +54,8 @@ class Rollout:
     """(N,) float32, of the reference."""
     values: Tensor
     """(N,) float32, V(s_t) of the critic."""
-    plan: Plan
-    """The micro-batches that were scored together; the first epoch trains on the same ones."""
+    micro_batches: MicroBatches
+    """Which sequences were scored together; the first epoch trains on the same ones."""
     trunk: Trunk | None = None
     """Of the policy, where its lower blocks are frozen (`model.train: hydra`); else None."""
     stats: dict[str, float] = field(default_factory=dict)
@@ -114,8 +114,8 @@ class Minibatch:
     advantages: Tensor
     returns: Tensor
     trunk: Trunk | None = None
-    counts: bool = True
-    """False: a stand-in that keeps ranks in step; its losses are multiplied by 0."""
+    weight: float = 1.0
+    """What its losses are multiplied by: 0 for a stand-in, which keeps ranks in step."""
 
 
 def pack(sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -172,7 +172,7 @@ def select_trunk(trunk: Trunk | None, cu: Tensor, which: Tensor) -> Trunk | None
     return Trunk(trunk.layers, trunk.states[at])
 
 
-def or_shortest(which: Tensor, cu: Tensor) -> Tensor:
+def with_stand_in(which: Tensor, cu: Tensor) -> Tensor:
     """`which`; of an empty micro-batch, the shortest sequence: a cheap forward that keeps ranks in step."""
     return which if len(which) else cu.diff().argmin().view(1).to(which.device)
 
@@ -180,7 +180,7 @@ def or_shortest(which: Tensor, cu: Tensor) -> Tensor:
 def minibatch(experience: Experience, which: Tensor) -> Minibatch:
     """The sequences `which` of `experience`, packed for one forward; a stand-in if there are none."""
     roll = experience.rollout
-    counts, which = len(which) > 0, or_shortest(which, roll.cu_seqlens)
+    weight, which = float(len(which) > 0), with_stand_in(which, roll.cu_seqlens)
     tokens, cu, states, slots = select(roll, which)
     return Minibatch(
         tokens=tokens,
@@ -194,35 +194,35 @@ def minibatch(experience: Experience, which: Tensor) -> Minibatch:
         advantages=experience.advantages[slots],
         returns=experience.returns[slots],
         trunk=select_trunk(roll.trunk, roll.cu_seqlens, which),
-        counts=counts,
+        weight=weight,
     )
 
 
-def plan_minibatches(
+def split_minibatches(
     lengths: Tensor,
     minibatch_size: int,
     micro_tokens: int,
     generator: torch.Generator | None,
-    place: tuple[int, int] = (0, 1),
-) -> Plan:
+    position: tuple[int, int] = (0, 1),
+) -> MicroBatches:
     """Cut sequences into minibatches of `minibatch_size`, each into micro-batches of at most `micro_tokens` tokens.
 
     lengths: (S,) whole lengths, of all ranks. Every sequence is in exactly one micro-batch; the last minibatch may be
     smaller. A sequence longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the
     order. Inside a minibatch sequences go by length, so that a micro-batch holds like lengths and wastes little where
-    the forward has to pad. `place`: this rank and how many there are. Which sequences share a minibatch does not
-    depend on it; inside one they are dealt out so that ranks get like numbers of tokens.
+    the forward has to pad. `position`: this rank's number and how many there are. Which sequences share a minibatch
+    does not depend on it; inside one they are dealt out so that ranks get like numbers of tokens.
     """
     host = lengths.tolist()
     order = torch.randperm(len(host), generator=generator).tolist() if generator else list(range(len(host)))
-    rank, ranks = place
-    plan: Plan = []
+    rank, ranks = position
+    minibatches: MicroBatches = []
     for start in range(0, len(order), minibatch_size):
         hands = _deal(order[start : start + minibatch_size], host, ranks)
-        cuts = [_cut(hand, host, micro_tokens) for hand in hands]
-        mine = cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
-        plan.append([torch.tensor(m, dtype=torch.int64) for m in mine])
-    return plan
+        packed = [_pack_micro(hand, host, micro_tokens) for hand in hands]
+        mine = packed[rank] + [[]] * (max(map(len, packed)) - len(packed[rank]))
+        minibatches.append([torch.tensor(m, dtype=torch.int64) for m in mine])
+    return minibatches
 
 
 def _deal(which: list[int], lengths: list[int], ranks: int) -> list[list[int]]:
@@ -238,7 +238,7 @@ def _deal(which: list[int], lengths: list[int], ranks: int) -> list[list[int]]:
     return [[i for i in which if i in hand] for hand in hands]
 
 
-def _cut(which: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
+def _pack_micro(which: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
     micros: list[list[int]] = []
     used = 0
     for i in sorted(which, key=lengths.__getitem__):

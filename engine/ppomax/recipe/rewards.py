@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ppomax.config import AdvantageConfig, KLConfig, RewardConfig
 from ppomax.models import RewardModel
-from ppomax.recipe.batch import Rollout, or_shortest, per_token, spans
+from ppomax.recipe.batch import Rollout, per_token, spans, with_stand_in
 from ppomax.recipe.moments import RunningMoments
-from ppomax.sharding import gather, run, share, total
+from ppomax.sharding import call, ranks
 
 if TYPE_CHECKING:
     from ppomax.sharding.zero import ZeroFrozen
@@ -46,11 +46,11 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         scores = torch.zeros(len(rollout.finished), device=rollout.tokens.device)
-        for micro in (m for minibatch in rollout.plan for m in minibatch):
-            which = or_shortest(micro, rollout.cu_seqlens).to(scores.device)
+        for micro in (m for minibatch in rollout.micro_batches for m in minibatch):
+            which = with_stand_in(micro, rollout.cu_seqlens).to(scores.device)
             at, cu = spans(rollout.cu_seqlens, which)
-            scores[which] = float(len(micro) > 0) * run(self.model, RewardModel.scores, rollout.tokens[at], cu)
-        return checked_scores(total(scores), len(scores), "the reward model")
+            scores[which] = float(len(micro) > 0) * call(self.model, RewardModel.scores, rollout.tokens[at], cu)
+        return checked_scores(ranks.sum(scores), len(scores), "the reward model")
 
 
 class FunctionReward:
@@ -60,13 +60,13 @@ class FunctionReward:
         self.function, self.tokenizer = function, tokenizer
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        mine = share(len(rollout.finished))
+        mine = ranks.part_of(len(rollout.finished))
         pairs = [pair for i, pair in enumerate(rollout.sequences()) if i in mine]
         prompts, responses = (
             [str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1)
         )
         scores = call_reward(self.function, prompts, responses) if pairs else torch.zeros(0)
-        return gather(scores.to(rollout.tokens.device))
+        return ranks.gather(scores.to(rollout.tokens.device))
 
 
 def call_reward(

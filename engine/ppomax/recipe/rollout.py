@@ -20,22 +20,22 @@ from ppomax.models import Critic, embedding_weight
 from ppomax.models.adapters import adapters_off
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states
 from ppomax.recipe.batch import (
-    Plan,
+    MicroBatches,
     Rollout,
     Trunk,
     cumulative,
     last_tokens,
-    or_shortest,
     pack,
-    plan_minibatches,
     select_trunk,
     spans,
+    split_minibatches,
     trunk_cu,
+    with_stand_in,
 )
 from ppomax.recipe.scoring import policy_logprobs, state_values
 from ppomax.rollout.decode import Responses, decode
 from ppomax.rollout.sizes import RolloutPlan
-from ppomax.sharding import Trained, gather, place, run, share, total, world_size
+from ppomax.sharding import Trained, call, ranks
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def rollout(
 ) -> Rollout:
     """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `reference`
     and `trunk_layers` as in `score`; `announce` is told the plan of decoding, memory included, before it starts."""
-    mine = share(len(prompts))
+    mine = ranks.part_of(len(prompts))
     own = decode(
         policy,
         [prompts[i] for i in mine],
@@ -78,7 +78,7 @@ def rollout(
     )
     responses = joined(own, policy)
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses.tokens, strict=True)])
-    plan = plan_minibatches(lengths, batch.minibatch_size, batch.micro_tokens, generator, place())
+    plan = split_minibatches(lengths, batch.minibatch_size, batch.micro_tokens, generator, ranks.position())
     began = time.perf_counter()
     roll = score(
         policy,
@@ -102,7 +102,7 @@ def score(
     critic: Critic | TrunkCritic | Trained[Any],
     prompts: Sequence[Sequence[int]],
     responses: Responses,
-    plan: Plan,
+    plan: MicroBatches,
     *,
     temperature: float = 1.0,
     trunk_layers: int | None = None,
@@ -126,7 +126,7 @@ def score(
     def micros() -> Iterator[tuple[Tensor, float, tuple[Tensor, Tensor, Tensor, Trunk | None]]]:
         """Of each of this rank's micro-batches: slots in the (N,) fields, 0.0 for a stand-in, what a scorer takes."""
         for micro in (m for minibatch in plan for m in minibatch):
-            which = or_shortest(micro, cu).to(device)
+            which = with_stand_in(micro, cu).to(device)
             at, micro_cu = spans(cu, which)
             slots, micro_response_cu = spans(response_cu, which)
             counts = float(len(micro) > 0)
@@ -135,15 +135,15 @@ def score(
 
     # Each token is scored on one rank and is 0 on the others, so the sum over ranks is exact.
     for slots, counts, packed in micros():
-        scored = run(policy, policy_logprobs, *packed, temperature=temperature, entropy=True, impl=impl)
+        scored = call(policy, policy_logprobs, *packed, temperature=temperature, entropy=True, impl=impl)
         logprobs[slots], entropy[slots] = (counts * x for x in scored)
-        values[slots] = counts * run(critic, state_values, *packed)
+        values[slots] = counts * call(critic, state_values, *packed)
     with adapters_off(policy) if reference is None else nullcontext():
         for slots, counts, packed in micros():
             owner = policy if reference is None else reference
-            scored = run(owner, policy_logprobs, *packed, temperature=temperature, impl=impl)
+            scored = call(owner, policy_logprobs, *packed, temperature=temperature, impl=impl)
             ref_logprobs[slots] = counts * scored[0]
-    logprobs, entropy, ref_logprobs, values = total(fields)
+    logprobs, entropy, ref_logprobs, values = ranks.sum(fields)
     return Rollout(
         tokens=tokens,
         cu_seqlens=cu,
@@ -155,12 +155,14 @@ def score(
         entropy=entropy,
         ref_logprobs=ref_logprobs,
         values=values,
-        plan=plan,
+        micro_batches=plan,
         trunk=trunk,
     )
 
 
-def _trunk(policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, plan: Plan, layers: int) -> Trunk:
+def _trunk(
+    policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, plan: MicroBatches, layers: int
+) -> Trunk:
     """What enters block `layers` at all tokens but each sequence's last: recorded while decoding, or computed here."""
     if responses.trunk is not None:
         return Trunk(layers, torch.cat(responses.trunk))
@@ -170,23 +172,23 @@ def _trunk(policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Te
     for micro in (m for minibatch in plan for m in minibatch if len(m)):
         at, micro_cu = spans(ends, micro.to(cu.device))
         states[at] = bottom_states(policy, tokens[keep][at], micro_cu, layers)
-    return Trunk(layers, total(states))
+    return Trunk(layers, ranks.sum(states))
 
 
 def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
     """The responses of all ranks, in rank order, on every rank; their numbers travel as tensors. One process: the
     same."""
-    if world_size() == 1:
+    if ranks.world_size() == 1:
         return responses
     device = policy.device
-    lengths = gather(torch.tensor([len(r) for r in responses.tokens], dtype=torch.int64, device=device)).tolist()
+    lengths = ranks.gather(torch.tensor([len(r) for r in responses.tokens], dtype=torch.int64, device=device)).tolist()
     tokens = torch.tensor([t for r in responses.tokens for t in r], dtype=torch.int64, device=device)
     logprobs = torch.tensor([x for r in responses.logprobs for x in r], dtype=torch.float32, device=device)
     finished = torch.tensor(responses.finished, dtype=torch.uint8, device=device)
     return Responses(
-        [part.tolist() for part in gather(tokens).split(lengths)],
-        [part.tolist() for part in gather(logprobs).split(lengths)],
-        [bool(x) for x in gather(finished).tolist()],
+        [part.tolist() for part in ranks.gather(tokens).split(lengths)],
+        [part.tolist() for part in ranks.gather(logprobs).split(lengths)],
+        [bool(x) for x in ranks.gather(finished).tolist()],
         None if responses.trunk is None else _joined_trunk(responses.trunk, policy),
     )
 
@@ -194,7 +196,7 @@ def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
 def _joined_trunk(trunk: list[Tensor], policy: PreTrainedModel) -> list[Tensor]:
     sizes = torch.tensor([len(x) for x in trunk], dtype=torch.int64, device=policy.device)
     none = torch.empty(0, embedding_weight(policy).shape[1], dtype=policy.dtype, device=policy.device)
-    return list(gather(torch.cat([none, *trunk])).split(gather(sizes).tolist()))
+    return list(ranks.gather(torch.cat([none, *trunk])).split(ranks.gather(sizes).tolist()))
 
 
 def _states(cu: Tensor, response_cu: Tensor) -> Tensor:

@@ -27,18 +27,18 @@ from ppomax.models import Critic, head_of
 from ppomax.models.branch import TrunkCritic
 from ppomax.recipe.batch import (
     Experience,
+    MicroBatches,
     Minibatch,
-    Plan,
     cumulative,
     minibatch,
-    or_shortest,
     pack,
-    plan_minibatches,
+    split_minibatches,
+    with_stand_in,
 )
 from ppomax.recipe.scoring import scaled, state_hidden, state_values
-from ppomax.sharding import Trained, largest, place, total
+from ppomax.sharding import Trained, ranks
 
-TextSource = Callable[[int], list[Text]]
+NextTexts = Callable[[int], list[Text]]
 """n -> the next n texts of the ptx term."""
 
 
@@ -89,7 +89,7 @@ def update(
     health: Health,
     *,
     generator: torch.Generator | None = None,
-    texts: TextSource | None = None,
+    texts: NextTexts | None = None,
 ) -> dict[str, float]:
     """PPO epochs over one buffer; trains both models in place and returns metrics under TRL's names.
 
@@ -98,10 +98,12 @@ def update(
     lengths = experience.rollout.cu_seqlens.diff().cpu()
     tally = Tally()
     for epoch in range(config.batch.epochs):
-        plan: Plan = experience.rollout.plan
+        minibatches: MicroBatches = experience.rollout.micro_batches
         if epoch:
-            plan = plan_minibatches(lengths, config.batch.minibatch_size, config.batch.micro_tokens, generator, place())
-        for micros in plan:
+            minibatches = split_minibatches(
+                lengths, config.batch.minibatch_size, config.batch.micro_tokens, generator, ranks.position()
+            )
+        for micros in minibatches:
             row = train_minibatch(policy, critic, [minibatch(experience, m) for m in micros], config, health, texts)
             tally.rows.append(row)
     return tally.means()
@@ -137,16 +139,16 @@ def train_minibatch(
     micros: list[Minibatch],
     config: TrainConfig,
     health: Health,
-    texts: TextSource | None,
+    texts: NextTexts | None,
 ) -> dict[str, float]:
     """One optimiser step of each model on the sequences of `micros`, which are this rank's of the minibatch."""
     device = micros[0].tokens.device
-    tokens = total(torch.tensor(float(sum(len(m.labels) for m in micros if m.counts)), device=device))
+    tokens = ranks.sum(torch.tensor(float(sum(len(m.labels) for m in micros if m.weight)), device=device))
     with_ptx = bool(config.ptx.coef and texts)
     parts = []
     for i, micro in enumerate(micros):
         last = i + 1 == len(micros)
-        weight = float(micro.counts)
+        weight = micro.weight
         pg_loss, pg_metrics = policy_loss(policy, micro, tokens, config)
         policy.backward(weight * pg_loss, last=last and not with_ptx)
         v_loss, v_metrics, value_gap = critic_loss(critic, micro, tokens, config)
@@ -154,10 +156,12 @@ def train_minibatch(
         given = (pg_loss, v_loss, pg_metrics.tensor, v_metrics.tensor, value_gap)
         parts.append(MicroLosses(*(weight * x.detach() for x in given)))
     ptx = ptx_backward(policy, config, texts, device) if with_ptx and texts else torch.zeros((), device=device)
-    losses = total(torch.stack([p.pg_loss for p in parts]).sum() + torch.stack([p.v_loss for p in parts]).sum() + ptx)
+    losses = ranks.sum(
+        torch.stack([p.pg_loss for p in parts]).sum() + torch.stack([p.v_loss for p in parts]).sum() + ptx
+    )
     stepped = _step(policy, critic, losses)
     health.note(stepped.good, config.run.max_bad_steps)
-    return _row(parts, total(ptx), stepped)
+    return _row(parts, ranks.sum(ptx), stepped)
 
 
 def _step(policy: Trained[PreTrainedModel], critic: Trained[Critic | TrunkCritic], losses: Tensor) -> OptimizerStep:
@@ -178,7 +182,7 @@ def policy_loss(
 ) -> tuple[Tensor, K.Metrics]:
     """This micro-batch's share of the clipped surrogate, with entropy bonus and KL term; divided by the global
     `tokens`."""
-    pg_loss, figures = policy.run(_surrogate, micro, tokens, config)
+    pg_loss, figures = policy.call(_surrogate, micro, tokens, config)
     return pg_loss, K.Metrics(PG_METRICS, figures)
 
 
@@ -217,7 +221,7 @@ def critic_loss(
 ) -> tuple[Tensor, K.Metrics, Tensor]:
     """This micro-batch's share of the clipped value loss times vf_coef, and max |V - V_old| (0 before the first
     step)."""
-    values = critic.run(state_values, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk)
+    values = critic.call(state_values, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk)
     v_loss, metrics = K.value_loss(
         values, micro.old_values, micro.returns, clip=config.loss.value_clip, normalizer=tokens, impl=config.impl
     )
@@ -225,20 +229,20 @@ def critic_loss(
 
 
 def ptx_backward(
-    policy: Trained[PreTrainedModel], config: TrainConfig, texts: TextSource, device: torch.device
+    policy: Trained[PreTrainedModel], config: TrainConfig, texts: NextTexts, device: torch.device
 ) -> Tensor:
     """Add the gradient of coef * mean NLL of the next texts (the same on all ranks, each works on some),
     micro-batch by micro-batch; returns this rank's share of that loss."""
     rows = [Text(t.tokens[: config.ptx.max_tokens], t.loss_from) for t in texts(config.ptx.batch_size)]
     targets = torch.tensor(float(sum(max(0, len(t.tokens) - t.loss_from) for t in rows)), device=device)
     loss, lengths = torch.zeros((), device=device), torch.tensor([len(t.tokens) for t in rows])
-    micros = plan_minibatches(lengths, len(rows), config.batch.micro_tokens, None, place())[0]
+    micros = split_minibatches(lengths, len(rows), config.batch.micro_tokens, None, ranks.position())[0]
     for i, micro in enumerate(micros):
-        part = [rows[i] for i in or_shortest(micro, cumulative(lengths)).tolist()]
+        part = [rows[i] for i in with_stand_in(micro, cumulative(lengths)).tolist()]
         tokens, cu = pack([t.tokens for t in part], device)
         states = [s + i - 1 for t, s in zip(part, cu.tolist(), strict=False) for i in range(t.loss_from, len(t.tokens))]
         share = config.ptx.coef * float(len(micro) > 0)
-        nll = policy.run(_nll, tokens, cu, torch.tensor(states, device=device), targets, config.impl)
+        nll = policy.call(_nll, tokens, cu, torch.tensor(states, device=device), targets, config.impl)
         policy.backward(share * nll, last=i + 1 == len(micros))
         loss += share * nll.detach()
     return loss
@@ -255,11 +259,11 @@ def _nll(policy: PreTrainedModel, tokens: Tensor, cu: Tensor, at: Tensor, target
 
 def _row(parts: Sequence[MicroLosses], ptx: Tensor, stepped: OptimizerStep) -> dict[str, float]:
     """Metrics of one minibatch, read back from the device once: sums of shares are means, except the largest ratio."""
-    pg = dict(zip(PG_METRICS, total(torch.stack([p.pg_metrics for p in parts]).sum(0)).tolist(), strict=True))
-    v = dict(zip(V_METRICS, total(torch.stack([p.v_metrics for p in parts]).sum(0)).tolist(), strict=True))
+    pg = dict(zip(PG_METRICS, ranks.sum(torch.stack([p.pg_metrics for p in parts]).sum(0)).tolist(), strict=True))
+    v = dict(zip(V_METRICS, ranks.sum(torch.stack([p.v_metrics for p in parts]).sum(0)).tolist(), strict=True))
     at = PG_METRICS.index("ratio_max")
     most = torch.stack([torch.stack([p.pg_metrics[at], p.value_gap]) for p in parts]).amax(0)
-    ratio_max, value_gap = largest(most).tolist()
+    ratio_max, value_gap = ranks.max(most).tolist()
     return {
         "loss/policy_avg": pg["pg_loss"],
         "loss/value_avg": v["v_loss"],

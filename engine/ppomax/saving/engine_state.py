@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ppomax.config import TrainConfig, build
 from ppomax.models import Critic, load_tokenizer
-from ppomax.saving.folder import FORMAT, CheckpointError, check_space, unwritten, verify, written_whole
+from ppomax.saving.folder import FORMAT, CheckpointError, atomic_folder, check_space, unwritten, verify
 from ppomax.saving.random_state import python_random_state, random_state, restore_random_state
 from ppomax.saving.tensor_files import TensorFile, size_of, write_tensors, write_together
-from ppomax.sharding import Lazy, Trained, everyone, rank, together
+from ppomax.sharding import Lazy, Trained, ranks
 
 STATE, RNG = "engine.json", "rng.safetensors"
 
@@ -35,7 +35,11 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
 
     trained: the models that an optimiser steps, by role; state: everything else that an engine is, plain data (see
     `Engine.state`); extra: what the caller wants back."""
-    generators = {_of_rank(r, name): x for r, found in enumerate(everyone(random_state())) for name, x in found.items()}
+    generators = {
+        _of_rank(r, name): x
+        for r, found in enumerate(ranks.gather_objects(random_state()))
+        for name, x in found.items()
+    }
     files: dict[str, dict[str, Lazy]] = {RNG: {name: Lazy.of(x) for name, x in generators.items()}}
     for role, part in trained.items():
         weights, optim = part.lazy()
@@ -48,12 +52,12 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
         "torch": torch.__version__,
         **state,
         "optimizer_steps": {role: part.steps for role, part in trained.items()},
-        "random": everyone(python_random_state()),
+        "random": ranks.gather_objects(python_random_state()),
         "extra": extra,
     }
     tensors = [x for file in files.values() for x in file.values()]
-    with together():
-        if rank() == 0:
+    with ranks.fail_together():
+        if ranks.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 check_space(path.parent, sum(size_of(x) for x in tensors))
@@ -71,7 +75,7 @@ def _write(
     state: dict[str, Any],
 ) -> None:
     """The folder `path`; tensors are taken from `stream` as they become whole."""
-    with written_whole(path) as folder:
+    with atomic_folder(path) as folder:
         for name, file in files.items():
             write_tensors(folder / name, file.items(), stream)
         for role, part in trained.items():
@@ -83,8 +87,8 @@ def _write(
 
 def read_state(path: Path) -> dict[str, Any]:
     """engine.json of a checkpoint that rank 0 has verified."""
-    with together():
-        if rank() == 0:
+    with ranks.fail_together():
+        if ranks.rank() == 0:
             if not path.is_dir():
                 raise CheckpointError(f"no checkpoint folder {path}")
             verify(path)
@@ -104,7 +108,7 @@ def restore_state(
             TensorFile(path / f"{role}_optim.safetensors"),
             state["optimizer_steps"][role],
         )
-    own = min(rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
+    own = min(ranks.rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
     generators = dict(TensorFile(path / RNG).items())
     restore_random_state({n: generators[_of_rank(own, n)] for n in random_state()}, state["random"][own])
     return state, state["extra"]

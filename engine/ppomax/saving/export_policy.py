@@ -18,7 +18,7 @@ from ppomax.models.adapters import has_adapters, merged_weights
 from ppomax.saving.beside import beside
 from ppomax.saving.model_folder import save_model
 from ppomax.saving.tensor_files import shards, size_of, write_tensors, write_together
-from ppomax.sharding import Lazy, Trained, rank, together
+from ppomax.sharding import Lazy, Trained, ranks
 
 SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
@@ -36,12 +36,12 @@ def export_policy(engine: HasPolicy, path: str | Path, *, shard_bytes: int = SHA
     return the path; a folder of that name is replaced. Adapters are merged in, and lie beside the weights in `adapter`,
     in PEFT's format. Every rank calls; rank 0 writes, in files of at most `shard_bytes`."""
     path, policy = Path(path), engine.policy
-    weights, adapters = policy.whole_model(), dict[str, Lazy]()
+    weights, adapters = policy.all_weights(), dict[str, Lazy]()
     if has_adapters(policy.module):
         weights, adapters = merged_weights(policy.module, weights)
-    elif not policy.cut:
-        with together():
-            if rank() == 0:
+    elif not policy.sharded:
+        with ranks.fail_together():
+            if ranks.rank() == 0:
                 save_model(policy.module, engine.tokenizer, path)
         return path
     parts = shards(weights, shard_bytes)

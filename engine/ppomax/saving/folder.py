@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ppomax.saving.beside import OLD, PART, beside, sync
-from ppomax.sharding import agree, rank, together
+from ppomax.sharding import ranks
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -32,7 +32,7 @@ class CheckpointError(RuntimeError):
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` only once every file in it is listed, synced and named in a manifest."""
     try:
         with beside(path) as part:
@@ -93,9 +93,9 @@ def newest(root: Path) -> Path | None:
     """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each. None: there are none
     at all. CheckpointError: there are some and none is whole."""
     found: Path | None = None
-    with together():
-        found = _newest(root) if rank() == 0 else None
-    return agree(found)
+    with ranks.fail_together():
+        found = _newest(root) if ranks.rank() == 0 else None
+    return ranks.broadcast(found)
 
 
 def _newest(root: Path) -> Path | None:
@@ -116,7 +116,7 @@ def _newest(root: Path) -> Path | None:
 
 def prune(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
-    if rank():
+    if ranks.rank():
         return
     for path in checkpoints(root)[:-keep]:
         gone = path.with_name(OLD + path.name)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ppomax.sharding import Lazy, rank, together
+from ppomax.sharding import Lazy, ranks
 
 TYPES = {
     torch.float64: "F64",
@@ -38,9 +38,9 @@ def write_together(tensors: Iterable[Lazy], write: Callable[[Iterator[Tensor]], 
     """Rank 0's `write` takes the tensors from a stream; each is made whole, by all ranks, as it is taken. Every rank
     calls, with tensors in the same order; what is raised on rank 0 is raised on all."""
     stream = (x.get() for x in tensors)
-    with together():
+    with ranks.fail_together():
         try:
-            if rank() == 0:
+            if ranks.rank() == 0:
                 write(stream)
         finally:  # whoever does not write, or failed to, still makes each tensor whole with the others
             deque(stream, maxlen=0)

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ppomax.config import OptimConfig, ShardingConfig, TrainConfig
-from ppomax.sharding import zero_config
+from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.plain import DataParallel, Trained
-from ppomax.sharding.ranks import world_size
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,17 +19,17 @@ M = TypeVar("M", bound=nn.Module)
 def stage_of(config: ShardingConfig) -> int | None:
     """The ZeRO stage of the trained models; None: plain torch in one process. Several ranks start from stage 2."""
     if config.zero_stage is None:
-        return None if world_size() == 1 else 2
+        return None if ranks.world_size() == 1 else 2
     return config.zero_stage
 
 
-def cuts_frozen(config: ShardingConfig) -> bool:
+def shards_frozen(config: ShardingConfig) -> bool:
     """Whether frozen models are cut over the ranks (`sharding.frozen`)."""
     return config.frozen in ("sharded", "offloaded") or (config.frozen == "auto" and stage_of(config) == 3)
 
 
 @dataclass(frozen=True)
-class Cuts:
+class ShardedReads:
     """DeepSpeed's settings of the models that are read from their files straight into partitions; None: a model that is
     read whole, and cut afterwards if at all."""
 
@@ -39,33 +38,33 @@ class Cuts:
     frozen: dict[str, Any] | None = None
 
 
-def cuts(config: TrainConfig, dtype: torch.dtype, *, from_files: bool) -> Cuts:
+def sharded_reads(config: TrainConfig, dtype: torch.dtype, *, from_files: bool) -> ShardedReads:
     """What of a run is read so: models that ZeRO-3 will cut, on several ranks. from_files: the policy is a path.
 
     Top blocks are copied from a whole model, so hydra's policy is read whole; models with code of their own are read by
     transformers. ConfigError if DeepSpeed cannot do what `config.sharding` asks on these ranks."""
     sharding = config.sharding
-    zero_config.check(sharding, world_size())
-    if world_size() == 1 or config.model.trust_remote_code:
-        return Cuts()
-    frozen = zero_config.frozen(sharding, dtype) if cuts_frozen(sharding) else None
+    zero_config.check(sharding, ranks.world_size())
+    if ranks.world_size() == 1 or config.model.trust_remote_code:
+        return ShardedReads()
+    frozen = zero_config.frozen(sharding, dtype) if shards_frozen(sharding) else None
     if stage_of(sharding) != 3 or config.model.train == "hydra" or not from_files:
-        return Cuts(frozen=frozen)
+        return ShardedReads(frozen=frozen)
     policy, critic = (
         zero_config.trained(sharding, 3, dtype, optim.grad_clip) for optim in (config.policy_optim, config.critic_optim)
     )
-    return Cuts(policy, critic, frozen)
+    return ShardedReads(policy, critic, frozen)
 
 
-def is_cut(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether ZeRO-3 has cut its parameters."""
     return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
-def copy_source(model: M, path: str | None, cut: dict[str, Any] | None = None) -> M | str:
+def model_to_copy(model: M, path: str | None, cut: dict[str, Any] | None = None) -> M | str:
     """What a second model that starts as `model` is made from: `model`; or its files `path`, where one of the two lies
     in parts, which are read anew and not copied. cut: the second one's settings."""
-    return path if path is not None and (cut is not None or is_cut(model)) else model
+    return path if path is not None and (cut is not None or is_sharded(model)) else model
 
 
 def train_model(module: M, optim: OptimConfig, total_steps: int, config: ShardingConfig) -> Trained[M]:
@@ -82,15 +81,15 @@ def train_model(module: M, optim: OptimConfig, total_steps: int, config: Shardin
 
 def freeze_model(module: M, config: ShardingConfig) -> Any:
     """A frozen model: itself, or cut over the ranks (`sharding.frozen`)."""
-    if not cuts_frozen(config):
+    if not shards_frozen(config):
         return module
     from ppomax.sharding.zero import ZeroFrozen
 
     return ZeroFrozen(module, config)
 
 
-def run(owner: Any, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def call(owner: Any, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """`function(module, *args)` of a plain module, or through the object that holds a sharded one."""
     if isinstance(owner, nn.Module):
         return function(owner, *args, **named)
-    return owner.run(function, *args, **named)
+    return owner.call(function, *args, **named)

@@ -1,7 +1,7 @@
 """One trained model: module, optimiser, schedule, gradient clip, and what a checkpoint keeps of them.
 
-Plain torch. A sharded model (zero.py) has the same face: `module`, `run`, `gathered`, `backward`, `grad_norm`, `step`,
-`skip`, `lazy`, `load`. Losses reach a module through `run`, and sampling through `gathered`, since under ZeRO-3 no
+Plain torch. A sharded model (zero.py) has the same face: `module`, `call`, `gathered`, `backward`, `grad_norm`, `step`,
+`skip`, `lazy`, `load`. Losses reach a module through `call`, and sampling through `gathered`, since under ZeRO-3 no
 weight is there outside of the two."""
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class Trained(Generic[M]):
         """Learning rate of the next step."""
         return lr_at(self.steps, self.total_steps, self.config)
 
-    cut = False
-    """Whether weights lie in parts on the ranks, and are whole only inside `run` and `gathered`."""
+    sharded = False
+    """Whether weights lie in parts on the ranks, and are gathered only inside `call` and `gathered`."""
 
-    def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """`function(module, *args, **named)` with the module's weights in reach."""
         return function(self.module, *args, **named)
 
@@ -140,7 +140,7 @@ class Trained(Generic[M]):
         weights = named_tensors(self.module)
         return ({n: Lazy.of(x) for n, x in weights.items()}, {n: Lazy.of(x) for n, x in state.items()})
 
-    def whole_model(self) -> dict[str, Lazy]:
+    def all_weights(self) -> dict[str, Lazy]:
         """Every weight by name, frozen ones too (tied ones once)."""
         return {name: Lazy.of(x) for name, x in all_tensors(self.module).items()}
 

@@ -1,10 +1,11 @@
-"""Who this process is among the ranks of a job, and what they sum, join and agree on.
+"""Who this process is among the ranks of a run, and what they exchange. Read as `ranks.sum(x)`, `ranks.gather(x)`.
 
 Without an initialised process group of more than one rank every function is the identity, so the code above reads the
 same in one process and in many. All of them are collective: every rank calls, in one order."""
 
 from __future__ import annotations
 
+import builtins
 import gc
 import os
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,8 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def place() -> tuple[int, int]:
-    """This rank and how many there are."""
+def position() -> tuple[int, int]:
+    """This rank's number and how many there are."""
     return rank(), world_size()
 
 
@@ -70,14 +71,14 @@ def talks_by_nccl() -> bool:
     return dist.is_initialized() and dist.get_backend() == "nccl"
 
 
-def leave() -> None:
+def shut_down() -> None:
     """Part from the other ranks at the end of the job."""
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()  # a group held by a cycle keeps its threads, which abort a process whose interpreter has ended
 
 
-def total(x: Tensor) -> Tensor:
+def sum(x: Tensor) -> Tensor:
     """Sum of `x` over all ranks: the global count behind every token mean. One process: `x`."""
     if world_size() == 1:
         return x
@@ -86,7 +87,7 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def largest(x: Tensor) -> Tensor:
+def max(x: Tensor) -> Tensor:
     """Elementwise maximum of `x` over all ranks. One process: `x`."""
     if world_size() == 1:
         return x
@@ -102,20 +103,20 @@ def gather(x: Tensor) -> Tensor:
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     sizes = [int(c) for c in counts]
-    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    padded = torch.cat([x, x.new_zeros(builtins.max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded.contiguous())
     return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
 
-def share(count: int) -> range:
+def part_of(count: int) -> range:
     """This rank's stretch of `count` things: sizes differ by at most one, and ranks follow each other in order."""
     base, more = divmod(count, world_size())
     begin = rank() * base + min(rank(), more)
     return range(begin, begin + base + (rank() < more))
 
 
-def agree(x: T) -> T:
+def broadcast(x: T) -> T:
     """Rank 0's `x` (plain data) on every rank."""
     if world_size() == 1:
         return x
@@ -124,7 +125,7 @@ def agree(x: T) -> T:
     return box[0]
 
 
-def everyone(x: T) -> list[T]:
+def gather_objects(x: T) -> list[T]:
     """`x` (plain data) of every rank, in rank order."""
     if world_size() == 1:
         return [x]
@@ -138,14 +139,14 @@ class OtherRankError(RuntimeError):
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """What is raised inside on any rank is raised on all of them: the error itself, or its words as OtherRankError."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    words = [w for w in everyone(None if error is None else str(error)) if w is not None]
+    words = [w for w in gather_objects(None if error is None else str(error)) if w is not None]
     if error is not None:
         raise error
     if words:

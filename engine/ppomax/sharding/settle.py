@@ -7,22 +7,23 @@ import dataclasses
 from ppomax.config import ConfigError, TrainConfig, to_dict
 from ppomax.config.launcher import restarts
 from ppomax.config.mapping import flat
-from ppomax.sharding.ranks import agree, everyone, talks_by_nccl, world_size
+from ppomax.sharding import ranks
+from ppomax.sharding.ranks import talks_by_nccl
 from ppomax.sharding.zero_config import check, extra
 
 
 def agreed_config(config: TrainConfig) -> TrainConfig:
     """`config` with rank 0's folder, resumed if the launcher has started it anew, once all ranks are found to have the
     same one and to share its batches evenly. Raises ConfigError on every rank otherwise."""
-    out = agree(config.run.out)
+    out = ranks.broadcast(config.run.out)
     resume = config.run.resume or (restarts() > 0 and out is not None)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out, resume=resume))
-    every = [flat(found) for found in everyone(to_dict(config))]
+    every = [flat(found) for found in ranks.gather_objects(to_dict(config))]
     for number, found in enumerate(every[1:], 1):
         odd = [f"{k} is {found[k]!r} there and {every[0][k]!r} on rank 0" for k in found if found[k] != every[0][k]]
         if odd:
             raise ConfigError(f"config: rank {number} was started otherwise than rank 0: {', '.join(odd[:4])}")
-    count = world_size()
+    count = ranks.world_size()
     for knob in ("rollout_size", "minibatch_size"):
         value = getattr(config.batch, knob)
         if value % count:

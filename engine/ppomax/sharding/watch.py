@@ -21,7 +21,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ppomax.config.launcher import restarts
-from ppomax.sharding.ranks import job_store, rank, world_size
+from ppomax.sharding import ranks
+from ppomax.sharding.ranks import job_store
 
 PERIOD = 2.0
 GRACE = 10.0
@@ -39,11 +40,11 @@ class Watch:
 
     def start(self) -> None:
         """Begin to give and look for signs of life."""
-        if world_size() == 1:
+        if ranks.world_size() == 1:
             return
-        self.rank, self.store = rank(), job_store()
+        self.rank, self.store = ranks.rank(), job_store()
         self._set(f"who/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-        self.count, self.seen = [0] * world_size(), [time.monotonic()] * world_size()
+        self.count, self.seen = [0] * ranks.world_size(), [time.monotonic()] * ranks.world_size()
         self.thread.start()
 
     def done(self) -> None:
@@ -66,13 +67,13 @@ class Watch:
             while self.rank and not self._add("printed", 0) and time.monotonic() < until:
                 time.sleep(0.1)
             if self.rank and self._add("printed", 0):
-                leave(2)
+                end_process(2)
             self._add("printed", 1)
         except dist.DistError:  # the store went with rank 0: then this rank's own words are printed here
             return
 
     def _run(self) -> None:
-        watched = range(1, world_size()) if self.rank == 0 else [0]
+        watched = range(1, ranks.world_size()) if self.rank == 0 else [0]
         while not self.ended.wait(PERIOD):
             try:
                 self._add(f"beat/{self.rank}", 1)
@@ -83,7 +84,7 @@ class Watch:
             except Exception as error:  # the store is in the launcher's or rank 0's process
                 if not self.ended.is_set():
                     self._say(f"the job's store at {address()} is gone ({type(error).__name__}), and with it rank 0")
-                    leave(1)
+                    end_process(1)
 
     def _look_at(self, other: int) -> None:
         beat, now = self._add(f"beat/{other}", 0), time.monotonic()
@@ -111,7 +112,7 @@ class Watch:
             time.sleep(PERIOD)
         elif self._add("printed", 1) == 1:
             self._say(words)
-        leave(status)
+        end_process(status)
 
     def _words(self) -> str:
         """What the first rank that failed said; it may still be writing it."""
@@ -151,7 +152,7 @@ class Watch:
         return self.store.get(self._key(name)).decode()  # type: ignore[no-any-return]
 
 
-def leave(status: int) -> None:
+def end_process(status: int) -> None:
     """End this process now, whatever its other threads wait for."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, ShardingConfig
-from ppomax.sharding import zero_config
+from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.plain import Lazy, Trained, all_tensors, check_names, check_shape, named_tensors
-from ppomax.sharding.ranks import rank, world_size
-from ppomax.sharding.zero_engine import Job, initialize, read_by_hand, whole
+from ppomax.sharding.zero_engine import LossModule, initialize, register_heads, whole
 
 M = TypeVar("M", bound=nn.Module)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +27,7 @@ class ZeroTrained(Trained[M]):
 
     def __init__(self, module: M, config: OptimConfig, total_steps: int, sharding: ShardingConfig, stage: int):
         self.module, self.config, self.total_steps, self.stage = module, config, total_steps, stage
-        self.steps, self.reduced, self.cut = 0, False, stage == 3
+        self.steps, self.reduced, self.sharded = 0, False, stage == 3
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError(
@@ -40,12 +39,12 @@ class ZeroTrained(Trained[M]):
             self.params, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
         settings = zero_config.trained(sharding, stage, self.params[0].dtype, config.grad_clip)
-        self.engine = initialize(Job(module), settings, optimizer=basic)
+        self.engine = initialize(LossModule(module), settings, optimizer=basic)
         self.zero: Any = self.engine.optimizer
         if stage == 3:
-            read_by_hand(self.engine.module)
+            register_heads(self.engine.module)
 
-    def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         return self.engine(function, *args, **named)
 
     @contextmanager
@@ -58,7 +57,7 @@ class ZeroTrained(Trained[M]):
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * world_size())
+        self.engine.backward(loss * ranks.world_size())
         self.reduced = last
 
     def grad_norm(self) -> Tensor:
@@ -115,7 +114,7 @@ class ZeroTrained(Trained[M]):
                 state[f"copy/{name}"] = Lazy(torch.float32, shape, _reader(p, None))
         return weights, state
 
-    def whole_model(self) -> dict[str, Lazy]:
+    def all_weights(self) -> dict[str, Lazy]:
         return {name: _lazy_weight(x) for name, x in all_tensors(self.module).items()}
 
     @torch.no_grad()
@@ -187,10 +186,10 @@ class ZeroFrozen(Generic[M]):
     def __init__(self, module: M, sharding: ShardingConfig):
         self.module = module
         dtype = next(module.parameters()).dtype
-        self.engine = initialize(Job(module), zero_config.frozen(sharding, dtype))
-        read_by_hand(self.engine.module)
+        self.engine = initialize(LossModule(module), zero_config.frozen(sharding, dtype))
+        register_heads(self.engine.module)
 
-    def run(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """`function(module, *args, **named)`, without gradient; every rank must call as often as the others."""
         with torch.no_grad():
             return self.engine(function, *args, **named)
@@ -244,5 +243,5 @@ def _write(target: Tensor, x: Tensor) -> None:
 def _part(p: Tensor, x: Tensor) -> Tensor:
     """This rank's partition of the whole `x`, padded with zeros as ZeRO-3 pads."""
     count = p.ds_tensor.numel()  # type: ignore[attr-defined]
-    flat = x.flatten()[rank() * count : (rank() + 1) * count]
+    flat = x.flatten()[ranks.rank() * count : (ranks.rank() + 1) * count]
     return nn.functional.pad(flat, (0, count - len(flat)))

@@ -1,7 +1,8 @@
 """A DeepSpeed engine around a module, and its weights made whole for a phase.
 
 A loss reads the head's weight by hand, which no module's forward would fetch under ZeRO-3; so the whole loss runs
-inside the forward of one wrapper, `Job`, and the head's parameters are registered as parameters that it reads."""
+inside the forward of one wrapper, `LossModule`, and the head's parameters are registered as parameters that it
+reads."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-class Job(nn.Module):
+class LossModule(nn.Module):
     """Runs a function of `module` as its own forward, so that DeepSpeed's hooks surround all that it does."""
 
     def __init__(self, module: nn.Module):
@@ -27,13 +28,13 @@ class Job(nn.Module):
         return function(self.module, *args, **named)
 
 
-def initialize(job: Job, settings: dict[str, Any], optimizer: Any = None) -> Any:
-    """DeepSpeed's engine of `job`; without an optimiser the model is frozen."""
+def initialize(wrapper: LossModule, settings: dict[str, Any], optimizer: Any = None) -> Any:
+    """DeepSpeed's engine of `wrapper`; without an optimiser the model is frozen."""
     import deepspeed
 
     if not torch.distributed.is_initialized():
         _alone()
-    engine, *_ = deepspeed.initialize(model=job, optimizer=optimizer, config=settings)
+    engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=settings)
     return engine
 
 
@@ -45,16 +46,16 @@ def _alone() -> None:
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(hours=1))
 
 
-def read_by_hand(job: Job) -> None:
+def register_heads(wrapper: LossModule) -> None:
     """Tell ZeRO-3 which weights are read outside of their own module's forward: those of output heads."""
     import deepspeed
 
-    for module in job.modules():
+    for module in wrapper.modules():
         head = getattr(module, "score", None)
         if head is None and isinstance(module, PreTrainedModel):
             head = module.get_output_embeddings()
         for p in head.parameters() if isinstance(head, nn.Module) else ():
-            deepspeed.zero.register_external_parameter(job, p)
+            deepspeed.zero.register_external_parameter(wrapper, p)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
 from ppomax.rollout import decode
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError, newest, prune
-from ppomax.sharding import agree, largest, rank, ranks, share, together
+from ppomax.sharding import ranks
 from ppomax.sharding.settle import agreed_config
 from ppomax.stages.order import Order
 from ppomax.stages.pretrain_critic import pretrain_critic
@@ -62,31 +62,31 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
     ranks.start(config.run.device, config.sharding.timeout)
     config = agreed_config(config)
     torch.manual_seed(config.run.seed)
-    with together():
-        out = run_folder(config) if rank() == 0 else None
-    out = agree(out)
+    with ranks.fail_together():
+        out = run_folder(config) if ranks.rank() == 0 else None
+    out = ranks.broadcast(out)
     assert out is not None
-    run = Run(config, out)
+    loop = PpoLoop(config, out)
     found = newest(out / "checkpoints") if config.run.resume else None
     if found:
-        run.resume(found)
-    if rank() == 0:
+        loop.resume(found)
+    if ranks.rank() == 0:
         save_config(config, out / "config.yaml")
         monitor = monitor or RunMonitor(out, config)
     else:
         monitor = NoMonitor()
     try:
         with stop_requests() as stop:
-            run.pretrain(monitor, stop)
-            run.train(monitor, stop)
+            loop.pretrain(monitor, stop)
+            loop.train(monitor, stop)
     finally:
         monitor.close()
-    if not run.stopped(stop):
-        export_policy(run.engine, out / "policy")
+    if not loop.stopped(stop):
+        export_policy(loop.engine, out / "policy")
     return out
 
 
-class Run:
+class PpoLoop:
     """An engine with its prompts and its place in the loop."""
 
     def __init__(self, config: TrainConfig, out: Path):
@@ -160,7 +160,7 @@ class Run:
         while progress.step < run.steps and halt is None and not self.stopped(stop):
             metrics, scores = self.engine.step(self.next_prompts())
             progress.step += 1
-            halt = agree(monitor.log(progress.step, metrics))
+            halt = ranks.broadcast(monitor.log(progress.step, metrics))
             monitor.scores(progress.step, scores.tolist())
             if every and (progress.step % every == 0 or progress.step == run.steps):
                 monitor.samples(progress.step, self.sample_rows())
@@ -177,7 +177,7 @@ class Run:
 
     def stopped(self, stop: StopRequest) -> bool:
         """Whether a signal asked any rank to stop; then all of them do, at the same step."""
-        stop.asked = bool(largest(torch.tensor(float(stop.asked), device=self.engine.device)))
+        stop.asked = bool(ranks.max(torch.tensor(float(stop.asked), device=self.engine.device)))
         return stop.asked
 
     def save(self) -> Path:
@@ -228,7 +228,7 @@ class Run:
             return load_texts(ptx.texts, self.tokenizer, ptx.max_tokens, overlong="truncate")[0]
         prompts = [self.prompts[i % len(self.prompts)] for i in range(ptx.pool)]
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
-        mine = share(ptx.pool)
+        mine = ranks.part_of(ptx.pool)
         with start_policy(self.engine.policy, self.engine.reference) as start:
             given = decode(
                 start,

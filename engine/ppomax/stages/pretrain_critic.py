@@ -13,11 +13,11 @@ import ppomax_kernels as K
 import torch
 
 from ppomax.engine import Engine
-from ppomax.recipe.batch import Plan, Rollout, or_shortest, plan_minibatches, select, select_trunk
+from ppomax.recipe.batch import MicroBatches, Rollout, select, select_trunk, split_minibatches, with_stand_in
 from ppomax.recipe.measures import explained_variance
 from ppomax.recipe.scoring import state_values
 from ppomax.recipe.streams import Purpose, stream
-from ppomax.sharding import place, total
+from ppomax.sharding import ranks
 
 
 def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, float], bool]:
@@ -42,10 +42,12 @@ def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[d
     lengths = roll.cu_seqlens.diff().cpu()
     shuffle = stream(config.run.seed, Purpose.CRITIC_EPOCHS, engine.buffers)
     for epoch in range(config.critic.pretrain_epochs):
-        plan: Plan = roll.plan
+        minibatches: MicroBatches = roll.micro_batches
         if epoch:
-            plan = plan_minibatches(lengths, config.batch.minibatch_size, config.batch.micro_tokens, shuffle, place())
-        losses += [_train(engine, experience.rollout, returns, micros) for micros in plan]
+            minibatches = split_minibatches(
+                lengths, config.batch.minibatch_size, config.batch.micro_tokens, shuffle, ranks.position()
+            )
+        losses += [_train(engine, experience.rollout, returns, micros) for micros in minibatches]
     metrics["pretrain/value_loss"] = sum(losses) / len(losses)
     return metrics, False
 
@@ -55,16 +57,16 @@ def _train(engine: Engine, roll: Rollout, returns: torch.Tensor, micros: list[to
     config, critic = engine.config, engine.critic
     device, loss = returns.device, torch.zeros((), device=returns.device)
     own = sum(int(roll.lengths[m.to(device)].sum()) for m in micros)
-    count = total(torch.tensor(float(own), device=device))
+    count = ranks.sum(torch.tensor(float(own), device=device))
     for i, micro in enumerate(micros):
-        which = or_shortest(micro, roll.cu_seqlens)
+        which = with_stand_in(micro, roll.cu_seqlens)
         tokens, cu, states, slots = select(roll, which)
-        values = critic.run(state_values, tokens, cu, states, select_trunk(roll.trunk, roll.cu_seqlens, which))
+        values = critic.call(state_values, tokens, cu, states, select_trunk(roll.trunk, roll.cu_seqlens, which))
         share, _ = K.value_loss(values, values.detach(), returns[slots], clip=None, normalizer=count, impl=config.impl)
         share = share * float(len(micro) > 0)
         critic.backward(share, last=i + 1 == len(micros))
         loss += share.detach()
-    loss, norm = total(loss), critic.grad_norm()
+    loss, norm = ranks.sum(loss), critic.grad_norm()
     good = bool(torch.isfinite(loss + norm))
     if good:
         critic.step(norm, lr=config.critic.pretrain_lr or config.critic_optim.lr)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, RunConfig
 from ppomax.recipe.streams import Purpose, stream
-from ppomax.saving.folder import CheckpointError, check_space, newest, prune, written_whole
+from ppomax.saving.folder import CheckpointError, atomic_folder, check_space, newest, prune
 from ppomax.saving.jsonl import append_row, keep_rows
 from ppomax.saving.random_state import random_state
 from ppomax.sharding import Trained
@@ -149,7 +149,7 @@ def _step(trained: Trained, loss: Tensor, norm: Tensor, bad: int, run: RunConfig
 
 def _save(trained: Trained, out: Path, identity: dict[str, Any], bad: int) -> None:
     weights, state = trained.tensors()
-    with written_whole(out / CHECKPOINTS / f"step-{trained.steps:06d}") as folder:
+    with atomic_folder(out / CHECKPOINTS / f"step-{trained.steps:06d}") as folder:
         check_space(folder, sum(x.numel() * x.element_size() for x in [*weights.values(), *state.values()]))
         for name, tensors in (("weights", weights), ("optim", state), ("rng", random_state())):
             save_file(
