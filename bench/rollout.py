@@ -30,7 +30,7 @@ import transformers
 from ppomax.assets import FOLDER
 from ppomax.data import load_prompts
 from ppomax.models import load_policy, load_tokenizer
-from ppomax.rollout import decode
+from ppomax.rollout import Sampling, decode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Rows = list[list[int]]
@@ -83,10 +83,8 @@ def ours(model: PreTrainedModel, job: Job, eos: int) -> tuple[int, object]:
         model,
         rows,
         range(len(rows)),
+        Sampling(job.new, min_new_tokens=job.least, slots=job.slots),
         eos_ids=[eos],
-        max_new_tokens=job.new,
-        min_new_tokens=job.least,
-        slots=job.slots,
     )
     return sum(map(len, given.tokens)), given.stats
 

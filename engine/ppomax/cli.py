@@ -36,7 +36,7 @@ def train(argv: list[str]) -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    from ppomax.planning.plan import checked
+    from ppomax.planning.plan import plan_line
     from ppomax.reporting.monitor import METRICS, RunMonitor
     from ppomax.reporting.page import closing_words, write_report
     from ppomax.saving.jsonl import read_rows
@@ -50,7 +50,7 @@ def _train(config: TrainConfig) -> None:
     )
     with ranks.fail_together():
         if ranks.rank() == 0:
-            console.print(checked(config), highlight=False, markup=False)
+            console.print(plan_line(config), highlight=False, markup=False)
     monitor = RunMonitor(out, config, console)
     train_ppo(config, monitor)
     if ranks.rank():

@@ -48,10 +48,10 @@ from ppomax.recipe.rewards import (
     shape_scores,
     token_rewards,
 )
-from ppomax.recipe.rollout import rollout
+from ppomax.recipe.rollout import Scorers, rollout
 from ppomax.recipe.streams import Purpose, stream
 from ppomax.recipe.update import Health, NextTexts, update
-from ppomax.rollout import RolloutPlan
+from ppomax.rollout import RolloutSizes, Sampling
 from ppomax.saving.engine_state import read_state, restore_state, save_state, saved_parts
 from ppomax.sharding import Trained, freeze_model, is_sharded, model_to_copy, sharded_reads, train_model
 
@@ -132,19 +132,19 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> _Models:
         """All models, whole or in this rank's parts, each on the device; and the tokenizer."""
-        cut = sharded_reads(self.config, self.dtype, from_files=self.sources["policy"] is not None)
-        lm = self._language_model(policy, cut.policy).eval().requires_grad_(True)
+        zero = sharded_reads(self.config, self.dtype, from_files=self.sources["policy"] is not None)
+        lm = self._language_model(policy, zero.policy).eval().requires_grad_(True)
         self.tokenizer = tokenizer
         if tokenizer is None and self.sources["tokenizer"]:
             trust = self.config.model.trust_remote_code
             self.tokenizer = load_tokenizer(self.sources["tokenizer"], trust_remote_code=trust)
         self.reward_model: RewardModel | None = None
-        self.reward = self._reward_source(reward, cut.frozen)
+        self.reward = self._reward_source(reward, zero.frozen)
         self.trunk_layers = trunk_layers(lm, self.config.model)
-        value_model = self._critic(critic, lm, cut.critic).to(self.device).eval()
+        value_model = self._critic(critic, lm, zero.critic).to(self.device).eval()
         if reference is None and self.config.model.train == "full" and is_sharded(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
-        given = None if reference is None else self._language_model(reference, cut.frozen)
+        given = None if reference is None else self._language_model(reference, zero.frozen)
         return _Models(lm, given, value_model)
 
     def _set_up(self, models: _Models) -> None:
@@ -292,27 +292,22 @@ class Engine:
     def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
         with self.policy.gathered() as policy:
             return rollout(
-                policy,
-                self.reference,
-                self.critic,
+                Scorers(policy, self.reference, self.critic, self.trunk_layers),
                 ids,
-                config=self.config.rollout,
-                batch=self.config.batch,
+                uids,
+                Sampling.of(self.config.rollout, seed=self.config.run.seed, impl=self.config.impl),
+                self.config.batch,
                 eos_ids=self.eos_ids,
-                uids=uids,
-                seed=self.config.run.seed,
                 generator=generator,
-                trunk_layers=self.trunk_layers,
                 announce=self._announce,
-                impl=self.config.impl,
             )
 
-    def _announce(self, plan: RolloutPlan) -> None:
+    def _announce(self, sizes: RolloutSizes) -> None:
         """Log what decoding will take, when its slots or its attention are not what they were."""
-        kind = (plan.slots, plan.attention)
+        kind = (sizes.slots, sizes.attention)
         if kind != self._announced:
             self._announced = kind
-            log.info(plan.sentence())
+            log.info(sizes.sentence())
 
     def _ids(self, prompt: Sequence[int] | str) -> list[int]:
         if not isinstance(prompt, str):
@@ -321,14 +316,14 @@ class Engine:
             raise ValueError("Engine: text prompts need a tokenizer; pass tokenizer=, or prompts as token ids")
         return list(self.tokenizer(prompt)["input_ids"])
 
-    def _language_model(self, source: ModelSource, cut: dict[str, Any] | None) -> PreTrainedModel:
-        model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, cut=cut)
+    def _language_model(self, source: ModelSource, zero: dict[str, Any] | None) -> PreTrainedModel:
+        model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, zero=zero)
         return model.to(self.device)  # type: ignore[arg-type]
 
-    def _reward_source(self, reward: Any, cut: dict[str, Any] | None) -> RewardSource:
+    def _reward_source(self, reward: Any, zero: dict[str, Any] | None) -> RewardSource:
         if isinstance(reward, (str, Path, PreTrainedModel, RewardModel)):
             trust = self.config.model.trust_remote_code
-            self.reward_model = load_reward_model(reward, self.dtype, trust_remote_code=trust, cut=cut)
+            self.reward_model = load_reward_model(reward, self.dtype, trust_remote_code=trust, zero=zero)
             freeze(self.reward_model.to(self.device))
             return ModelReward(self.reward_model)
         if not callable(reward):
@@ -340,7 +335,7 @@ class Engine:
             raise ValueError("Engine: a reward function reads text, so a tokenizer is needed; pass tokenizer=")
         return FunctionReward(reward, self.tokenizer)
 
-    def _critic(self, critic: Any, policy: PreTrainedModel, cut: dict[str, Any] | None) -> Critic | TrunkCritic:
+    def _critic(self, critic: Any, policy: PreTrainedModel, zero: dict[str, Any] | None) -> Critic | TrunkCritic:
         wanted = self.config.model.critic if critic is None else critic
         if wanted == "reward_model":
             if self.reward_model is None:
@@ -348,11 +343,11 @@ class Engine:
                     "Engine: model.critic is reward_model, but the reward is a function; set model.critic: policy, "
                     "or a path"
                 )
-            wanted = model_to_copy(self.reward_model, self.sources["reward"], cut)
+            wanted = model_to_copy(self.reward_model, self.sources["reward"], zero)
         elif wanted == "trunk" and self.trunk_layers is not None:
             return TrunkCritic(policy, self.trunk_layers, seed=self.config.run.seed).requires_grad_(True)
         elif wanted == "policy":
-            wanted = model_to_copy(policy, self.sources["policy"], cut)
+            wanted = model_to_copy(policy, self.sources["policy"], zero)
         if isinstance(wanted, TrunkCritic) and wanted.branch.layers != self.trunk_layers:
             raise ValueError(
                 f"Engine: the critic stands on a trunk of {wanted.branch.layers} blocks, the policy's has "
@@ -360,7 +355,7 @@ class Engine:
             )
         if isinstance(wanted, (Critic, TrunkCritic)) and not isinstance(wanted, RewardModel):
             return wanted.requires_grad_(True)
-        return make_critic(wanted, self.dtype, seed=self.config.run.seed, cut=cut)
+        return make_critic(wanted, self.dtype, seed=self.config.run.seed, zero=zero)
 
 
 def optimizer_steps(config: TrainConfig) -> int:

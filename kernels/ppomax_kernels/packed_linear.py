@@ -15,6 +15,17 @@ DTYPES = (torch.float32, torch.bfloat16)
 _run, _pack = late("native", "packed_linear_cpu"), late("native", "pack_linear_cpu")
 
 
+def panel_count(outputs: int) -> int:
+    """Panels of a weight with so many outputs: `ceil(outputs / PANEL)`."""
+    return -(-outputs // PANEL)
+
+
+def packed_bytes(weight: Tensor) -> int:
+    """`pack(weight).nbytes`, without packing; the weight may be on any device."""
+    outputs, inputs = weight.shape
+    return panel_count(outputs) * PANEL * inputs * weight.dtype.itemsize
+
+
 def pack(weight: Tensor) -> Tensor:
     """(out, in) on a CPU -> (ceil(out / PANEL), in, PANEL) in float32, (ceil(out / PANEL), in / 2, PANEL, 2) in
     bfloat16, zeros in columns that do not exist. ValueError for another weight."""
@@ -27,7 +38,7 @@ def pack(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     if half and inputs % 2:
         raise ValueError(f"packed_linear: a bfloat16 weight must have an even number of inputs, got {inputs}")
-    count = -(-outputs // PANEL)
+    count = panel_count(outputs)
     shape = (count, inputs // 2, PANEL, 2) if half else (count, inputs, PANEL)
     return _pack(weight.detach().contiguous(), weight.new_empty(shape))  # type: ignore[no-any-return]
 

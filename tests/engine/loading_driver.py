@@ -57,7 +57,7 @@ def equal(folder: Path) -> dict[str, float]:
                 assert p.shape == q.shape, key
                 gap = max(gap, float((p - q).abs().max()))
         ids = torch.arange(12)[None] % 60
-        logits = ZeroFrozen(model, SHARDING).run(lambda m, x: m(input_ids=x).logits, ids)
+        logits = ZeroFrozen(model, SHARDING).call(lambda m, x: m(input_ids=x).logits, ids)
         out[name] = max(gap, float((logits - want(input_ids=ids).logits).abs().max()))
     return out
 
@@ -67,7 +67,7 @@ def as_whole(folder: Path) -> dict[str, list[float]]:
     differs. In full and lora, the critic from the reward model and from the policy; once with hpZ's second copies."""
     out = {}
     assets = {k: v for k, v in tiny_assets(folder / f"assets-{ranks.rank()}").items() if k.startswith("model.")}
-    assets = ranks.agree(assets)
+    assets = ranks.broadcast(assets)
     ranks.barrier()
     for train, critic, hpz in (("full", "reward_model", 1), ("lora", "reward_model", 1), ("full", "policy", 2)):
         knobs = {"model__train": train, "model__critic": critic, "sharding__zero_stage": 3, "sharding__hpz": hpz}
@@ -106,7 +106,7 @@ def configs(folder: Path) -> dict[str, float]:
     """Two steps of a two-layer cut of every full-scale configuration, under ZeRO-3 with everything on the host."""
     out = {}
     for name in config_names():
-        paths = ranks.agree([str(x) for x in _cut_models(name, folder)] if ranks.rank() == 0 else [])
+        paths = ranks.broadcast([str(x) for x in _cut_models(name, folder)] if ranks.rank() == 0 else [])
         knobs = {**CUT, "model.policy": paths[0], "model.reward_model": paths[1]}
         config = load_config(name, overrides=knobs)
         engine = Engine(
@@ -228,7 +228,7 @@ def main(folder: Path, out: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     ranks.start("cpu")
     mine = {case: globals()[case](folder) for case in cases}
-    everyone = ranks.everyone(mine)
+    everyone = ranks.gather_objects(mine)
     if ranks.rank() == 0:
         out.write_text(json.dumps(everyone), encoding="utf-8")
     ranks.shut_down()

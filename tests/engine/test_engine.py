@@ -10,12 +10,12 @@ import torch
 from ppomax.config import ConfigError, load_config
 from ppomax.data import Text
 from ppomax.reporting.monitor import RunMonitor
-from ppomax.rollout import decode
 from ppomax.stages.order import Order
 from ppomax.stages.ppo import differences, train_ppo
 from ppomax.stages.pretrain_critic import pretrain_critic
 from transformers import AutoModelForCausalLM
 
+from tests.engine.sampled import decode
 from tests.engine.tiny import BOS, EOS, SMALL, prompts, small_config, tiny_assets, tiny_engine, tiny_policy
 
 GIVEN = prompts(9)

@@ -19,7 +19,7 @@ from ppomax.models import adapters, blocks_of, head_of, load_policy, packed_hidd
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states, check_branch
 from ppomax.models.modes import start_policy
 from ppomax.recipe.batch import Rollout, minibatch, pack, select_trunk
-from ppomax.recipe.rollout import score
+from ppomax.recipe.rollout import Scorers, score
 from ppomax.recipe.scoring import policy_logprobs, state_hidden, state_values
 from ppomax.recipe.update import policy_loss
 from ppomax.reporting.monitor import RunMonitor
@@ -254,17 +254,13 @@ def test_trunk_runs_neither_in_scoring_nor_in_the_update() -> None:
     recorded = Responses(
         given, [[0.0] * len(r) for r in given], roll.finished.tolist(), list(trunk.states.split(lengths))
     )
-    again = score(
-        policy, engine.reference, engine.critic.module, [p for p, _ in roll.sequences()], recorded, roll.micro_batches,
-        trunk_layers=trunk.layers, impl="ref",
-    )  # fmt: skip
+    models = Scorers(policy, engine.reference, engine.critic.module, trunk.layers)
+    again = score(models, [p for p, _ in roll.sequences()], recorded, roll.micro_batches, impl="ref")
     assert ran == []
     assert torch.equal(again.ref_logprobs, roll.ref_logprobs)
     assert not torch.equal(again.logprobs, roll.logprobs)
-    computed = score(
-        policy, engine.reference, engine.critic.module, [p for p, _ in roll.sequences()],
-        dataclasses.replace(recorded, trunk=None), roll.micro_batches, trunk_layers=trunk.layers, impl="ref",
-    )  # fmt: skip
+    unrecorded = dataclasses.replace(recorded, trunk=None)
+    computed = score(models, [p for p, _ in roll.sequences()], unrecorded, roll.micro_batches, impl="ref")
     assert len(ran) > 0  # a sampler that recorded nothing: the trunk runs once
     assert largest(computed.ref_logprobs, roll.ref_logprobs) <= CLOSE
     ran.clear()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from ppomax.models import base_of
-from ppomax.rollout import decode
-from ppomax.rollout.packed_weights import norm_of, packable, packed_linears, swiglu_layers
+from ppomax.rollout.packed_weights import norm_of, packed_layers, packed_trunk, swiglu_layers
 
 from tests.engine.families import BOS, FAMILIES, family
+from tests.engine.sampled import decode
 
 
 @pytest.mark.parametrize(("name", "norms"), [("llama", 7), ("gemma2", 13), ("gemma3", 19), ("qwen3", 13)])
@@ -19,7 +19,7 @@ def test_norms_run_on_our_kernel_while_the_phase_lasts(name: str, norms: int) ->
     with torch.no_grad():
         for module in found:
             module.weight.uniform_(-1.0, 1.0)
-    with torch.no_grad(), packed_linears(model, "native") as panels:
+    with torch.no_grad(), packed_trunk(model, "native") as panels:
         assert panels is not None
         for module in found:
             x = torch.randn(3, 5, len(module.weight))
@@ -48,7 +48,7 @@ def test_states_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
     ids = torch.randint(3, 60, (2, 9))
     with torch.no_grad():
         want = base_of(model)(input_ids=ids).last_hidden_state
-        with packed_linears(model, "native"):
+        with packed_trunk(model, "native"):
             got = base_of(model)(input_ids=ids).last_hidden_state
         exact = base_of(model.double())(input_ids=ids).last_hidden_state
     if dtype == torch.float32:
@@ -61,13 +61,13 @@ def test_states_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
 def test_gated_blocks_are_found_by_what_they_compute(name: str, blocks: int) -> None:
     """Gemma's gate is a GELU."""
     model = family(name)
-    layers = set(packable(model, "native").values())
+    layers = set(packed_layers(model, "native"))
     assert sum(swiglu_layers(m, layers) is not None for m in base_of(model).modules()) == blocks
 
 
 def test_bfloat16_decodes_on_our_kernels() -> None:
     model = family("llama").bfloat16()
-    assert packable(model, "native")
+    assert packed_layers(model, "native")
     given = decode(model, [[BOS, 5, 9], [BOS]], [0, 1], eos_ids=[], max_new_tokens=6, temperature=0.0)
     assert [len(t) for t in given.tokens] == [6, 6]
     alone = decode(model, [[BOS]], [1], eos_ids=[], max_new_tokens=6, temperature=0.0)

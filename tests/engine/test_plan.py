@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -13,10 +14,11 @@ from ppomax.engine import Engine
 from ppomax.models import make_reward_model
 from ppomax.models.recompute import recompute
 from ppomax.planning.job import GiB, Job, roles
-from ppomax.planning.memory import device_bytes, optimiser, weights
-from ppomax.planning.plan import checked, job_of, make_plan, plan_here, refuse_if_too_large, shape_of
+from ppomax.planning.memory import device_bytes, optimiser, rollout, weights
+from ppomax.planning.plan import job_of, make_plan, plan_here, plan_line, refuse_if_too_large, shape_of
 from ppomax.planning.seconds import DEVICES, seconds
-from ppomax.planning.trace import cache_bytes, counts, held, live_bytes
+from ppomax.planning.trace import held, live_bytes, sizes_of
+from ppomax.rollout import Sampling, decode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 WITHIN = 0.15
@@ -114,7 +116,7 @@ def test_what_a_phase_adds_is_planned_too(again):
     """Weights and optimiser are easily right; so what comes on top of them is held against a run by itself, where
     activations lead and one micro-batch is all. With gradient checkpointing too, where little of them is left."""
     got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32", again)
-    n, m = (counts(shape(**SIZES["4M"]), kind).params for kind in ("causal_lm", "scorer"))
+    n, m = (sizes_of(shape(**SIZES["4M"]), kind).params for kind in ("causal_lm", "scorer"))
     steady = 4 * 2 * (n + m) + 8 * (n + m)
     assert (got["update"] > 2 * steady) != again
     for phase in ("rollout", "update"):
@@ -154,7 +156,7 @@ def test_partitions_are_the_published_arithmetic():
     """16 bytes a trained parameter and 2 a frozen one, over 8 ranks (weights, gradients, AdamW; all under ZeRO-3)."""
     seven = shape(**LLAMA_7B)
     big = Job(policy=seven, critic=seven, reward=seven, zero_stage=3, ranks=8)
-    n, m = counts(seven, "causal_lm").params, counts(seven, "scorer").params
+    n, m = sizes_of(seven, "causal_lm").params, sizes_of(seven, "scorer").params
     assert n == 6_738_415_616
     assert sum(weights(big).values()) == pytest.approx(2 * (2 * n + 2 * m) / 8, abs=8)
     assert optimiser(big)["optimiser"] == pytest.approx(12 * (n + m) / 8, abs=8)
@@ -168,19 +170,55 @@ def test_partitions_are_the_published_arithmetic():
     assert optimiser(replace(big, zero_stage=None, ranks=1, dtype="float32"))["optimiser"] == 8 * (n + m)
 
 
-def test_the_cache_is_the_arena():
+def test_the_cache_of_a_7b_model():
     seven = shape(**LLAMA_7B)
-    size = cache_bytes(seven, "bfloat16", 16, 1024)
-    assert size == 16 * 1024 * 2 * 32 * 4096 * 2
-    planned = device_bytes(Job(policy=seven, critic=None, reward=None, train="hydra", slots=16, rollout_size=16))
-    assert planned["rollout"]["KV cache"] == size
+    run = Job(policy=seven, critic=None, reward=None, train="hydra", slots=16, rollout_size=16)
+    size = 16 * 1024 * 2 * 32 * 4096 * 2  # the last response token is never taken in, but its page is
+    assert device_bytes(run)["rollout"]["KV cache"] == size
+
+
+@pytest.mark.parametrize("each", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rollout_takes_the_bytes_that_were_planned(dtype: str, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights and KV cache: told before the rollout, planned before the run, and really allocated."""
+    prompt_tokens, new, slots = 21, 12, 8
+    knobs = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**knobs)).to(getattr(torch, dtype)).eval()
+    decoding, packing = (importlib.import_module(f"ppomax.rollout.{name}") for name in ("decode", "packed_weights"))
+    arenas, panels = [], []
+
+    class Watched(decoding.Arena):
+        def __init__(self, *args, **named):
+            super().__init__(*args, **named)
+            arenas.append(sum(pages.nbytes for store in self.stores for pages in store))
+
+    def pack(weight):
+        panels.append(packed := PACK(weight))
+        return packed
+
+    PACK = packing.pack
+    monkeypatch.setattr(decoding, "Arena", Watched)
+    monkeypatch.setattr(packing, "pack", pack)
+    told = []
+    prompts = [[3 + i] * prompt_tokens for i in range(16 // each) for _ in range(each)]
+    sampling = Sampling(new, slots=slots)
+    decode(model, prompts, range(16), sampling, eos_ids=[], announce=told.append)
+    taken = {"KV cache": arenas[0], "packed weights": sum(p.nbytes for p in panels)}
+    assert taken["packed weights"] > 0
+    assert {"KV cache": told[0].arena_bytes, "packed weights": told[0].packed_bytes} == taken
+    planned = rollout(
+        Job(policy=shape(**knobs), critic=None, reward=None, dtype=dtype, cpu=True, prompt_tokens=prompt_tokens,
+            response_tokens=new, slots=slots, rollout_size=16, samples_per_prompt=each)
+    )  # fmt: skip
+    assert {kind: planned[kind] for kind in taken} == taken
 
 
 def test_modes_train_and_hold_what_they_should():
     full = {r.name: r for r in roles(job())}
     lora = {r.name: r for r in roles(job(train="lora", lora_rank=4))}
     hydra = {r.name: r for r in roles(job(train="hydra", trained_layers=2, critic=None))}
-    c = full["policy"].counts
+    c = full["policy"].sizes
     assert lora["reference"].elements == 0
     assert lora["policy"].trained == 4 * 8 * (6 * 192 + 2 * 64 + 3 * (192 + 448)) + 0 * c.params
     assert hydra["policy"].trained == hydra["reference"].elements == 2 * c.block + 192
@@ -235,8 +273,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_mend(tmp_path, monkeypatch):
     monkeypatch.setattr("ppomax.planning.plan.free_host_memory", lambda: GiB)
     config = load_config(overrides={"run.device": "cpu", "batch.micro_tokens": 60_000})
     with pytest.raises(ConfigError, match=r"needs .* GiB \(update\) and there are 1.0 GiB; --\S+ .* saves"):
-        checked(config)
-    assert "plan: " in checked(replace(config, run=replace(config.run, ignore_plan=True)))
+        plan_line(config)
+    assert "plan: " in plan_line(replace(config, run=replace(config.run, ignore_plan=True)))
 
 
 def test_train_refuses_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
@@ -297,7 +335,7 @@ def test_a_full_scale_config_fits_its_node(name):
     plan = make_plan(planned, advise=False)
     assert plan.fits, (plan.peak / GiB, plan.host)
     assert notes == ("model.reward_model is not set: planned as large as the policy",)
-    params = counts(planned.policy, "causal_lm").params
+    params = sizes_of(planned.policy, "causal_lm").params
     assert params == pytest.approx(
         {"llama-7b": 6.74e9, "llama-13b": 13.0e9, "qwen-7b": 7.62e9}[name[: name.find("b") + 1]], rel=2e-3
     )
@@ -308,7 +346,7 @@ def test_a_full_scale_config_fits_its_node(name):
 def test_models_of_that_size_are_built_without_memory(knobs):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**knobs), dtype=torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == counts(shape(**knobs), "causal_lm").params
+    assert sum(p.numel() for p in model.parameters()) == sizes_of(shape(**knobs), "causal_lm").params
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 

@@ -13,14 +13,15 @@ import pytest
 import torch
 from ppomax.models import base_of, blocks_of
 from ppomax.recipe.scoring import policy_logprobs
-from ppomax.rollout import RolloutPlan, decode
-from ppomax.rollout.arena import arena_bytes, cache_shape
+from ppomax.rollout import RolloutSizes
+from ppomax.rollout.arena import cache_shape
 from ppomax.rollout.attention import UnsupportedModel
-from ppomax.rollout.sizes import RolloutError
+from ppomax.rollout.sizes import RolloutError, arena_bytes
 from ppomax.sharding import ranks
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from tests.engine.families import BOS, EOS, FAMILIES, VOCABULARY, family
+from tests.engine.sampled import decode
 from tests.engine.tiny import tiny_tokenizer
 
 LENGTHS = [1, 2, 17, 5, 33, 9, 16, 3, 1, 24]
@@ -106,7 +107,7 @@ def test_sampled_tokens_do_not_depend_on_the_rank_count(count: int, monkeypatch:
     monkeypatch.setattr(ranks, "world_size", lambda: count)
     for rank in range(count):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        mine = ranks.share(len(given))
+        mine = ranks.part_of(len(given))
         assert 0 < len(mine) < len(given)
         parts += decode(model, [given[i] for i in mine], list(mine), **options).tokens
     assert parts == want
@@ -197,7 +198,7 @@ def test_arena_bytes() -> None:
     config = family("qwen3").config
     assert cache_shape(config).head_dim == 20
     # 3 layers, keys and values, 2 heads of 20, 4 bytes; 33 tokens take three pages of 16
-    assert arena_bytes(config, 5, 33, torch.float32) == 5 * 48 * 3 * 2 * 2 * 20 * 4
+    assert arena_bytes(config, 5 * 3, 16, torch.float32) == 5 * 48 * 3 * 2 * 2 * 20 * 4
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_a_window_that_the_layer_does_not_name_is_refused() -> None:
 
 
 def test_plan_is_told_before_the_rollout() -> None:
-    told: list[RolloutPlan] = []
+    told: list[RolloutSizes] = []
     model = family("llama")
     with forwards(model) as seen:
         decode(
@@ -264,7 +265,7 @@ import sys, torch
 sys.path[:0] = ["{root}"]
 from pathlib import Path
 from bench.memory import _give_back_free_memory, _status
-from ppomax.rollout import decode
+from tests.engine.sampled import decode
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ppomax.rollout import attention, decode
+from ppomax.rollout import attention
 from ppomax.rollout.arena import Arena, Step
 from ppomax.rollout.attention import Attention, choose, page_of
 from torch import Tensor
 
 from tests.engine.families import FAMILIES, family
+from tests.engine.sampled import decode
 from tests.engine.stand_ins import FakeFlash, attend_by, attend_by_flash
 from tests.engine.test_rollout import ENDS, GIVEN, generated, prompts_of
 

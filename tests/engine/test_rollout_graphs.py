@@ -8,13 +8,14 @@ import logging
 import pytest
 import torch
 from ppomax.models import base_of
-from ppomax.rollout import RolloutPlan, decode
+from ppomax.rollout import RolloutSizes
 from ppomax.rollout.arena import Arena, cache_shape
 from ppomax.rollout.graphs import MEETINGS, WARM_UPS, capture_for, page_bucket, row_bucket
 from ppomax.rollout.sizes import RolloutError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engine.families import BOS, FAMILIES, SHARED, family
+from tests.engine.sampled import decode
 from tests.engine.stand_ins import DECODE, attend_by, attend_by_flash, captures_by_tape
 from tests.engine.test_rollout import ENDS, GIVEN, LENGTHS, forwards, generated, prompts_of
 
@@ -137,7 +138,7 @@ def test_graphs_on_a_cpu_are_refused_before_a_token_is_made(prompts: list[list[i
 
 
 def test_the_plan_counts_the_scratch_page_and_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[RolloutPlan] = []
+    told: list[RolloutSizes] = []
     model = family("llama")
     captures_by_tape(monkeypatch)
     for graphs in (False, True):

@@ -27,7 +27,7 @@ from ppomax.default import texts as files
 from ppomax.default.classifier import train_classifier
 from ppomax.default.model_card import model_card
 from ppomax.models import RewardModel, load_policy, load_reward_model, load_tokenizer
-from ppomax.rollout.decode import Responses, decode
+from ppomax.rollout import Sampling, decode
 from ppomax.saving.model_folder import save_model
 from ppomax.stages.reward_model import centre_scores, evaluate_pairs, score_texts, train_reward_model
 from ppomax.stages.sft import mean_nll, train_sft
@@ -182,15 +182,8 @@ def _sample(out: Path, tokenizer: PreTrainedTokenizerBase, config: BuildDefaultC
     policy = load_policy(out / "policy").eval()
     prompts, _ = load_prompts(out / "prompts.jsonl", tokenizer, 64)
     prompts = (prompts * (config.samples // len(prompts) + 1))[: config.samples]
-    responses: Responses = decode(
-        policy,
-        prompts,
-        range(len(prompts)),
-        eos_ids=[tokenizer.eos_token_id],
-        max_new_tokens=48,
-        seed=config.seed,
-        impl=config.impl,
-    )
+    sampling = Sampling(48, seed=config.seed, impl=config.impl)
+    responses = decode(policy, prompts, range(len(prompts)), sampling, eos_ids=[tokenizer.eos_token_id])
     return [Text(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses.tokens)]
 
 

@@ -11,7 +11,16 @@ from ppomax.models.head import Head, check_head, head_of
 from ppomax.models.packed import packed_forward, packed_hidden
 from ppomax.models.policy import load_policy
 from ppomax.models.sources import ModelSource, load_tokenizer, pick_device
-from ppomax.models.trunk import base_of, blocks_name, blocks_of, disable_dropout, embedding_weight, freeze
+from ppomax.models.trunk import (
+    base_of,
+    blocks_name,
+    blocks_of,
+    disable_dropout,
+    embedding_weight,
+    freeze,
+    window_of,
+    with_blocks,
+)
 
 __all__ = [
     "Critic",
@@ -34,4 +43,6 @@ __all__ = [
     "packed_forward",
     "packed_hidden",
     "pick_device",
+    "window_of",
+    "with_blocks",
 ]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ppomax.config import ModelConfig
-from ppomax.models.partitioned import whole
+from ppomax.models.partitioned import gathered
 from ppomax.models.trunk import blocks_of
 from ppomax.sharding import Lazy
 
@@ -106,6 +106,6 @@ def merged_weights(model: PreTrainedModel, weights: Mapping[str, Lazy]) -> tuple
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
     """What PEFT's own merge puts in the weight's place."""
-    with whole(layer):
+    with gathered(layer):
         weight: Tensor = layer.base_layer.weight.detach()
         return weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight.dtype)

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from ppomax.models.head import Head, head_of
 from ppomax.models.packed import packed_forward, packed_hidden
-from ppomax.models.trunk import base_of, blocks_name, blocks_of
+from ppomax.models.score_head import draw_score_head
+from ppomax.models.trunk import base_of, blocks_name, blocks_of, with_blocks
 
 TOLERANCE = {torch.float32: 1e-4}
 """Of `check_branch`, relative to the largest hidden state; 5e-2 for 16-bit types, as in models.check_head."""
@@ -146,7 +147,7 @@ def with_top_of(model: PreTrainedModel, branch: Branch) -> PreTrainedModel:
 class TrunkCritic(nn.Module):
     """A scalar at every trunk state: values = (score head in fp32)(branch(trunk)).
 
-    Starts as a copy of the policy's top blocks with a new head from N(0, (1/(D+1))^2), as `make_critic` does."""
+    Starts as a copy of the policy's top blocks with a new head (score_head.py)."""
 
     def __init__(self, policy: PreTrainedModel, layers: int, *, seed: int = 0):
         super().__init__()
@@ -154,9 +155,7 @@ class TrunkCritic(nn.Module):
         self.branch.head = None
         width = head_of(policy).weight.shape[1]
         self.score = nn.Linear(width, 1, bias=False, device=policy.device, dtype=policy.dtype)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self.score.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1))
+        draw_score_head(self.score.weight, seed)
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> values (N,) fp32."""
@@ -176,12 +175,8 @@ def _shallow(module: PreTrainedModel) -> PreTrainedModel:
 def _view(base: PreTrainedModel, part: slice) -> PreTrainedModel:
     """`base` with the blocks `part` alone. From block 0 on the embeddings are shared, else they are left out."""
     view, name = _shallow(base), blocks_name(base)
-    view.config = copy.copy(base.config)
-    blocks = nn.ModuleList(getattr(base, name)[part])
-    view._modules[name] = blocks
-    view.config.num_hidden_layers = len(blocks)
-    if getattr(base.config, "layer_types", None):
-        view.config.layer_types = base.config.layer_types[part]
+    view.config = with_blocks(base.config, part)
+    view._modules[name] = nn.ModuleList(getattr(base, name)[part])
     if part.start:
         for child, module in base.named_children():
             if isinstance(module, nn.Embedding):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.critic import Critic
+from ppomax.models.trunk import window_of
 
 
 def eos_ids_of(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -51,7 +52,7 @@ def check_prompts(prompts: list[list[int]], policy: PreTrainedModel, max_new_tok
     """`prompts` if there are some, none is empty, all fit the model's window with a response, and all ids are known."""
     if not prompts:
         raise ValueError("Engine: no prompts were given; pass at least one")
-    window = getattr(policy.config, "max_position_embeddings", None) or float("inf")
+    window = window_of(policy.config)
     rows = vocabulary_rows(policy)
     for i, prompt in enumerate(prompts):
         if not prompt:

@@ -21,8 +21,9 @@ from transformers import (
 from ppomax.models.packed import packed_hidden
 from ppomax.models.partitioned import load_partitioned
 from ppomax.models.policy import load_policy
+from ppomax.models.score_head import draw_score_head
 from ppomax.models.sources import ModelSource, local_or_hub
-from ppomax.models.trunk import base_of, blocks_name, disable_dropout
+from ppomax.models.trunk import base_of, blocks_name, blocks_of, disable_dropout, with_blocks
 
 
 def load_reward_model(
@@ -30,11 +31,11 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     *,
     trust_remote_code: bool = False,
-    cut: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
     **options: Any,
 ) -> RewardModel:
-    """A RewardModel from an AutoModelForSequenceClassification checkpoint with num_labels = 1 and a `score` head; `cut`
-    as in load_policy."""
+    """A RewardModel from an AutoModelForSequenceClassification checkpoint with num_labels = 1 and a `score` head;
+    `zero` as in load_policy."""
     if isinstance(source, RewardModel):
         return source.to(dtype)  # type: ignore[arg-type]
     if isinstance(source, PreTrainedModel):
@@ -46,8 +47,8 @@ def load_reward_model(
             f"load_reward_model: {path} has num_labels = {config.num_labels}, a reward model has 1 "
             "(a `score` head with one output); train one with `ppomax reward-model`"
         )
-    if cut is not None:
-        return RewardModel(load_partitioned(path, dtype, "sequence_classification", settings=cut))
+    if zero is not None:
+        return RewardModel(load_partitioned(path, dtype, "sequence_classification", settings=zero))
     model = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
     )
@@ -104,13 +105,13 @@ def make_critic(
     dtype: torch.dtype = torch.float32,
     *,
     seed: int = 0,
-    cut: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
 ) -> Critic:
     """A trainable critic from a reward model (copied, score head and centring included) or from a policy's trunk.
 
     From a policy (a causal LM) the score head is new, with weights drawn from N(0, (1/(D+1))^2), which starts values
     near zero; `seed` fixes the draw. A path is read as what its config names: ForCausalLM or ForSequenceClassification;
-    with `cut` into ZeRO-3's partitions, as in load_policy.
+    with `zero` into ZeRO-3's partitions, as in load_policy.
     """
     if isinstance(source, Critic):
         return Critic(copy.deepcopy(source.model).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
@@ -120,8 +121,8 @@ def make_critic(
         return Critic(_score_model_of(source, seed).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
     architectures = AutoConfig.from_pretrained(local_or_hub(source)).architectures or []
     scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
-    if cut is not None:
-        options: dict[str, Any] = {"settings": cut, "new_head": not scorer, "seed": seed}
+    if zero is not None:
+        options: dict[str, Any] = {"settings": zero, "new_head": not scorer, "seed": seed}
         model = load_partitioned(local_or_hub(source), dtype, "sequence_classification", **options)
         return Critic(model).requires_grad_(True)
     if scorer:
@@ -137,11 +138,11 @@ def make_reward_model(policy: PreTrainedModel, *, layers: int | None = None, see
         if not 1 <= layers <= depth:
             raise ValueError(f"make_reward_model: layers must be in 1..{depth} (the policy's depth), got {layers}")
         base = base_of(model)
-        blocks = blocks_name(base)
-        setattr(base, blocks, getattr(base, blocks)[:layers])
-        model.config.num_hidden_layers = layers
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[:layers]
+        setattr(base, blocks_name(base), blocks_of(model)[:layers])
+        short = with_blocks(model.config, slice(0, layers))
+        model.config.num_hidden_layers = short.num_hidden_layers
+        if getattr(short, "layer_types", None):
+            model.config.layer_types = short.layer_types
     return RewardModel(model)
 
 
@@ -162,10 +163,7 @@ def _score_model_of(policy: PreTrainedModel, seed: int) -> PreTrainedModel:
             f"{type(model).__name__} names its head otherwise than `score`; critics need a decoder-only model"
         )
     model.base_model.load_state_dict(policy.base_model.state_dict())
-    generator = torch.Generator().manual_seed(seed)
-    width = model.score.in_features
-    with torch.no_grad():
-        model.score.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1))
-        if model.score.bias is not None:
-            model.score.bias.zero_()
+    draw_score_head(model.score.weight, seed)
+    if model.score.bias is not None:
+        torch.nn.init.zeros_(model.score.bias)
     return model.to(policy.device)

@@ -6,7 +6,7 @@ import hashlib
 
 from torch import nn
 
-from ppomax.models.partitioned import whole
+from ppomax.models.partitioned import gathered
 
 
 def fingerprints(
@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(getattr(p, 'ds_shape', p.shape))} {p.dtype};".encode())
         if not p.requires_grad:
-            with whole(p):
+            with gathered(p):
                 flat = p.detach().flatten()
                 digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()

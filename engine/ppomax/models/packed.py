@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ppomax.models.trunk import base_of
+from ppomax.models.trunk import base_of, window_of
 
 
 def packed_hidden(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, *, layout: str = "auto") -> Tensor:
@@ -53,7 +53,11 @@ def packed_forward(
     config. Returns (N, D)."""
     lengths = _lengths_of(inputs, cu_seqlens)
     longest = int(lengths.max())
-    _check_window(config, longest)
+    if longest > window_of(config):
+        raise ValueError(
+            f"packed_hidden: the longest sequence has {longest} tokens, the model's window is {window_of(config)} "
+            "(config.max_position_embeddings); shorten prompts or responses"
+        )
     if layout == "auto":
         layout = "packed" if "flash" in str(config._attn_implementation) else "padded"
     starts = cu_seqlens[:-1].long()
@@ -82,12 +86,3 @@ def _lengths_of(inputs: Tensor, cu_seqlens: Tensor) -> Tensor:
             f"got first {first}, last {last}, shortest {shortest}; drop empty sequences before packing"
         )
     return lengths
-
-
-def _check_window(config: Any, longest: int) -> None:
-    window = getattr(config, "max_position_embeddings", None)
-    if window is not None and longest > window:
-        raise ValueError(
-            f"packed_hidden: the longest sequence has {longest} tokens, the model's window is {window} "
-            "(config.max_position_embeddings); shorten prompts or responses"
-        )

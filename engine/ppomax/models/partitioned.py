@@ -5,8 +5,8 @@ The module is made without its weights; then each parameter in turn gets room, i
 the rows that hold its part and no others. So a rank's host holds at no time more than its part, the largest single
 tensor, and the pages that this was read from. Tied parameters are read once. Names must match: a missing tensor is an
 error, one too many is logged, a change of type is logged, a shard that is not there is named. Models that stay whole on
-a rank are read by transformers (models.py), which also knows checkpoints laid out otherwise than the module (fused
-experts, old names)."""
+a rank are read by transformers, which also knows checkpoints laid out otherwise than the module (fused experts, old
+names)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ppomax.models.score_head import draw_score_head
+
 log = logging.getLogger(__name__)
 
 Kind = Literal["causal_lm", "sequence_classification"]
@@ -41,7 +43,7 @@ class LoadingError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorPlace:
     """Where a tensor lies."""
 
     file: Path
@@ -60,7 +62,7 @@ def load_partitioned(
     """A HF model cut over the ranks as ZeRO-3 cuts it, ready for deepspeed.initialize.
 
     settings: the DeepSpeed configuration that it will be initialised with (offload, hpZ). new_head: let a scorer's
-    `score` be missing; it then starts as models.make_critic draws it from `seed`. Every rank must call this. Raises
+    `score` be missing; it then starts as score_head.py draws it from `seed`. Every rank must call this. Raises
     LoadingError for files and names that do not fit; a rank that fails alone leaves the others waiting, so all files
     are looked at before the first exchange."""
     model, places = prepare(path, dtype, kind, new_head)
@@ -68,7 +70,7 @@ def load_partitioned(
     for name, source, file in _opened(places):
         p = _materialise(model, name, dtype, _compute_device())
         if source is None:
-            _start_head(p, seed)
+            draw_score_head(p, seed)
         first = _cut(p, first, settings)
         if source is not None:
             _fill(p, file, source.name)
@@ -76,23 +78,23 @@ def load_partitioned(
 
 
 @contextmanager
-def whole(what: nn.Module | nn.Parameter) -> Iterator[None]:
-    """Inside, a module's cut parameters, or the one parameter, are whole on every rank; nothing happens to others.
-    Every rank must enter."""
-    cut = [p for p in (what.parameters() if isinstance(what, nn.Module) else [what]) if hasattr(p, "ds_id")]
-    if not cut:
+def gathered(what: nn.Module | nn.Parameter) -> Iterator[None]:
+    """Inside, a module's sharded parameters, or the one parameter, are gathered on every rank; nothing happens to
+    others. Every rank must enter."""
+    sharded = [p for p in (what.parameters() if isinstance(what, nn.Module) else [what]) if hasattr(p, "ds_id")]
+    if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(cut):
+    with deepspeed.zero.GatheredParameters(sharded):
         yield
 
 
 # ---- files and names ------------------------------------------------------------------------------------------------
 
 
-def tensor_files(path: str | Path) -> dict[str, Source]:
+def tensor_files(path: str | Path) -> dict[str, TensorPlace]:
     """Every tensor of a checkpoint folder and the file that holds it. LoadingError: a file is missing, is not
     safetensors, or lacks a tensor that the index places in it."""
     folder = Path(path)
@@ -112,7 +114,7 @@ def tensor_files(path: str | Path) -> dict[str, Source]:
     lost = [name for name, file in placed.items() if name not in there[file]]
     if lost:
         raise LoadingError(f"{folder}: {INDEX} places {lost[0]} in {placed[lost[0]]}, which does not hold it")
-    return {name: Source(folder / file, name) for name, file in placed.items()}
+    return {name: TensorPlace(folder / file, name) for name, file in placed.items()}
 
 
 def _names_in(file: Path) -> list[str]:
@@ -125,12 +127,12 @@ def _names_in(file: Path) -> list[str]:
 
 def prepare(
     path: str | Path, dtype: torch.dtype, kind: Kind = "causal_lm", new_head: bool = False
-) -> tuple[PreTrainedModel, dict[str, Source | None]]:
+) -> tuple[PreTrainedModel, dict[str, TensorPlace | None]]:
     """The module without weights, and where each of its parameters lies (None: it is new). LoadingError if files and
     names do not fit."""
     folder = _local_folder(path)
     model, found = _empty_model(folder, dtype, kind), tensor_files(folder)
-    places: dict[str, Source | None] = {}
+    places: dict[str, TensorPlace | None] = {}
     used: set[str] = set()
     for names in _aliases(model):
         spellings = [s for name in names for s in _spellings(name, model.base_model_prefix)]
@@ -149,7 +151,7 @@ def prepare(
     return model, places
 
 
-def _compare(model: PreTrainedModel, places: dict[str, Source | None], folder: Path, dtype: torch.dtype) -> None:
+def _compare(model: PreTrainedModel, places: dict[str, TensorPlace | None], folder: Path, dtype: torch.dtype) -> None:
     """Shapes against the files' headers; a change of type is said once."""
     wanted, types = dict(model.named_parameters()), set()
     for name, source, file in _opened(places):
@@ -219,7 +221,7 @@ def _empty_model(folder: Path, dtype: torch.dtype, kind: Kind) -> PreTrainedMode
     return model
 
 
-def _opened(places: dict[str, Source | None]) -> Iterator[tuple[str, Source | None, Any]]:
+def _opened(places: dict[str, TensorPlace | None]) -> Iterator[tuple[str, TensorPlace | None, Any]]:
     """Parameters and their opened files. A file is opened anew for each: it is mapped into memory, and only closing it
     gives the pages back that were read."""
     for name, source in places.items():
@@ -239,13 +241,6 @@ def _materialise(model: nn.Module, name: str, dtype: torch.dtype, device: torch.
             if p is old:
                 module._parameters[key] = new
     return new
-
-
-@torch.no_grad()
-def _start_head(p: nn.Parameter, seed: int) -> None:
-    """A new score head as models.make_critic draws it."""
-    generator = torch.Generator().manual_seed(seed)
-    p.copy_(torch.randn(p.shape, generator=generator) / (p.shape[-1] + 1))
 
 
 def _compute_device() -> torch.device:

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ppomax.models.head import check_head
-from ppomax.models.partitioned import load_partitioned, whole
+from ppomax.models.partitioned import gathered, load_partitioned
 from ppomax.models.sources import ModelSource, local_or_hub
 from ppomax.models.trunk import disable_dropout
 
@@ -23,19 +23,19 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     *,
     trust_remote_code: bool = False,
-    cut: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """A causal LM from a HF directory, a hub name or a model in memory (cast in place), dropout off, head checked.
 
     Dropout is set to zero for good: with it the update's log-probs would not equal the rollout's. `options` go to
-    from_pretrained (attn_implementation, device_map ...). Weights are read from safetensors only. `cut`: the DeepSpeed
-    settings of a model that is read into ZeRO-3's partitions, each rank its own (loading.py).
+    from_pretrained (attn_implementation, device_map ...). Weights are read from safetensors only. `zero`: the DeepSpeed
+    settings of a model that is read into ZeRO-3's partitions, each rank its own (partitioned.py).
     """
     if isinstance(source, PreTrainedModel):
         model = source.to(dtype)  # type: ignore[arg-type]
-    elif cut is not None:
-        model = load_partitioned(local_or_hub(source), dtype, settings=cut)
+    elif zero is not None:
+        model = load_partitioned(local_or_hub(source), dtype, settings=zero)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             local_or_hub(source), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
@@ -43,6 +43,6 @@ def load_policy(
     if model.config.is_encoder_decoder:
         raise ValueError(f"load_policy: {type(model).__name__} is an encoder-decoder; a decoder-only model is wanted")
     disable_dropout(model)
-    with whole(model):
+    with gathered(model):
         check_head(model)
     return model

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -32,6 +36,28 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks of a causal LM, bottom first, whatever its family calls them."""
     base = base_of(model)
     return getattr(base, blocks_name(base))  # type: ignore[no-any-return]
+
+
+def nested_blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The same for models that hold their blocks deeper inside, such as OPT, which can be counted but not taken
+    apart: the longest list of modules."""
+    lists = [m for m in base_of(model).modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def with_blocks(config: Any, part: slice) -> Any:
+    """A copy of a HF configuration for the decoder blocks `part` alone: their number, and their types where the
+    configuration lists them."""
+    cut = copy.copy(config)
+    cut.num_hidden_layers = len(range(config.num_hidden_layers)[part])
+    if getattr(config, "layer_types", None):
+        cut.layer_types = config.layer_types[part]
+    return cut
+
+
+def window_of(config: Any) -> float:
+    """Most tokens of a sequence (config.max_position_embeddings); infinity where the configuration names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ppomax.planning.trace import Counts, counts
+from ppomax.planning.trace import ModelSizes, sizes_of
 
 GiB = 2**30
 
@@ -52,6 +52,7 @@ class Job:
     """Sequences decoded together on one rank."""
     cache_tokens: int | None = None
     """Tokens that the KV cache holds. None: what the slots need."""
+    samples_per_prompt: int = 1
     rollout_size: int = 128
     minibatch_size: int = 32
     epochs: int = 1
@@ -79,14 +80,14 @@ class Role:
     """One model as a rank holds it, in elements over all ranks."""
 
     name: str
-    counts: Counts
+    sizes: ModelSizes
     elements: int
     trained: int = 0
 
 
 def roles(job: Job) -> list[Role]:
     """Policy, reference, critic, reward: what each adds to what is there already."""
-    policy = counts(job.policy, "causal_lm")
+    policy = sizes_of(job.policy, "causal_lm")
     top = job.trained_layers * policy.block + policy.hidden
     adapters = policy.adapters(job.lora_rank, job.lora_targets)
     trained = {"full": policy.params, "lora": adapters, "hydra": top}[job.train]
@@ -97,11 +98,11 @@ def roles(job: Job) -> list[Role]:
     if job.critic is None:
         out.append(Role("critic", policy, top + policy.hidden, top + policy.hidden))
     else:
-        own = counts(job.critic, "scorer")
+        own = sizes_of(job.critic, "scorer")
         low_rank = own.adapters(job.lora_rank, job.lora_targets) if job.adapted_critic else 0
         out.append(Role("critic", own, own.params + low_rank, low_rank or own.params))
     if job.reward is not None:
-        out.append(Role("reward", counts(job.reward, "scorer"), counts(job.reward, "scorer").params))
+        out.append(Role("reward", sizes_of(job.reward, "scorer"), sizes_of(job.reward, "scorer").params))
     return out
 
 

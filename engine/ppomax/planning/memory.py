@@ -13,8 +13,13 @@ Lengths are taken at their limits, so a run whose texts are shorter needs less."
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ppomax.planning.job import GiB, Job, Role, micro_batch, offloaded, optimiser_ranks, partitioned, roles
-from ppomax.planning.trace import Held, cache_bytes, counts, held, packed_bytes, prefill_tokens
+from ppomax.planning.trace import Held, cache_bytes, held, packed_weight_bytes, prefill_tokens, sizes_of
+
+if TYPE_CHECKING:
+    from ppomax.rollout.slots import Prompt
 
 PHASES = ("load", "rollout", "scoring", "update", "step", "save")
 DATA_PARALLEL_BUCKET = 1 << 25
@@ -114,25 +119,33 @@ def _second_copies(job: Job, among: list[Role]) -> int:
 
 def rollout(job: Job) -> dict[str, int]:
     """KV cache, the prefill's activations, one row of logits a slot, the whole policy under ZeRO-3."""
-    policy = counts(job.policy, "causal_lm")
+    policy = sizes_of(job.policy, "causal_lm")
     slots = min(job.slots, job.sequences)
     at_once = min(slots * job.prompt_tokens, max(prefill_tokens(), job.prompt_tokens)) + slots
-    cache = cache_bytes(job.policy, job.dtype, slots, job.length)
-    if job.cache_tokens is not None:
-        cache = min(cache, cache_bytes(job.policy, job.dtype, 1, job.cache_tokens))
+    limits = job.response_tokens, job.cache_tokens
+    cache = cache_bytes(job.policy, job.dtype, longest_prompts(job), slots, limits)
     prefill = _held(job, job.policy, 1, at_once)
     return {
         "KV cache": cache,
-        "packed weights": packed_bytes(job.policy) if job.cpu and job.width == 4 else 0,
+        "packed weights": packed_weight_bytes(job.policy, job.dtype) if job.cpu else 0,
         **_larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
         "gathered": _whole_policy(job),
         "trunk states": _trunk_states(job),
     }
 
 
+def longest_prompts(job: Job) -> list[Prompt]:
+    """The prompts of one rank's buffer, all at their limit, as the rollout groups them."""
+    from ppomax.rollout.slots import Prompt
+
+    each = min(job.samples_per_prompt, job.sequences)
+    tokens = [0] * job.prompt_tokens
+    return [Prompt(tokens, list(range(each))) for _ in range(-(-job.sequences // each))]
+
+
 def scoring(job: Job) -> dict[str, int]:
     """A forward of each model in turn over one micro-batch; the gathered policy stays for its own."""
-    policy = counts(job.policy, "causal_lm")
+    policy = sizes_of(job.policy, "causal_lm")
     rows, length = micro_batch(job)
     own = [(job.policy, "causal_lm")] + [(c, "scorer") for c in (job.critic, job.reward) if c]
     forwards = [_held(job, config, rows, length).forward for config, _ in own]
@@ -152,7 +165,7 @@ def update(job: Job) -> dict[str, int]:
     if job.ptx_batch:
         at_once = max(1, min(job.ptx_batch, job.micro_tokens // max(1, job.ptx_tokens)))
         turns.append(_policy_turn(job, policy, critic, at_once, job.ptx_tokens, True))
-    layers = critic.counts.layers if job.critic else job.trained_layers
+    layers = critic.sizes.layers if job.critic else job.trained_layers
     act = _held(job, job.critic or job.policy, rows, length, layers, job.adapted_critic)
     before = _gradient(job, policy) + (_gradient(job, critic) if several else 0)
     turns.append(_turn(before, _gradient(job, policy) + _gradient(job, critic), act, {}))
@@ -167,12 +180,12 @@ def _passing_buckets(job: Job) -> int:
 
 
 def _policy_turn(job: Job, policy: Role, critic: Role, rows: int, length: int, several: bool) -> dict[str, int]:
-    layers = job.trained_layers if job.train == "hydra" else policy.counts.layers
+    layers = job.trained_layers if job.train == "hydra" else policy.sizes.layers
     act = _held(job, job.policy, rows, length, layers, job.train == "lora")
     others = _gradient(job, critic) if several else 0
     before = others + (_gradient(job, policy) if several else 0)
-    head = policy.counts.head * 4 if job.train == "full" else 0
-    loss = {"logits": chunk_bytes(policy.counts.vocab, job) + head + 2 * _picked(job)}
+    head = policy.sizes.head * 4 if job.train == "full" else 0
+    loss = {"logits": chunk_bytes(policy.sizes.vocab, job) + head + 2 * _picked(job)}
     kinds = _turn(before, others + _gradient(job, policy), act, loss)
     kinds["gathered"] = _live_layers(job, policy)
     return kinds
@@ -215,12 +228,12 @@ def chunk_bytes(vocab: int, job: Job) -> int:
 
 
 def largest_parameter(job: Job) -> int:
-    return max(r.counts.largest for r in roles(job)) * job.width
+    return max(r.sizes.largest for r in roles(job)) * job.width
 
 
 def _picked(job: Job) -> int:
     """Hidden states of the response tokens of a micro-batch, which the head sees."""
-    return micro_batch(job)[0] * job.response_tokens * counts(job.policy, "causal_lm").hidden * job.width
+    return micro_batch(job)[0] * job.response_tokens * sizes_of(job.policy, "causal_lm").hidden * job.width
 
 
 def _gradient(job: Job, role: Role) -> int:
@@ -231,7 +244,7 @@ def _gradient(job: Job, role: Role) -> int:
 
 
 def _whole_policy(job: Job) -> int:
-    return counts(job.policy, "causal_lm").params * job.width if job.zero_stage == 3 else 0
+    return sizes_of(job.policy, "causal_lm").params * job.width if job.zero_stage == 3 else 0
 
 
 def _live_layers(job: Job, role: Role) -> int:
@@ -241,7 +254,7 @@ def _live_layers(job: Job, role: Role) -> int:
 def _trunk_states(job: Job) -> int:
     if job.train != "hydra":
         return 0
-    return job.sequences * job.length * counts(job.policy, "causal_lm").hidden * job.width
+    return job.sequences * job.length * sizes_of(job.policy, "causal_lm").hidden * job.width
 
 
 def _held(job: Job, config: str, rows: int, length: int, layers: int | None = None, adapted: bool = False) -> Held:

@@ -152,6 +152,7 @@ def job_of(
             response_tokens=config.rollout.max_new_tokens,
             slots=config.rollout.slots,
             cache_tokens=config.rollout.cache_tokens,
+            samples_per_prompt=config.rollout.samples_per_prompt,
             rollout_size=config.batch.rollout_size,
             minibatch_size=config.batch.minibatch_size,
             epochs=config.batch.epochs,
@@ -196,7 +197,7 @@ def plan_here(config: TrainConfig) -> Plan:
     return make_plan(job, advise=False, notes=notes)
 
 
-def checked(config: TrainConfig) -> str:
+def plan_line(config: TrainConfig) -> str:
     """One line about the plan of a run that is about to start here. ConfigError: it cannot fit, and
     `run.ignore_plan` is off."""
     if config.model.trust_remote_code:

@@ -10,8 +10,7 @@ Lengths are taken at their limits."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from ppomax.planning.job import GiB, Job, Role, micro_batch, roles
 
@@ -89,7 +88,7 @@ def tokens_per_second(job: Job, times: dict[str, float]) -> dict[str, float]:
 
 def forward_flops(role: Role, length: int) -> float:
     """FLOPs of one token's forward."""
-    c = role.counts
+    c = role.sizes
     dense = c.params - (0 if c.tied else c.embedding)
     return 2.0 * dense + 2.0 * c.layers * c.hidden * length
 
@@ -99,7 +98,7 @@ def _rollout(job: Job, policy: Role, device: Device, assumed: Assumptions) -> fl
     steps = job.sequences * job.response_tokens / slots
     flops = forward_flops(policy, job.length)
     prefill = job.sequences * job.prompt_tokens * flops / (device.flops * assumed.forward_efficiency)
-    c = policy.counts
+    c = policy.sizes
     read = (c.params - (0 if c.tied else c.embedding)) * job.width
     cache = slots * (job.prompt_tokens + job.response_tokens / 2) * c.kv_token * job.width
     memory = (read + cache) / (device.bandwidth * assumed.bandwidth_efficiency)
@@ -109,7 +108,7 @@ def _rollout(job: Job, policy: Role, device: Device, assumed: Assumptions) -> fl
 
 
 def _scoring(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptions) -> float:
-    share = job.trained_layers / parts["policy"].counts.layers
+    share = job.trained_layers / parts["policy"].sizes.layers
     on_trunk = {"policy", "reference"} | ({"critic"} if job.critic is None else set())
     total = 0.0
     for name, role in parts.items():
@@ -125,7 +124,7 @@ def _update(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptio
         role = parts[name]
         adapted = job.train == "lora" if name == "policy" else job.adapted_critic
         branch = (job.train == "hydra") if name == "policy" else job.critic is None
-        share = job.trained_layers / role.counts.layers if branch else 1.0
+        share = job.trained_layers / role.sizes.layers if branch else 1.0
         total += share * ((2 if adapted else 3) + again) * forward_flops(role, job.length)
     texts = (3 + again) * forward_flops(parts["policy"], job.ptx_tokens) * job.ptx_batch * job.ptx_tokens / job.ranks
     steps = -(-job.rollout_size // job.minibatch_size)
@@ -166,8 +165,3 @@ def _collective(job: Job, size: float, device: Device, assumed: Assumptions) -> 
         return 0.0
     link = device.link if job.ranks <= job.ranks_per_node else min(device.link, assumed.node_link)
     return size * (job.ranks - 1) / job.ranks / (link * assumed.link_efficiency)
-
-
-def described(device: Device, assumed: Assumptions) -> dict[str, Any]:
-    """Device figures and assumptions as plain data."""
-    return {"device": asdict(device), "assumptions": asdict(assumed)}

@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppomax.planning.live_bytes import live_bytes
 
+if TYPE_CHECKING:
+    from ppomax.rollout.slots import Prompt
+
 ATTENTION = "ppomax_plan"
-CUTS = (2, 3)
+TRACED_DEPTHS = (2, 3)
 """Depths that are run; more blocks cost what the third costs more than the second."""
 
 
 @dataclass(frozen=True)
-class Counts:
+class ModelSizes:
     """Sizes of one model, in elements."""
 
     params: int
@@ -60,22 +63,21 @@ class Held:
 
 
 @lru_cache(maxsize=64)
-def counts(config: str, kind: str) -> Counts:
+def sizes_of(config: str, kind: str) -> ModelSizes:
     """Sizes of the model that the HF configuration `config` (JSON) describes. kind: `causal_lm` or `scorer`."""
     import torch
+
+    from ppomax.models.trunk import nested_blocks_of
+    from ppomax.rollout.arena import cache_shape
 
     hf = _hf_config(config, None)
     with torch.device("meta"):
         model = _build(hf, kind, torch.bfloat16)
-    block = _blocks(model.base_model)[0]
-    text = hf.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    block, text, shape = nested_blocks_of(model)[0], hf.get_text_config(), cache_shape(hf)
     head = model.get_output_embeddings() if kind == "causal_lm" else None
     sizes = [p.numel() for p in model.parameters()]
     linears = [(n, m.in_features, m.out_features) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
-    return Counts(
+    return ModelSizes(
         params=sum(sizes),
         block=sum(p.numel() for p in block.parameters()),
         head=0 if head is None else head.weight.numel(),
@@ -84,7 +86,7 @@ def counts(config: str, kind: str) -> Counts:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocab=text.vocab_size,
-        kv_token=2 * text.num_hidden_layers * kv_heads * width,
+        kv_token=2 * shape.layers * shape.kv_heads * shape.head_dim,
         linears=tuple((n.rpartition(".")[2], i, o) for n, i, o in linears),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
@@ -104,7 +106,7 @@ def held(
     `recomputed`: blocks run again in the backward (recompute.py)."""
     depth = _hf_config(config, None).num_hidden_layers
     whole = trained >= depth
-    depths = [depth] if depth <= CUTS[1] else list(CUTS)
+    depths = [depth] if depth <= TRACED_DEPTHS[1] else list(TRACED_DEPTHS)
     shape = _trunk_only(config)
     run = [
         _trace(shape, dtype, sequences, length, d, whole or targets is not None, targets, recomputed) for d in depths
@@ -112,7 +114,7 @@ def held(
     if len(run) == 1:
         return run[0]
     a, b = run
-    more = (trained if not whole else depth) - CUTS[0]
+    more = (trained if not whole else depth) - TRACED_DEPTHS[0]
     return Held(
         forward=b.forward,
         saved=a.saved + more * (b.saved - a.saved),
@@ -135,18 +137,19 @@ def _trace(
     from transformers import AutoModel
 
     from ppomax.models.recompute import recompute
+    from ppomax.models.trunk import nested_blocks_of
 
     register_attention()
     with torch.device("meta"):
         trunk = AutoModel.from_config(_hf_config(config, depth), dtype=getattr(torch, dtype)).requires_grad_(False)
-        (trunk if embedding and targets is None else _blocks(trunk)).requires_grad_(targets is None)
-        for name, module in _blocks(trunk).named_modules():
+        (trunk if embedding and targets is None else nested_blocks_of(trunk)).requires_grad_(targets is None)
+        for name, module in nested_blocks_of(trunk).named_modules():
             if targets is not None and isinstance(module, torch.nn.Linear):
                 module.weight.requires_grad_(not targets or name.rpartition(".")[2] in targets)
         for p in trunk.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         if recomputed:
-            recompute(_blocks(trunk))
+            recompute(nested_blocks_of(trunk))
         ids = torch.zeros(sequences, length, dtype=torch.int64)
         with live_bytes("meta") as live:
             with torch.no_grad():
@@ -184,22 +187,27 @@ def register_attention() -> None:
     AttentionInterface.register(ATTENTION, attention)
 
 
-def cache_bytes(config: str, dtype: str, slots: int, capacity: int) -> int:
-    """Bytes of the rollout's KV arena: `slots` sequences of up to `capacity` tokens."""
+def cache_bytes(config: str, dtype: str, prompts: list[Prompt], slots: int, limits: tuple[int, int | None]) -> int:
+    """Bytes of the rollout's KV arena for these prompts; limits: response tokens, and `rollout.cache_tokens`."""
+    import torch
+    from ppomax_kernels.paged_attention import PAGE
+
+    from ppomax.rollout.sizes import arena_bytes, arena_pages
+
+    pages = arena_pages(prompts, slots, *limits, PAGE)
+    return arena_bytes(_hf_config(config, None), pages, PAGE, getattr(torch, dtype))
+
+
+@lru_cache(maxsize=64)
+def packed_weight_bytes(config: str, dtype: str) -> int:
+    """Bytes of the second copy of its weights that the rollout keeps on a CPU where they are few."""
     import torch
 
-    from ppomax.rollout.arena import arena_bytes
+    from ppomax.rollout.packed_weights import packed_bytes
 
-    return arena_bytes(_hf_config(config, None), slots, capacity, getattr(torch, dtype))
-
-
-def packed_bytes(config: str) -> int:
-    """Bytes of the second copy of its float32 weights that the rollout keeps on a CPU where they are few."""
-    from ppomax.rollout.packed_weights import MOST_BYTES
-
-    c = counts(config, "causal_lm")
-    size = 4 * (c.layers * sum(i * o for _, i, o in c.linears) + c.head)
-    return size if c.linears and size <= MOST_BYTES else 0
+    with torch.device("meta"):
+        model = _build(_hf_config(config, None), "causal_lm", getattr(torch, dtype))
+    return packed_bytes(model, "native")
 
 
 def prefill_tokens() -> int:
@@ -220,12 +228,12 @@ def _hf_config(config: str, depth: int | None) -> Any:
     """The HF configuration object of the JSON text `config`, cut to `depth` blocks."""
     from transformers import AutoConfig
 
+    from ppomax.models import with_blocks
+
     knobs = json.loads(config)
     hf = AutoConfig.for_model(knobs.pop("model_type"), **knobs)
     if depth is not None:
-        hf.num_hidden_layers = depth
-        if getattr(hf, "layer_types", None):
-            hf.layer_types = hf.layer_types[:depth]
+        hf = with_blocks(hf, slice(0, depth))
     hf._attn_implementation = ATTENTION if depth else "sdpa"
     return hf
 
@@ -236,10 +244,3 @@ def _build(hf: Any, kind: str, dtype: Any) -> Any:
     hf.num_labels = 1
     auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
     return auto.from_config(hf, dtype=dtype)
-
-
-def _blocks(trunk: Any) -> Any:
-    """The decoder blocks: the longest list of modules in the trunk."""
-    import torch
-
-    return max((m for m in trunk.modules() if isinstance(m, torch.nn.ModuleList)), key=len)

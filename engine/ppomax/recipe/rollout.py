@@ -9,13 +9,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.config import BatchConfig, RolloutConfig
+from ppomax.config import BatchConfig
 from ppomax.models import Critic, embedding_weight
 from ppomax.models.adapters import adapters_off
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states
@@ -33,135 +33,141 @@ from ppomax.recipe.batch import (
     with_stand_in,
 )
 from ppomax.recipe.scoring import policy_logprobs, state_values
-from ppomax.rollout.decode import Responses, decode
-from ppomax.rollout.sizes import RolloutPlan
+from ppomax.rollout import Responses, RolloutSizes, Sampling, decode
+from ppomax.rollout.joined import joined
 from ppomax.sharding import Trained, call, ranks
+
+
+class Scorers(NamedTuple):
+    """The models that a rollout is scored by, the first of which also samples."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | Branch | None
+    """None: the policy with its adapters off."""
+    critic: Critic | TrunkCritic | Trained[Any]
+    trunk_layers: int | None = None
+    """b: of the policy all but the blocks from b on is frozen, and no scorer runs the blocks below."""
 
 
 @torch.no_grad()
 def rollout(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | Branch | None,
-    critic: Critic | TrunkCritic | Trained[Any],
+    models: Scorers,
     prompts: Sequence[Sequence[int]],
-    *,
-    config: RolloutConfig,
-    batch: BatchConfig,
-    eos_ids: Sequence[int],
     uids: Sequence[int],
-    seed: int,
+    sampling: Sampling,
+    batch: BatchConfig,
+    *,
+    eos_ids: Sequence[int],
     generator: torch.Generator | None = None,
-    trunk_layers: int | None = None,
-    announce: Callable[[RolloutPlan], None] | None = None,
-    impl: str = "auto",
+    announce: Callable[[RolloutSizes], None] | None = None,
 ) -> Rollout:
-    """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `reference`
-    and `trunk_layers` as in `score`; `announce` is told the plan of decoding, memory included, before it starts."""
+    """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `announce` is
+    told the sizes of decoding, memory included, before it starts."""
     mine = ranks.part_of(len(prompts))
     own = decode(
-        policy,
+        models.policy,
         [prompts[i] for i in mine],
         [uids[i] for i in mine],
+        sampling,
         eos_ids=eos_ids,
-        max_new_tokens=config.max_new_tokens,
-        min_new_tokens=config.min_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=seed,
-        slots=config.slots,
-        cache_tokens=config.cache_tokens,
-        trunk_layers=trunk_layers,
-        cuda_graphs=config.cuda_graphs,
+        trunk_layers=models.trunk_layers,
         announce=announce,
-        impl=impl,
     )
-    responses = joined(own, policy)
+    responses = joined(own, models.policy)
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses.tokens, strict=True)])
-    plan = split_minibatches(lengths, batch.minibatch_size, batch.micro_tokens, generator, ranks.position())
+    size, budget = batch.minibatch_size, batch.micro_tokens
+    micro_batches = split_minibatches(lengths, size, budget, generator, ranks.position())
     began = time.perf_counter()
-    roll = score(
-        policy,
-        reference,
-        critic,
-        prompts,
-        responses,
-        plan,
-        temperature=config.temperature,
-        trunk_layers=trunk_layers,
-        impl=impl,
-    )
+    roll = score(models, prompts, responses, micro_batches, temperature=sampling.temperature, impl=sampling.impl)
     scored = {"perf/scoring_tokens_per_second": float(lengths.sum()) / (time.perf_counter() - began)}
     return dataclasses.replace(roll, stats=own.stats.metrics() | scored)
 
 
 @torch.no_grad()
 def score(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | Branch | None,
-    critic: Critic | TrunkCritic | Trained[Any],
+    models: Scorers,
     prompts: Sequence[Sequence[int]],
     responses: Responses,
-    plan: MicroBatches,
+    micro_batches: MicroBatches,
     *,
     temperature: float = 1.0,
-    trunk_layers: int | None = None,
     impl: str = "auto",
 ) -> Rollout:
-    """Pack prompts with responses (from any sampler) and score them micro-batch by micro-batch of `plan`.
+    """Pack prompts with responses (from any sampler) and score them micro-batch by micro-batch.
 
-    reference None: the policy with its adapters off. trunk_layers b: all but the blocks from b on is frozen; what
-    enters block b is taken from the responses, or computed once if the sampler did not record it, and no scorer runs
-    the blocks below."""
-    device = policy.device
-    rows = [list(p) + list(r) for p, r in zip(prompts, responses.tokens, strict=True)]
-    tokens, cu = pack(rows, device)
+    What enters the lowest trained block is taken from the responses, or computed once if the sampler did not record
+    it."""
+    device = models.policy.device
+    tokens, cu = pack([list(p) + list(r) for p, r in zip(prompts, responses.tokens, strict=True)], device)
     response_cu = cumulative(torch.tensor([len(r) for r in responses.tokens])).to(device)
-    states = _states(cu, response_cu)
     sampled = torch.tensor([x for row in responses.logprobs for x in row], dtype=torch.float32, device=device)
-    trunk = None if trunk_layers is None else _trunk(policy, responses, tokens, cu, plan, trunk_layers)
-    count = len(states)
-    logprobs, entropy, ref_logprobs, values = fields = torch.zeros(4, count, device=device)
+    trunk = None
+    if models.trunk_layers is not None:
+        trunk = _trunk(models.policy, responses, tokens, cu, micro_batches, models.trunk_layers)
 
-    def micros() -> Iterator[tuple[Tensor, float, tuple[Tensor, Tensor, Tensor, Trunk | None]]]:
-        """Of each of this rank's micro-batches: slots in the (N,) fields, 0.0 for a stand-in, what a scorer takes."""
-        for micro in (m for minibatch in plan for m in minibatch):
-            which = with_stand_in(micro, cu).to(device)
-            at, micro_cu = spans(cu, which)
-            slots, micro_response_cu = spans(response_cu, which)
-            counts = float(len(micro) > 0)
-            packed = (tokens[at], micro_cu, _states(micro_cu, micro_response_cu), select_trunk(trunk, cu, which))
-            yield slots, counts, packed
+    def micros() -> Iterator[_Micro]:
+        """Packed when its turn comes, so that no two are held at once."""
+        return (_micro(micro, tokens, cu, response_cu, trunk) for each in micro_batches for micro in each)
 
-    # Each token is scored on one rank and is 0 on the others, so the sum over ranks is exact.
-    for slots, counts, packed in micros():
-        scored = call(policy, policy_logprobs, *packed, temperature=temperature, entropy=True, impl=impl)
-        logprobs[slots], entropy[slots] = (counts * x for x in scored)
-        values[slots] = counts * call(critic, state_values, *packed)
-    with adapters_off(policy) if reference is None else nullcontext():
-        for slots, counts, packed in micros():
-            owner = policy if reference is None else reference
-            scored = call(owner, policy_logprobs, *packed, temperature=temperature, impl=impl)
-            ref_logprobs[slots] = counts * scored[0]
+    fields = _fields(models, micros, int(response_cu[-1]), temperature=temperature, impl=impl)
     logprobs, entropy, ref_logprobs, values = ranks.sum(fields)
     return Rollout(
         tokens=tokens,
         cu_seqlens=cu,
         response_cu=response_cu,
-        states=states,
+        states=_states(cu, response_cu),
         finished=torch.tensor(responses.finished, device=device),
         sampler_logprobs=sampled,
         logprobs=logprobs,
         entropy=entropy,
         ref_logprobs=ref_logprobs,
         values=values,
-        micro_batches=plan,
+        micro_batches=micro_batches,
         trunk=trunk,
     )
 
 
+class _Micro(NamedTuple):
+    """One micro-batch of a scoring."""
+
+    slots: Tensor
+    """Where its response tokens stand in the (N,) fields."""
+    weight: float
+    """0 for a stand-in."""
+    packed: tuple[Tensor, Tensor, Tensor, Trunk | None]
+    """What a scorer takes: tokens, cu_seqlens, states, trunk."""
+
+
+def _micro(which: Tensor, tokens: Tensor, cu: Tensor, response_cu: Tensor, trunk: Trunk | None) -> _Micro:
+    weight, which = float(len(which) > 0), with_stand_in(which, cu).to(cu.device)
+    at, micro_cu = spans(cu, which)
+    slots, micro_response_cu = spans(response_cu, which)
+    packed = (tokens[at], micro_cu, _states(micro_cu, micro_response_cu), select_trunk(trunk, cu, which))
+    return _Micro(slots, weight, packed)
+
+
+def _fields(
+    models: Scorers, micros: Callable[[], Iterator[_Micro]], count: int, *, temperature: float, impl: str
+) -> Tensor:
+    """(4, N) logprobs, entropy, ref_logprobs and values. Each token is scored on one rank and is 0 on the others, so
+    the sum over ranks is exact."""
+    policy, reference = models.policy, models.reference
+    fields = torch.zeros(4, count, device=policy.device)
+    logprobs, entropy, ref_logprobs, values = fields
+    for micro in micros():
+        scored = call(policy, policy_logprobs, *micro.packed, temperature=temperature, entropy=True, impl=impl)
+        logprobs[micro.slots], entropy[micro.slots] = (micro.weight * x for x in scored)
+        values[micro.slots] = micro.weight * call(models.critic, state_values, *micro.packed)
+    with adapters_off(policy) if reference is None else nullcontext():
+        for micro in micros():
+            owner = policy if reference is None else reference
+            scored = call(owner, policy_logprobs, *micro.packed, temperature=temperature, impl=impl)
+            ref_logprobs[micro.slots] = micro.weight * scored[0]
+    return fields
+
+
 def _trunk(
-    policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, plan: MicroBatches, layers: int
+    policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, micro_batches: MicroBatches, layers: int
 ) -> Trunk:
     """What enters block `layers` at all tokens but each sequence's last: recorded while decoding, or computed here."""
     if responses.trunk is not None:
@@ -169,34 +175,10 @@ def _trunk(
     ends = trunk_cu(cu)
     keep = torch.ones(len(tokens), dtype=torch.bool, device=cu.device).index_fill_(0, last_tokens(cu), False)
     states = torch.zeros(int(ends[-1]), embedding_weight(policy).shape[1], dtype=policy.dtype, device=cu.device)
-    for micro in (m for minibatch in plan for m in minibatch if len(m)):
+    for micro in (m for micros in micro_batches for m in micros if len(m)):
         at, micro_cu = spans(ends, micro.to(cu.device))
         states[at] = bottom_states(policy, tokens[keep][at], micro_cu, layers)
     return Trunk(layers, ranks.sum(states))
-
-
-def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
-    """The responses of all ranks, in rank order, on every rank; their numbers travel as tensors. One process: the
-    same."""
-    if ranks.world_size() == 1:
-        return responses
-    device = policy.device
-    lengths = ranks.gather(torch.tensor([len(r) for r in responses.tokens], dtype=torch.int64, device=device)).tolist()
-    tokens = torch.tensor([t for r in responses.tokens for t in r], dtype=torch.int64, device=device)
-    logprobs = torch.tensor([x for r in responses.logprobs for x in r], dtype=torch.float32, device=device)
-    finished = torch.tensor(responses.finished, dtype=torch.uint8, device=device)
-    return Responses(
-        [part.tolist() for part in ranks.gather(tokens).split(lengths)],
-        [part.tolist() for part in ranks.gather(logprobs).split(lengths)],
-        [bool(x) for x in ranks.gather(finished).tolist()],
-        None if responses.trunk is None else _joined_trunk(responses.trunk, policy),
-    )
-
-
-def _joined_trunk(trunk: list[Tensor], policy: PreTrainedModel) -> list[Tensor]:
-    sizes = torch.tensor([len(x) for x in trunk], dtype=torch.int64, device=policy.device)
-    none = torch.empty(0, embedding_weight(policy).shape[1], dtype=policy.dtype, device=policy.device)
-    return list(ranks.gather(torch.cat([none, *trunk])).split(ranks.gather(sizes).tolist()))
 
 
 def _states(cu: Tensor, response_cu: Tensor) -> Tensor:

@@ -48,11 +48,6 @@ def pages_for(tokens: int, page: int = PAGE) -> int:
     return -(-tokens // page)
 
 
-def arena_bytes(config: PreTrainedConfig, slots: int, capacity: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of `slots` sequences of up to `capacity` tokens each, in whole pages."""
-    return slots * pages_for(capacity) * PAGE * cache_shape(config).token_bytes(dtype)
-
-
 @dataclass(frozen=True)
 class Step:
     """Where the tokens of one forward stand: first one token of each living sequence, then whole prompts."""

@@ -25,11 +25,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ppomax.models import base_of
 from ppomax.rollout.arena import FLASH_PAGE, Arena, Step, cache_shape
-from ppomax.rollout.attention_borrowed import How, attend_borrowed
+from ppomax.rollout.attention_borrowed import AttentionTerms, attend_borrowed
 
 NAME = "ppomax_rollout"
 LAYER_TYPES = ("full_attention", "sliding_attention")
-UNHEARD = ("s_aux", "position_bias", "alibi", "head_mask", "cu_seq_lens_q")
+UNSERVED_ARGUMENTS = ("s_aux", "position_bias", "alibi", "head_mask", "cu_seq_lens_q")
 """Arguments of some models' attention that change its result and that the arena's does not take."""
 
 
@@ -62,7 +62,7 @@ class Attention:
         assert step is not None
         pages = self.arena.stores[layer]
         if self.name not in ("native", "ref"):
-            return attend_borrowed(self.name, query, key, value, pages, step, How(scale, window, softcap))
+            return attend_borrowed(self.name, query, key, value, pages, step, AttentionTerms(scale, window, softcap))
         return paged_attention(
             query, key, value, *pages, step.tables, step.slots, step.positions, scale=scale, window=window,
             softcap=softcap, impl="ref" if self.name == "ref" else "cpu",
@@ -175,9 +175,9 @@ def _refusal(
             f"layer {layer} keeps (key heads, key width, value width) = {got}, the config says "
             f"{(shape.kv_heads, shape.head_dim, shape.head_dim)}"
         )
-    unheard = [name for name in UNHEARD if rest.get(name) is not None]
-    if unheard or mask is not None or getattr(module, "is_causal", True) is False:
-        return f"layer {layer} attends with {', '.join(unheard) or 'a mask of its own'}"
+    unserved = [name for name in UNSERVED_ARGUMENTS if rest.get(name) is not None]
+    if unserved or mask is not None or getattr(module, "is_causal", True) is False:
+        return f"layer {layer} attends with {', '.join(unserved) or 'a mask of its own'}"
     types = getattr(config, "layer_types", None)
     configured = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     wanted = configured if types is None or types[layer] == "sliding_attention" else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ppomax.rollout.arena import FLASH_PAGE, Step
 
 
-class How(NamedTuple):
+class AttentionTerms(NamedTuple):
     """What a layer asks of its attention: `softmax(cap(scale * q @ k))` over the last `window` keys. 0: no window, no
     cap."""
 
@@ -25,16 +25,22 @@ class How(NamedTuple):
 
 
 def attend_borrowed(
-    name: str, query: Tensor, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], step: Step, how: How
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: tuple[Tensor, Tensor],
+    step: Step,
+    terms: AttentionTerms,
 ) -> Tensor:
     """`name` flash or sdpa: query (N, H, D), key and value (N, G, D) of the step's tokens -> (N, H, D); their keys and
     values are written into `pages` first."""
     flash, n, parts = name == "flash", step.decoding, []
     (_write_flash if flash else _write_sdpa)(key, value, pages, step)
     if n:
-        parts.append((_decode_flash if flash else _decode_sdpa)(query[:n], pages, step, how))
+        parts.append((_decode_flash if flash else _decode_sdpa)(query[:n], pages, step, terms))
     if step.prompts:
-        parts.append((_prompts_flash if flash else _prompts_sdpa)(query[n:], key[n:], value[n:], step, how))
+        parts.append((_prompts_flash if flash else _prompts_sdpa)(query[n:], key[n:], value[n:], step, terms))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -45,19 +51,19 @@ def _write_sdpa(key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], step: 
     reference.write_pages(key, value, *pages, step.tables, step.slots, step.positions)
 
 
-def _decode_sdpa(query: Tensor, pages: tuple[Tensor, Tensor], step: Step, how: How) -> Tensor:
+def _decode_sdpa(query: Tensor, pages: tuple[Tensor, Tensor], step: Step, terms: AttentionTerms) -> Tensor:
     n, blocks = len(query), -(-step.longest // pages[0].shape[-1])
     keys, values = reference.read_pages(*pages, step.tables[step.slots[:n].long(), :blocks])
     at, own = torch.arange(keys.shape[2], device=query.device), step.positions[:n, None]
-    return _sdpa(query[:, :, None], keys, values, _seen(at, own, how.window)[:, None, None], how)[:, :, 0]
+    return _sdpa(query[:, :, None], keys, values, _seen(at, own, terms.window)[:, None, None], terms)[:, :, 0]
 
 
-def _prompts_sdpa(query: Tensor, key: Tensor, value: Tensor, step: Step, how: How) -> Tensor:
+def _prompts_sdpa(query: Tensor, key: Tensor, value: Tensor, step: Step, terms: AttentionTerms) -> Tensor:
     parts = []
     for mine in zip(*(x.split(step.prompts) for x in (query, key, value)), strict=True):
         at = torch.arange(len(mine[0]), device=query.device)
         q, k, v = (x.transpose(0, 1)[None] for x in mine)
-        parts.append(_sdpa(q, k, v, _seen(at, at[:, None], how.window), how)[0].transpose(0, 1))
+        parts.append(_sdpa(q, k, v, _seen(at, at[:, None], terms.window), terms)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -66,15 +72,15 @@ def _seen(at: Tensor, own: Tensor, window: int) -> Tensor:
     return (at <= own) & (at > own - window) if window else at <= own
 
 
-def _sdpa(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, how: How) -> Tensor:
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, terms: AttentionTerms) -> Tensor:
     """(B, H, T, D) over (B, G, L, D); torch's fused attention has no cap, so a capped one is spelt out."""
-    if not how.softcap:
+    if not terms.softcap:
         return nn.functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=seen, scale=how.scale, enable_gqa=True
+            query, keys, values, attn_mask=seen, scale=terms.scale, enable_gqa=True
         )
     repeat = query.shape[1] // keys.shape[1]
-    scores = how.scale * query @ keys.repeat_interleave(repeat, 1).transpose(-1, -2)
-    scores = how.softcap * torch.tanh(scores / how.softcap)
+    scores = terms.scale * query @ keys.repeat_interleave(repeat, 1).transpose(-1, -2)
+    scores = terms.softcap * torch.tanh(scores / terms.softcap)
     weights = torch.softmax(scores.float().masked_fill(~seen, -torch.inf), -1).to(values.dtype)
     return weights @ values.repeat_interleave(repeat, 1)
 
@@ -89,26 +95,26 @@ def _write_flash(key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], step:
     pages[1].flatten(0, 1)[rows] = value
 
 
-def _decode_flash(query: Tensor, pages: tuple[Tensor, Tensor], step: Step, how: How) -> Tensor:
+def _decode_flash(query: Tensor, pages: tuple[Tensor, Tensor], step: Step, terms: AttentionTerms) -> Tensor:
     """Lengths are read on the device; the width of the table bounds them for the host's choice of a launch."""
     from flash_attn import flash_attn_with_kvcache
 
     n, blocks = len(query), -(-step.longest // FLASH_PAGE)
     return flash_attn_with_kvcache(  # type: ignore[no-any-return]
         query[:, None], *pages, cache_seqlens=step.positions[:n] + 1,
-        block_table=step.tables[step.slots[:n].long(), :blocks], **_flash_options(how),
+        block_table=step.tables[step.slots[:n].long(), :blocks], **_flash_options(terms),
     )[:, 0]  # fmt: skip
 
 
-def _prompts_flash(query: Tensor, key: Tensor, value: Tensor, step: Step, how: How) -> Tensor:
+def _prompts_flash(query: Tensor, key: Tensor, value: Tensor, step: Step, terms: AttentionTerms) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     ends, longest = step.prompt_ends, max(step.prompts)
     return flash_attn_varlen_func(  # type: ignore[no-any-return]
-        query, key, value, ends, ends, longest, longest, **_flash_options(how)
+        query, key, value, ends, ends, longest, longest, **_flash_options(terms)
     )
 
 
-def _flash_options(how: How) -> dict[str, object]:
-    window = (how.window - 1, 0) if how.window else (-1, -1)  # keys to the left of its own, and to the right
-    return {"softmax_scale": how.scale, "causal": True, "window_size": window, "softcap": how.softcap}
+def _flash_options(terms: AttentionTerms) -> dict[str, object]:
+    window = (terms.window - 1, 0) if terms.window else (-1, -1)  # keys to the left of its own, and to the right
+    return {"softmax_scale": terms.scale, "causal": True, "window_size": window, "softcap": terms.softcap}

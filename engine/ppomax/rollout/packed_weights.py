@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from ppomax_kernels.packed_linear import DTYPES, pack, packed_linear
+from ppomax_kernels.packed_linear import packed_bytes as bytes_of
 from ppomax_kernels.rms_norm import rms_norm
 from ppomax_kernels.silu_mul import silu_mul
 from torch import Tensor, nn
@@ -29,26 +30,28 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 Run = Callable[[Tensor], Tensor]
 
 
-def packable(model: PreTrainedModel, attention: str) -> dict[str, nn.Linear]:
-    """The trunk's linear layers that a rollout packs, by name; none unless all of it fits and runs on our kernels."""
+def packed_layers(model: PreTrainedModel, attention: str) -> list[nn.Linear]:
+    """The trunk's linear layers that a rollout packs; none unless all of it, the head included, fits and runs on our
+    kernels. The planner asks this too, of a model without weights."""
     if attention != "native" or model.dtype not in DTYPES:
-        return {}
-    found = {n: m for n, m in base_of(model).named_modules() if type(m) is nn.Linear and m.weight.dtype == model.dtype}
-    weights = [m.weight for m in found.values()] + [head_of(model).weight]
+        return []
+    found = [m for m in base_of(model).modules() if type(m) is nn.Linear and m.weight.dtype == model.dtype]
+    weights = [m.weight for m in found] + [head_of(model).weight]
     even = model.dtype == torch.float32 or all(w.shape[1] % 2 == 0 for w in weights)
-    return found if even and sum(w.nbytes for w in weights) <= MOST_BYTES else {}
+    return found if even and sum(w.nbytes for w in weights) <= MOST_BYTES else []
 
 
 def packed_bytes(model: PreTrainedModel, attention: str) -> int:
     """Bytes of the packed copies."""
-    layers = packable(model, attention).values()
-    return sum(m.weight.nbytes for m in layers) + (head_of(model).weight.nbytes if layers else 0)
+    layers = packed_layers(model, attention)
+    return sum(bytes_of(m.weight) for m in layers) + (bytes_of(head_of(model).weight) if layers else 0)
 
 
 @contextmanager
-def packed_linears(model: PreTrainedModel, attention: str) -> Iterator[Tensor | None]:
-    """Inside, the trunk runs on our kernels; gives the head's panels, or None if nothing is packed."""
-    layers = set(packable(model, attention).values())
+def packed_trunk(model: PreTrainedModel, attention: str) -> Iterator[Tensor | None]:
+    """Inside, the trunk runs on our kernels, linear layers, norms and SwiGLU blocks; gives the head's panels, or None
+    if nothing is packed."""
+    layers = set(packed_layers(model, attention))
     runs: dict[nn.Module, Run] = {}
     if layers:
         modules = list(base_of(model).modules())

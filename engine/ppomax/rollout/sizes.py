@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ppomax.models import embedding_weight, head_of
+from ppomax.models import embedding_weight, head_of, window_of
 from ppomax.rollout.arena import cache_shape, pages_for
 from ppomax.rollout.attention import check_model, choose, page_of
 from ppomax.rollout.packed_weights import packed_bytes
+from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
 
 MIB = 2**20
@@ -25,7 +27,7 @@ class RolloutError(ValueError):
 
 
 @dataclass(frozen=True)
-class RolloutPlan:
+class RolloutSizes:
     """A rollout's sizes."""
 
     slots: int
@@ -59,35 +61,25 @@ class RolloutPlan:
         )
 
 
-def plan_rollout(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    slots: int,
-    *,
-    cache_tokens: int | None = None,
-    trunk: bool = False,
-    graphs: bool = False,
-    impl: str = "auto",
-) -> RolloutPlan:
-    """The plan for these distinct prompts. RolloutError if a prompt is over the model's window or the arena cannot hold
-    one sequence; UnsupportedModel if the model cannot take an arena."""
+def rollout_sizes(
+    model: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sampling, *, trunk: bool = False
+) -> RolloutSizes:
+    """The sizes for these distinct prompts; `trunk`: states are recorded. RolloutError if a prompt is over the model's
+    window or the arena cannot hold one sequence; UnsupportedModel if the model cannot take an arena."""
     check_model(model)
-    attention = choose(model, impl)
+    attention = choose(model, sampling.impl)
+    max_new_tokens, cache_tokens, graphs = sampling.max_new_tokens, sampling.cache_tokens, sampling.cuda_graphs
     page, config = page_of(attention), model.config.get_text_config()
     longest = max(len(p.tokens) for p in prompts)
-    window = getattr(config, "max_position_embeddings", None)
-    if window is not None and longest + max_new_tokens > window:
+    if longest + max_new_tokens > window_of(model.config):
         raise RolloutError(
             f"rollout: a prompt of {longest} tokens with rollout.max_new_tokens={max_new_tokens} is over the model's "
-            f"window of {window}; shorten it or lower rollout.max_new_tokens"
+            f"window of {window_of(model.config)}; shorten it or lower rollout.max_new_tokens"
         )
     sequences = sum(len(p.sequences) for p in prompts)
-    slots = min(slots, sequences)
+    slots = min(sampling.slots, sequences)
     least = max(n.own + n.prompt for n in (need_of(p, max_new_tokens, page) for p in prompts))
-    pages = pages_wanted(prompts, slots, max_new_tokens, page)
-    if cache_tokens is not None:
-        pages = min(pages, cache_tokens // page)
+    pages = arena_pages(prompts, slots, max_new_tokens, cache_tokens, page)
     if pages < least:
         raise RolloutError(
             f"rollout: a cache of rollout.cache_tokens={cache_tokens} tokens cannot hold one sequence of {longest} "
@@ -99,17 +91,28 @@ def plan_rollout(
     row = width * model.dtype.itemsize
     blocks = pages_for(longest + max_new_tokens - 1, page)
     gathered = _gathered(model, slots, blocks * page) if attention == "sdpa" else 0
-    return RolloutPlan(
+    return RolloutSizes(
         slots=slots,
         attention=attention,
         page=page,
         pages=pages,
-        arena_bytes=(pages + graphs) * page * cache_shape(config).token_bytes(model.dtype),
+        arena_bytes=arena_bytes(config, pages + graphs, page, model.dtype),
         workspace_bytes=_workspace(model, prompts, slots) + gathered,
         packed_bytes=packed_bytes(model, attention),
         trunk_bytes=tokens * row if trunk else 0,
         graph_bytes=_graphs(slots, blocks, (1 + trunk) * row) + _activations(model, slots) + gathered if graphs else 0,
     )
+
+
+def arena_pages(prompts: Sequence[Prompt], slots: int, max_new_tokens: int, cache_tokens: int | None, page: int) -> int:
+    """Pages of the KV arena: what `slots` of these sequences need, or fewer where `cache_tokens` is less."""
+    pages = pages_wanted(prompts, slots, max_new_tokens, page)
+    return pages if cache_tokens is None else min(pages, cache_tokens // page)
+
+
+def arena_bytes(config: PreTrainedConfig, pages: int, page: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values in so many pages, over all layers."""
+    return pages * page * cache_shape(config).token_bytes(dtype)
 
 
 def _workspace(model: PreTrainedModel, prompts: Sequence[Prompt], slots: int) -> int:

@@ -61,10 +61,10 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
-def model_to_copy(model: M, path: str | None, cut: dict[str, Any] | None = None) -> M | str:
+def model_to_copy(model: M, path: str | None, zero: dict[str, Any] | None = None) -> M | str:
     """What a second model that starts as `model` is made from: `model`; or its files `path`, where one of the two lies
-    in parts, which are read anew and not copied. cut: the second one's settings."""
-    return path if path is not None and (cut is not None or is_sharded(model)) else model
+    in parts, which are read anew and not copied. zero: the second one's settings."""
+    return path if path is not None and (zero is not None or is_sharded(model)) else model
 
 
 def train_model(module: M, optim: OptimConfig, total_steps: int, config: ShardingConfig) -> Trained[M]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ppomax.config import OptimConfig, ShardingConfig
 from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.plain import Lazy, Trained, all_tensors, check_names, check_shape, named_tensors
-from ppomax.sharding.zero_engine import LossModule, initialize, register_heads, whole
+from ppomax.sharding.zero_engine import LossModule, gathered, initialize, register_heads
 
 M = TypeVar("M", bound=nn.Module)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,7 +52,7 @@ class ZeroTrained(Trained[M]):
         if self.stage < 3:
             yield self.module
             return
-        with whole(self.engine):
+        with gathered(self.engine):
             yield self.module
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -197,7 +197,7 @@ class ZeroFrozen(Generic[M]):
     @contextmanager
     def gathered(self) -> Iterator[M]:
         """The module with all weights whole."""
-        with whole(self.engine):
+        with gathered(self.engine):
             yield self.module
 
 

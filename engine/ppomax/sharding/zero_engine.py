@@ -59,7 +59,7 @@ def register_heads(wrapper: LossModule) -> None:
 
 
 @contextmanager
-def whole(engine: Any) -> Iterator[None]:
+def gathered(engine: Any) -> Iterator[None]:
     """All weights of a ZeRO-3 engine gathered, its hooks off: a forward inside costs no communication."""
     import deepspeed
 

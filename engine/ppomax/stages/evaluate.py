@@ -149,23 +149,21 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
     from ppomax.data import load_prompts
     from ppomax.models import pick_device
     from ppomax.models.checks import eos_ids_of
-    from ppomax.rollout import decode
+    from ppomax.rollout import Sampling, decode
 
     model, tokenizer = load_checkpoint(checkpoint, config.trust_remote_code)
     source = config.prompts or str(shipped("prompts.jsonl"))
     prompts, _ = load_prompts(source, tokenizer, config.max_prompt_tokens, column=config.prompt_column)
     prompts = prompts[: config.limit or None]
-    given = decode(
-        model.to(pick_device(config.device)).eval(),
-        prompts,
-        range(len(prompts)),
-        eos_ids=eos_ids_of(model, tokenizer),
-        max_new_tokens=config.max_new_tokens,
+    sampling = Sampling(
+        config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
         slots=config.slots,
     )
+    model = model.to(pick_device(config.device)).eval()
+    given = decode(model, prompts, range(len(prompts)), sampling, eos_ids=eos_ids_of(model, tokenizer))
 
     def text(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))

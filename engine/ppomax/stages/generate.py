@@ -17,7 +17,7 @@ def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO 
     responses' texts. A last line tells tokens and tokens a second."""
     from ppomax.models import load_policy, load_tokenizer, pick_device
     from ppomax.models.checks import eos_ids_of
-    from ppomax.rollout import decode
+    from ppomax.rollout import Sampling, decode
 
     texts = prompts_of(config, source or sys.stdin)
     sink = sink or sys.stdout
@@ -29,22 +29,18 @@ def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO 
     titles = [text for text in texts for _ in range(config.samples)]
     shown = Shown(titles, tokenizer, sink)
     began = time.perf_counter()
-    given = decode(
-        model,
-        ids,
-        range(len(ids)),
-        eos_ids=eos_ids_of(model, tokenizer),
-        max_new_tokens=config.max_new_tokens,
+    sampling = Sampling(
+        config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        stop=config.stop.split("|") if config.stop else (),
-        tokenizer=tokenizer,
+        stop=tuple(config.stop.split("|")) if config.stop else (),
         seed=config.seed,
         slots=config.slots,
-        on_token=shown.take,
     )
+    eos_ids = eos_ids_of(model, tokenizer)
+    given = decode(model, ids, range(len(ids)), sampling, eos_ids=eos_ids, tokenizer=tokenizer, on_token=shown.take)
     seconds = time.perf_counter() - began
     shown.close()
     count = sum(map(len, given.tokens))

@@ -21,11 +21,11 @@ from ppomax.engine import Engine
 from ppomax.models import load_tokenizer
 from ppomax.models.modes import start_policy
 from ppomax.recipe.rewards import load_function
-from ppomax.recipe.rollout import joined
 from ppomax.recipe.streams import Purpose
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
-from ppomax.rollout import decode
+from ppomax.rollout import Sampling, decode
+from ppomax.rollout.joined import joined
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError, newest, prune
 from ppomax.sharding import ranks
@@ -230,17 +230,16 @@ class PpoLoop:
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
         mine = ranks.part_of(ptx.pool)
         with start_policy(self.engine.policy, self.engine.reference) as start:
-            given = decode(
-                start,
-                [prompts[i] for i in mine],
-                [uids[i] for i in mine],
-                eos_ids=self.engine.eos_ids,
+            rollout = config.rollout
+            sampling = Sampling(
+                rollout.max_new_tokens,
                 seed=config.run.seed,
-                max_new_tokens=config.rollout.max_new_tokens,
-                slots=config.rollout.slots,
-                cache_tokens=config.rollout.cache_tokens,
+                slots=rollout.slots,
+                cache_tokens=rollout.cache_tokens,
                 impl=config.impl,
             )
+            own, numbers = [prompts[i] for i in mine], [uids[i] for i in mine]
+            given = decode(start, own, numbers, sampling, eos_ids=self.engine.eos_ids)
             given = joined(given, start)
         return [Text(list(p) + r, len(p)) for p, r in zip(prompts, given.tokens, strict=True)]
 

@@ -1,0 +1,35 @@
+"""The responses of all ranks on every rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ppomax.models import embedding_weight
+from ppomax.rollout.responses import Responses
+from ppomax.sharding import ranks
+
+
+def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
+    """The responses of all ranks, in rank order, on every rank; their numbers travel as tensors. One process: the
+    same."""
+    if ranks.world_size() == 1:
+        return responses
+    device = policy.device
+    lengths = ranks.gather(torch.tensor([len(r) for r in responses.tokens], dtype=torch.int64, device=device)).tolist()
+    tokens = torch.tensor([t for r in responses.tokens for t in r], dtype=torch.int64, device=device)
+    logprobs = torch.tensor([x for r in responses.logprobs for x in r], dtype=torch.float32, device=device)
+    finished = torch.tensor(responses.finished, dtype=torch.uint8, device=device)
+    return Responses(
+        [part.tolist() for part in ranks.gather(tokens).split(lengths)],
+        [part.tolist() for part in ranks.gather(logprobs).split(lengths)],
+        [bool(x) for x in ranks.gather(finished).tolist()],
+        None if responses.trunk is None else _joined_trunk(responses.trunk, policy),
+    )
+
+
+def _joined_trunk(trunk: list[Tensor], policy: PreTrainedModel) -> list[Tensor]:
+    sizes = torch.tensor([len(x) for x in trunk], dtype=torch.int64, device=policy.device)
+    none = torch.empty(0, embedding_weight(policy).shape[1], dtype=policy.dtype, device=policy.device)
+    return list(ranks.gather(torch.cat([none, *trunk])).split(ranks.gather(sizes).tolist()))

@@ -1,0 +1,51 @@
+"""How responses are sampled: made once from the configuration, and carried as it is down to the last step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ppomax.config import RolloutConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, when a response ends, and in how much room."""
+
+    max_new_tokens: int
+    """Response limit in tokens, EOS included."""
+    min_new_tokens: int = 0
+    """EOS is forbidden before this many tokens are out."""
+    temperature: float = 1.0
+    """0: greedy."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample from the smallest set with this mass; 1: all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, found in its text; they need a tokenizer."""
+    seed: int = 0
+    """With a sequence's uid it names the sequence's random stream."""
+    slots: int = 128
+    """Sequences decoded at once."""
+    cache_tokens: int | None = None
+    """Most tokens that the KV arena holds; None: what the slots need."""
+    cuda_graphs: bool = False
+    """Replay steps without prompts, with their rows rounded up; the model must be on a CUDA device."""
+    impl: str = "auto"
+    """Back-end of the kernels."""
+
+    @classmethod
+    def of(cls, config: RolloutConfig, *, seed: int, impl: str) -> Sampling:
+        """As a run's configuration says."""
+        return cls(
+            max_new_tokens=config.max_new_tokens,
+            min_new_tokens=config.min_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=seed,
+            slots=config.slots,
+            cache_tokens=config.cache_tokens,
+            cuda_graphs=config.cuda_graphs,
+            impl=impl,
+        )
