@@ -16,7 +16,9 @@ inline bool finite(double x) { return x - x == 0.0; }
 
 inline int64_t bytes_of(int dtype) { return dtype == PPOMAX_FP32 ? 4 : 2; }
 
-inline const void *element_at(const void *data, int dtype, int64_t at) { return static_cast<const char *>(data) + at * bytes_of(dtype); }
+inline const void *element_at(const void *data, int dtype, int64_t at) {
+    return static_cast<const char *>(data) + at * bytes_of(dtype);
+}
 
 // 1 / *normalizer, or 1 / norm_value, or 1 / tokens; 0 if there is nothing to divide by.
 inline float scale_of(const float *normalizer, double norm_value, double tokens) {

@@ -1,7 +1,8 @@
 // One token's attention over the pages of its sequence, for the query heads that share one key head.
-// Scores: keys lie as [dimension][token of the page], so a register holds one dimension of WIDTH tokens, and the score of WIDTH tokens grows in
-// one register for each head: no sums across lanes. Values lie as [token][dimension]. Pages before the window and after the token are not
-// read; where a page is read in part, scores outside are -inf and values outside are not touched.
+// Scores: keys lie as [dimension][token of the page], so a register holds one dimension of WIDTH tokens, and the score
+// of WIDTH tokens grows in one register for each head: no sums across lanes. Values lie as [token][dimension]. Pages
+// before the window and after the token are not read; where a page is read in part, scores outside are -inf and values
+// outside are not touched.
 #pragma once
 
 #include <math.h>
@@ -45,7 +46,8 @@ PPOMAX_INLINE float one_as(const float *p) { return *p; }
 PPOMAX_INLINE float one_as(const Bf16 *p) { return from_bf16(p->bits); }
 PPOMAX_INLINE float one_as(const Fp16 *p) { return from_fp16(p->bits); }
 
-// scores[h][token] = query[h] . key[token] for the PAGE tokens of one page. Dimensions go round UNROLL sums, which hides the latency of few heads.
+// scores[h][token] = query[h] . key[token] for the PAGE tokens of one page. Dimensions go round UNROLL sums, which
+// hides the latency of few heads.
 template <int HEADS, class T>
 static inline void page_scores(const float *query, int64_t dim, const T *keys, float *scores, int64_t stride) {
     constexpr int UNROLL = HEADS * LANES >= 8 ? 1 : 8 / (HEADS * LANES) >= 4 ? 4 : 2;
@@ -80,8 +82,10 @@ PPOMAX_INLINE float across(Vec v, Join join) {
     return lanes[0];
 }
 
-// Scores of `n` tokens (a multiple of PAGE) into weights e^(score - max); returns their sum. Tokens before `first` and from `end` on weigh 0.
-static inline float weights_of_scores(float *scores, int64_t n, int64_t first, int64_t end, float scale, float softcap) {
+// Scores of `n` tokens (a multiple of PAGE) into weights e^(score - max); returns their sum. Tokens before `first` and
+// from `end` on weigh 0.
+static inline float weights_of_scores(float *scores, int64_t n, int64_t first, int64_t end, float scale,
+                                      float softcap) {
     if (softcap > 0.0f) {
         for (int64_t i = 0; i < n; ++i) {
             float slope;
@@ -108,7 +112,8 @@ static inline float weights_of_scores(float *scores, int64_t n, int64_t first, i
 
 // out[h][0 .. width) += sum of weight[h][t] * value[t] over tokens first .. end of one page; width = SPAN registers.
 template <int HEADS, int SPAN, class T>
-static inline void add_values(const float *weights, int64_t stride, const T *values, int64_t dim, int first, int end, Vec (&sum)[HEADS][SPAN]) {
+static inline void add_values(const float *weights, int64_t stride, const T *values, int64_t dim, int first, int end,
+                              Vec (&sum)[HEADS][SPAN]) {
     for (int t = first; t < end; ++t) {
         Vec value[SPAN];
         for (int s = 0; s < SPAN; ++s) value[s] = load_as(values + t * dim + s * WIDTH);
@@ -118,15 +123,15 @@ static inline void add_values(const float *weights, int64_t stride, const T *val
 }
 
 template <int HEADS, int SPAN, class T>
-static inline void values_span(const AttentionRow &row, const T *pages, const float *weights, int64_t stride, const float *share, int64_t d,
-                               float *out) {
+static inline void values_span(const AttentionRow &row, const T *pages, const float *weights, int64_t stride,
+                               const float *share, int64_t d, float *out) {
     Vec sum[HEADS][SPAN] = {};
     const int64_t first_page = row.first / PAGE;
     for (int64_t page = first_page; page * PAGE < row.end; ++page) {
         const int from = page == first_page ? (int)(row.first % PAGE) : 0;
         const int to = row.end - page * PAGE < PAGE ? (int)(row.end - page * PAGE) : PAGE;
-        add_values<HEADS, SPAN>(weights + (page - first_page) * PAGE, stride, pages + row.table[page] * row.value_page_stride + d, row.value_dim,
-                                from, to, sum);
+        add_values<HEADS, SPAN>(weights + (page - first_page) * PAGE, stride,
+                                pages + row.table[page] * row.value_page_stride + d, row.value_dim, from, to, sum);
     }
     for (int h = 0; h < HEADS; ++h)
         for (int s = 0; s < SPAN; ++s) store(out + h * row.value_dim + d + s * WIDTH, sum[h][s] * share[h]);
@@ -134,23 +139,27 @@ static inline void values_span(const AttentionRow &row, const T *pages, const fl
 
 template <int HEADS, class T>
 static void attend_heads(const AttentionRow &row, const float *query, float *out) {
-    const int64_t first_page = row.first / PAGE, pages = (row.end + PAGE - 1) / PAGE - first_page, stride = pages * PAGE;
+    const int64_t first_page = row.first / PAGE, pages = (row.end + PAGE - 1) / PAGE - first_page,
+                  stride = pages * PAGE;
     const T *key_pages = (const T *)row.key_pages, *value_pages = (const T *)row.value_pages;
     float *scores = row.scores, share[HEADS];
     for (int64_t p = 0; p < pages; ++p)
-        page_scores<HEADS>(query, row.key_dim, key_pages + row.table[first_page + p] * row.key_page_stride, scores + p * PAGE, stride);
+        page_scores<HEADS>(query, row.key_dim, key_pages + row.table[first_page + p] * row.key_page_stride,
+                           scores + p * PAGE, stride);
     for (int h = 0; h < HEADS; ++h)
-        share[h] = 1.0f / weights_of_scores(scores + h * stride, stride, row.first - first_page * PAGE, row.end - first_page * PAGE, row.scale,
-                                            row.softcap);
+        share[h] = 1.0f / weights_of_scores(scores + h * stride, stride, row.first - first_page * PAGE,
+                                            row.end - first_page * PAGE, row.scale, row.softcap);
     int64_t d = 0;
-    for (; d + 2 * WIDTH <= row.value_dim; d += 2 * WIDTH) values_span<HEADS, 2>(row, value_pages, scores, stride, share, d, out);
-    for (; d + WIDTH <= row.value_dim; d += WIDTH) values_span<HEADS, 1>(row, value_pages, scores, stride, share, d, out);
+    for (; d + 2 * WIDTH <= row.value_dim; d += 2 * WIDTH)
+        values_span<HEADS, 2>(row, value_pages, scores, stride, share, d, out);
+    for (; d + WIDTH <= row.value_dim; d += WIDTH)
+        values_span<HEADS, 1>(row, value_pages, scores, stride, share, d, out);
     for (; d < row.value_dim; ++d)
         for (int h = 0; h < HEADS; ++h) {
             float sum = 0.0f;
             for (int64_t t = row.first; t < row.end; ++t)
-                sum += scores[h * stride + t - first_page * PAGE] * one_as(value_pages + row.table[t / PAGE] * row.value_page_stride +
-                                                                           t % PAGE * row.value_dim + d);
+                sum += scores[h * stride + t - first_page * PAGE] *
+                       one_as(value_pages + row.table[t / PAGE] * row.value_page_stride + t % PAGE * row.value_dim + d);
             out[h * row.value_dim + d] = sum * share[h];
         }
 }
@@ -181,14 +190,16 @@ static void attend_typed(const AttentionRow &row) {
 static void attend(const AttentionRow &row, const void *query, int64_t query_stride, int dtype, void *out) {
     if (dtype == PPOMAX_FP32) {
         for (int64_t h = 0; h < row.heads; ++h)
-            for (int64_t d = 0; d < row.key_dim; ++d) row.query[h * row.key_dim + d] = ((const float *)query)[h * query_stride + d];
+            for (int64_t d = 0; d < row.key_dim; ++d)
+                row.query[h * row.key_dim + d] = ((const float *)query)[h * query_stride + d];
         AttentionRow direct = row;
         direct.out = (float *)out;
         attend_typed<float>(direct);
         return;
     }
     const TypedArray array = {query, dtype};
-    for (int64_t h = 0; h < row.heads; ++h) as_floats(array, h * query_stride, (int)row.key_dim, row.query + h * row.key_dim);
+    for (int64_t h = 0; h < row.heads; ++h)
+        as_floats(array, h * query_stride, (int)row.key_dim, row.query + h * row.key_dim);
     if (dtype == PPOMAX_BF16)
         attend_typed<Bf16>(row);
     else

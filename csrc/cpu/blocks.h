@@ -1,4 +1,5 @@
-// Reductions over tokens that do not depend on the thread count: partial results of fixed blocks, combined in the order of the blocks.
+// Reductions over tokens that do not depend on the thread count: partial results of fixed blocks, combined in the order
+// of the blocks.
 #pragma once
 
 #include <memory>
@@ -10,7 +11,8 @@ namespace ppomax {
 
 constexpr int64_t REDUCTION_BLOCK = 1024;  // as BLOCK in convert.h: what the loops take at once
 
-// compute(at, count, &part) for each block, on several threads; then combine(part) for each in order. False if out of memory.
+// compute(at, count, &part) for each block, on several threads; then combine(part) for each in order. False if out of
+// memory.
 template <class Part, class Compute, class Combine>
 bool over_blocks(int threads, int64_t n, const Compute &compute, const Combine &combine) {
     constexpr int64_t ON_STACK = 64;

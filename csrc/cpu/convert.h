@@ -1,7 +1,8 @@
-// Blocks of fp32 from fp32, bf16 or fp16 arrays, and back. fp32 is used where it lies; the others pass through a buffer that stays in L1.
+// Blocks of fp32 from fp32, bf16 or fp16 arrays, and back. fp32 is used where it lies; the others pass through a buffer
+// that stays in L1.
 #pragma once
 
-#include "../portable.h"
+#include "../formulas/portable.h"
 #include "../ppomax_kernels.h"
 #include "vector_ops.h"
 
@@ -35,7 +36,8 @@ PPOMAX_INLINE uint16_t to_bf16(float x) {
 
 PPOMAX_INLINE float from_fp16(uint16_t h) {
     const uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
-    const float scaled = from_bits(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias, denormals included
+    const float scaled =
+        from_bits(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias, denormals included
     const uint32_t special = magnitude | 0x7f800000u;
     const uint32_t bits = (h & 0x7c00u) == 0x7c00u ? special : to_bits(scaled);
     return from_bits(bits | ((uint32_t)(h & 0x8000u) << 16));
@@ -62,7 +64,8 @@ static inline const float *as_floats(const TypedArray &array, int64_t at, int n,
     }
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(source + i))));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(source + i))));
 #endif
     for (; i < n; ++i) buffer[i] = from_fp16(source[i]);
     return buffer;
@@ -81,7 +84,8 @@ static inline void put_floats(const float *source, int n, void *target, int dtyp
     }
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
     for (; i < n; ++i) out[i] = to_fp16(source[i]);
 }
@@ -92,6 +96,9 @@ PPOMAX_INLINE float one_float(const TypedArray &array, int64_t at) {
     const uint16_t h = ((const uint16_t *)array.data)[at];
     return array.dtype == PPOMAX_BF16 ? from_bf16(h) : from_fp16(h);
 }
+
+// Elements from `at` on that a block takes of a row of `width`.
+static inline int block_from(int64_t at, int64_t width) { return width - at < BLOCK ? (int)(width - at) : BLOCK; }
 
 }  // namespace PPOMAX_NS
 }  // namespace ppomax

@@ -1,7 +1,8 @@
-// One block of KL penalties, moments and whitening. Blocks are at most BLOCK elements, so 16-bit inputs are converted in L1.
+// One block of KL penalties, moments and whitening. Blocks are at most BLOCK elements, so 16-bit inputs are converted
+// in L1.
 #pragma once
 
-#include "../kl_row.h"
+#include "../formulas/kl_row.h"
 #include "convert.h"
 #include "vec.h"
 
@@ -18,7 +19,8 @@ static void kl_gradient_block(const float *dkl, const float *logprobs, const flo
     for (int i = 0; i < n; ++i) out[i] = dkl[i] * kl_slope<ESTIMATOR>(logprobs[i] - ref[i]);
 }
 
-static void kl(TypedArray logprobs, TypedArray ref, int64_t begin, int64_t count, int estimator, float scale, float *out) {
+static void kl(TypedArray logprobs, TypedArray ref, int64_t begin, int64_t count, int estimator, float scale,
+               float *out) {
     float a[BLOCK], b[BLOCK];
     for (int64_t at = begin; at < begin + count; at += BLOCK) {
         const int n = begin + count - at < BLOCK ? (int)(begin + count - at) : BLOCK;
@@ -30,7 +32,8 @@ static void kl(TypedArray logprobs, TypedArray ref, int64_t begin, int64_t count
     }
 }
 
-static void kl_gradient(const float *dkl, TypedArray logprobs, TypedArray ref, int64_t begin, int64_t count, int estimator, float *out) {
+static void kl_gradient(const float *dkl, TypedArray logprobs, TypedArray ref, int64_t begin, int64_t count,
+                        int estimator, float *out) {
     float a[BLOCK], b[BLOCK];
     for (int64_t at = begin; at < begin + count; at += BLOCK) {
         const int n = begin + count - at < BLOCK ? (int)(begin + count - at) : BLOCK;
@@ -82,7 +85,8 @@ static void moments(TypedArray array, const uint8_t *mask, int64_t at, int64_t c
     out->m2 = m2;
 }
 
-static void whiten(TypedArray array, const uint8_t *mask, int64_t begin, int64_t count, double mean, double scale, double shift, float *out) {
+static void whiten(TypedArray array, const uint8_t *mask, int64_t begin, int64_t count, double mean, double scale,
+                   double shift, float *out) {
     float a[BLOCK];
     for (int64_t at = begin; at < begin + count; at += BLOCK) {
         const int n = begin + count - at < BLOCK ? (int)(begin + count - at) : BLOCK;

@@ -1,10 +1,11 @@
 // Generalised advantage estimation of one sequence, from its end, a block at a time.
-// A_t = delta_t + step * A_{t+1} is a chain of dependent steps. Doubling breaks it: after adding step^k * x_{t+k} for k = 1, 2, 4, 8, x_t holds
-// its own 16 steps, and A_t = x_t + step^16 * A_{t+16} goes sixteen at a time. Masked steps are squeezed out of the block first. In fp64: with
-// lambda near 1 the advantages are long sums, and this costs half more than fp32, whose error grows with their length.
+// A_t = delta_t + step * A_{t+1} is a chain of dependent steps. Doubling breaks it: after adding step^k * x_{t+k} for k
+// = 1, 2, 4, 8, x_t holds its own 16 steps, and A_t = x_t + step^16 * A_{t+16} goes sixteen at a time. Masked steps are
+// squeezed out of the block first. In fp64: with lambda near 1 the advantages are long sums, and this costs half more
+// than fp32, whose error grows with their length.
 #pragma once
 
-#include "../gae_row.h"
+#include "../formulas/gae_row.h"
 #include "convert.h"
 
 namespace ppomax {

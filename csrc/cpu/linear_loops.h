@@ -1,6 +1,6 @@
-// y = x W^T for few rows: one panel of PANEL output columns at a time, its weights packed [input][column], so that a register holds WIDTH
-// columns and the sums of a block of rows stay in registers over all inputs. In bf16 two inputs lie side by side in each column, and sums
-// are fp32; processors that multiply such pairs do so.
+// y = x W^T for few rows: one panel of PANEL output columns at a time, its weights packed [input][column], so that a
+// register holds WIDTH columns and the sums of a block of rows stay in registers over all inputs. In bf16 two inputs
+// lie side by side in each column, and sums are fp32; processors that multiply such pairs do so.
 #pragma once
 
 #include "convert.h"
@@ -10,10 +10,13 @@ namespace ppomax {
 namespace PPOMAX_NS {
 
 constexpr int PANEL = LINEAR_PANEL, SPANS = PANEL / WIDTH;
-constexpr int MOST_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 3 : 1;  // rows x SPANS sums, and some room, fill the registers
+constexpr int MOST_ROWS = WIDTH == 16  ? 12
+                          : WIDTH == 8 ? 3
+                                       : 1;  // rows x SPANS sums, and some room, fill the registers
 
 template <int ROWS>
-static void linear_block(const float *x, int64_t inputs, const float *panel, const float *bias, float *y, int64_t y_stride, int64_t columns) {
+static void linear_block(const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
+                         int64_t y_stride, int64_t columns) {
     Vec sum[ROWS][SPANS] = {};
     for (int64_t i = 0; i < inputs; ++i) {
         Vec weight[SPANS];
@@ -33,25 +36,35 @@ static void linear_block(const float *x, int64_t inputs, const float *panel, con
 }
 
 template <int ROWS>
-static void linear_rows(int rows, const float *x, int64_t inputs, const float *panel, const float *bias, float *y, int64_t y_stride,
-                        int64_t columns) {
+static void linear_rows(int rows, const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
+                        int64_t y_stride, int64_t columns) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) return linear_rows<ROWS - 1>(rows, x, inputs, panel, bias, y, y_stride, columns);
     }
     linear_block<ROWS>(x, inputs, panel, bias, y, y_stride, columns);
 }
 
-// All rows against one panel, in blocks of like height.
-static void linear_panel(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y, int64_t y_stride,
-                         int64_t columns) {
+// fn(first row, rows) for all rows in blocks of like height, at most MOST_ROWS.
+template <class Fn>
+PPOMAX_INLINE void for_row_blocks(int64_t rows, Fn fn) {
     const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
-        linear_rows<MOST_ROWS>((int)(end - begin), x + begin * inputs, inputs, panel, bias, y + begin * y_stride, y_stride, columns);
+        fn(begin, (int)(end - begin));
     }
 }
 
-// ---- bf16: x rows x inputs (even), panel [inputs / 2][PANEL][2] ---------------------------------------------------------------------------
+// All rows against one panel.
+static void linear_panel(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y,
+                         int64_t y_stride, int64_t columns) {
+    for_row_blocks(rows, [&](int64_t first, int count) {
+        const float *from = x + first * inputs;
+        linear_rows<MOST_ROWS>(count, from, inputs, panel, bias, y + first * y_stride, y_stride, columns);
+    });
+}
+
+// ---- bf16: x rows x inputs (even), panel [inputs / 2][PANEL][2]
+// ---------------------------------------------------------------------------
 
 // A register holds WIDTH columns of a pair of inputs; the pair's two values of a row are one 32-bit number.
 struct WidenedPairs {
@@ -62,8 +75,8 @@ struct WidenedPairs {
 };
 
 template <class Pairs, int ROWS>
-PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y, int64_t y_stride,
-                              int64_t columns) {
+PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
+                              uint16_t *y, int64_t y_stride, int64_t columns) {
     Vec sum[ROWS][SPANS] = {};
     for (int64_t i = 0; i < inputs; i += 2) {
         IntVec weight[SPANS];
@@ -77,7 +90,8 @@ PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t inputs, const uint16_t 
     for (int r = 0; r < ROWS; ++r) {
         float out[PANEL];
         for (int s = 0; s < SPANS; ++s) store(out + s * WIDTH, sum[r][s]);
-        for (int64_t c = 0; c < columns; ++c) y[r * y_stride + c] = to_bf16(bias ? out[c] + from_bf16(bias[c]) : out[c]);
+        for (int64_t c = 0; c < columns; ++c)
+            y[r * y_stride + c] = to_bf16(bias ? out[c] + from_bf16(bias[c]) : out[c]);
     }
 }
 
@@ -93,25 +107,23 @@ struct MultipliedPairs {
 #endif
 
 template <class Pairs, int ROWS>
-static void bf16_rows(int rows, const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y, int64_t y_stride,
-                      int64_t columns) {
+static void bf16_rows(int rows, const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
+                      uint16_t *y, int64_t y_stride, int64_t columns) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) return bf16_rows<Pairs, ROWS - 1>(rows, x, inputs, panel, bias, y, y_stride, columns);
     }
     bf16_block<Pairs, ROWS>(x, inputs, panel, bias, y, y_stride, columns);
 }
 
-static void linear_panel_bf16(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y,
-                              int64_t y_stride, int64_t columns) {
+static void linear_panel_bf16(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel,
+                              const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns) {
     auto run = bf16_rows<WidenedPairs, MOST_ROWS>;
 #if defined(__AVX512F__)
     if (__builtin_cpu_supports("avx512bf16")) run = bf16_rows<MultipliedPairs, MOST_ROWS>;
 #endif
-    const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
-        run((int)(end - begin), x + begin * inputs, inputs, panel, bias, y + begin * y_stride, y_stride, columns);
-    }
+    for_row_blocks(rows, [&](int64_t first, int count) {
+        run(count, x + first * inputs, inputs, panel, bias, y + first * y_stride, y_stride, columns);
+    });
 }
 
 }  // namespace PPOMAX_NS

@@ -1,18 +1,21 @@
 // Rows of logits: one pass for maximum, sum and weighted sum; one pass for the gradient.
-// A block of the row is brought into L1 (converted if it is 16-bit, through the softcap if there is one); its maximum is taken lane by lane,
-// then each logit costs one exponential. A lane keeps its own running maximum, so nothing is reduced across lanes before the row's end.
+// A block of the row is brought into L1 (converted if it is 16-bit, through the softcap if there is one); its maximum
+// is taken lane by lane, then each logit costs one exponential. A lane keeps its own running maximum, so nothing is
+// reduced across lanes before the row's end.
 #pragma once
 
-#include "../logprob_row.h"
+#include "../formulas/logprob_row.h"
 #include "convert.h"
 #include "vec.h"
 
 namespace ppomax {
 namespace PPOMAX_NS {
 
-constexpr float NO_LESS = -126.0f;  // below 2^-126 a term is lost beside the maximum's 1; exp2_of would make garbage of it
+constexpr float NO_LESS =
+    -126.0f;  // below 2^-126 a term is lost beside the maximum's 1; exp2_of would make garbage of it
 
-// cap * tanh(x / cap), and its derivative as 4e / (1 + e)^2 with e = exp(-2 |x| / cap): 1 - tanh^2 would cancel where tanh is near 1.
+// cap * tanh(x / cap), and its derivative as 4e / (1 + e)^2 with e = exp(-2 |x| / cap): 1 - tanh^2 would cancel where
+// tanh is near 1.
 static inline void soften(float *x, int n, float cap, float *slope) {
     const float inverse = 1.0f / cap;
     for (int i = 0; i < n; ++i) {
@@ -111,8 +114,8 @@ static void logprob_row(const LogitRow &row, int64_t label, float *logprob, floa
     *lse = result.lse;
 }
 
-// A saved lse far from 0 has lost digits (half an ulp is 1e-6 at 16): sum the row's probabilities again and mend it. A saved lse that is
-// not this row's own, rounded, is that of a vocabulary of which the row is one shard: it stays.
+// A saved lse far from 0 has lost digits (half an ulp is 1e-6 at 16): sum the row's probabilities again and mend it. A
+// saved lse that is not this row's own, rounded, is that of a vocabulary of which the row is one shard: it stays.
 static inline double mended_lse(const LogitRow &row, float lse) {
     if (!(lse >= 16.0f || lse <= -16.0f)) return (double)lse;
     const RowStats stats = row_stats(row);

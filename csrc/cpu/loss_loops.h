@@ -1,9 +1,10 @@
-// Blocks of the policy and value losses: sums of each figure, and each token's gradient. Masked inputs become 0 on the way in.
+// Blocks of the policy and value losses: sums of each figure, and each token's gradient. Masked inputs become 0 on the
+// way in.
 #pragma once
 
-#include "../kl_row.h"
-#include "../ppo_row.h"
-#include "../value_row.h"
+#include "../formulas/kl_row.h"
+#include "../formulas/ppo_row.h"
+#include "../formulas/value_row.h"
 #include "convert.h"
 #include "vec.h"
 
@@ -12,7 +13,8 @@ namespace PPOMAX_NS {
 
 constexpr int TILE = 256;  // a dozen buffers of it stay in L1
 
-static inline const float *masked_floats(const TypedArray &array, const uint8_t *mask, int64_t at, int n, float *buffer) {
+static inline const float *masked_floats(const TypedArray &array, const uint8_t *mask, int64_t at, int n,
+                                         float *buffer) {
     const float *x = as_floats(array, at, n, buffer);
     if (!mask) return x;
     for (int i = 0; i < n; ++i) buffer[i] = mask[i] ? x[i] : 0.0f;
@@ -39,7 +41,8 @@ static inline double tokens_of(const uint8_t *mask, int n) {
 }
 
 template <int ESTIMATOR>
-static void kl_terms(const float *logprobs, const float *ref, const uint8_t *mask, int n, float coef, float *value, float *slope) {
+static void kl_terms(const float *logprobs, const float *ref, const uint8_t *mask, int n, float coef, float *value,
+                     float *slope) {
     for (int i = 0; i < n; ++i) {
         const float u = logprobs[i] - ref[i];
         value[i] = kl_value<ESTIMATOR>(u);
@@ -96,7 +99,8 @@ static inline void ppo_tile(const PpoArrays &in, int64_t at, int n, PpoSums *out
 
 static void ppo(const PpoArrays &in, int64_t begin, int64_t count, PpoSums *out) {
     *out = {};
-    for (int64_t at = begin; at < begin + count; at += TILE) ppo_tile(in, at, begin + count - at < TILE ? (int)(begin + count - at) : TILE, out);
+    for (int64_t at = begin; at < begin + count; at += TILE)
+        ppo_tile(in, at, begin + count - at < TILE ? (int)(begin + count - at) : TILE, out);
 }
 
 static inline void value_tile(const ValueArrays &in, int64_t at, int n, ValueSums *out) {
@@ -124,7 +128,8 @@ static inline void value_tile(const ValueArrays &in, int64_t at, int n, ValueSum
 
 static void value(const ValueArrays &in, int64_t begin, int64_t count, ValueSums *out) {
     *out = {};
-    for (int64_t at = begin; at < begin + count; at += TILE) value_tile(in, at, begin + count - at < TILE ? (int)(begin + count - at) : TILE, out);
+    for (int64_t at = begin; at < begin + count; at += TILE)
+        value_tile(in, at, begin + count - at < TILE ? (int)(begin + count - at) : TILE, out);
 }
 
 }  // namespace PPOMAX_NS

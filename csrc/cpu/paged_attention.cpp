@@ -1,5 +1,5 @@
-// Entry point of paged_attention: checks, new keys and values into their pages, scratch memory, threads. One token and key head is in
-// attention_loops.h.
+// Entry point of paged_attention: checks, new keys and values into their pages, scratch memory, threads. One token and
+// key head is in attention_loops.h.
 #include <atomic>
 #include <memory>
 #include <new>
@@ -27,7 +27,8 @@ struct Cache {
 bool inside_arrays(const Cache &cache, int64_t tokens, int64_t sequences, int64_t pages) {
     for (int64_t n = 0; n < tokens; ++n) {
         const int64_t sequence = cache.sequence_of[n], position = cache.positions[n];
-        if (sequence < 0 || sequence >= sequences || position < 0 || position >= cache.blocks * PPOMAX_PAGE) return false;
+        if (sequence < 0 || sequence >= sequences || position < 0 || position >= cache.blocks * PPOMAX_PAGE)
+            return false;
         const int32_t *table = cache.table(n);
         for (int64_t b = 0; b <= position / PPOMAX_PAGE; ++b)
             if (table[b] < 0 || table[b] >= pages) return false;
@@ -44,18 +45,21 @@ void write_token(const T *key, const T *value, int64_t key_dim, int64_t value_di
 
 }  // namespace
 
-extern "C" int ppomax_paged_attention_cpu(const void *query, int64_t query_token_stride, int64_t query_head_stride, const void *key,
-                                          int64_t key_token_stride, int64_t key_head_stride, const void *value, int64_t value_token_stride,
-                                          int64_t value_head_stride, int dtype, int64_t tokens, int64_t heads, int64_t kv_heads,
-                                          int64_t key_dim, int64_t value_dim, void *key_pages, void *value_pages, int64_t pages,
-                                          const int32_t *tables, int64_t sequences, int64_t blocks, const int32_t *sequence_of,
-                                          const int32_t *positions, double scale, int64_t window, double softcap, void *out, int threads) {
+extern "C" int ppomax_paged_attention_cpu(const void *query, int64_t query_token_stride, int64_t query_head_stride,
+                                          const void *key, int64_t key_token_stride, int64_t key_head_stride,
+                                          const void *value, int64_t value_token_stride, int64_t value_head_stride,
+                                          int dtype, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t key_dim,
+                                          int64_t value_dim, void *key_pages, void *value_pages, int64_t pages,
+                                          const int32_t *tables, int64_t sequences, int64_t blocks,
+                                          const int32_t *sequence_of, const int32_t *positions, double scale,
+                                          int64_t window, double softcap, void *out, int threads) {
     if (tokens < 0 || pages < 0 || sequences < 0 || blocks < 0 || window < 0) return PPOMAX_BAD_SIZE;
     if (kv_heads < 1 || heads < kv_heads || heads % kv_heads || key_dim < 1 || value_dim < 1) return PPOMAX_BAD_SIZE;
     if (!known_dtype(dtype)) return PPOMAX_BAD_DTYPE;
     if (!finite(scale) || !(softcap >= 0.0) || !finite(softcap)) return PPOMAX_BAD_SCALAR;
     if (tokens == 0) return PPOMAX_OK;
-    if (!query || !key || !value || !key_pages || !value_pages || !tables || !sequence_of || !positions || !out) return PPOMAX_BAD_POINTER;
+    if (!query || !key || !value || !key_pages || !value_pages || !tables || !sequence_of || !positions || !out)
+        return PPOMAX_BAD_POINTER;
     const Cache cache = {tables, sequence_of, positions, blocks};
     if (!inside_arrays(cache, tokens, sequences, pages)) return PPOMAX_BAD_PAGE;
 
@@ -66,11 +70,11 @@ extern "C" int ppomax_paged_attention_cpu(const void *query, int64_t query_token
             const void *k = element_at(key, dtype, n * key_token_stride + g * key_head_stride);
             const void *v = element_at(value, dtype, n * value_token_stride + g * value_head_stride);
             if (dtype == PPOMAX_FP32)
-                write_token((const uint32_t *)k, (const uint32_t *)v, key_dim, value_dim, cache.inside(n), (uint32_t *)key_pages + at * key_page,
-                            (uint32_t *)value_pages + at * value_page);
+                write_token((const uint32_t *)k, (const uint32_t *)v, key_dim, value_dim, cache.inside(n),
+                            (uint32_t *)key_pages + at * key_page, (uint32_t *)value_pages + at * value_page);
             else
-                write_token((const uint16_t *)k, (const uint16_t *)v, key_dim, value_dim, cache.inside(n), (uint16_t *)key_pages + at * key_page,
-                            (uint16_t *)value_pages + at * value_page);
+                write_token((const uint16_t *)k, (const uint16_t *)v, key_dim, value_dim, cache.inside(n),
+                            (uint16_t *)key_pages + at * key_page, (uint16_t *)value_pages + at * value_page);
         }
     };
     parallel_for(threads, tokens * kv_heads, chunk_for(2 * (key_dim + value_dim)), write);
@@ -108,11 +112,13 @@ extern "C" int ppomax_paged_attention_cpu(const void *query, int64_t query_token
             row.scores = scratch.get();
             row.query = row.scores + scores;
             row.out = row.query + queries;
-            ops.attend(row, element_at(query, dtype, n * query_token_stride + g * group * query_head_stride), query_head_stride, dtype,
+            ops.attend(row, element_at(query, dtype, n * query_token_stride + g * group * query_head_stride),
+                       query_head_stride, dtype,
                        const_cast<void *>(element_at(out, dtype, (n * heads + g * group) * value_dim)));
         }
     };
     // About one nanosecond for every 16 multiplications, and some for each softmax.
-    parallel_for(threads, tokens * kv_heads, chunk_for(100 + read / tokens * group * (key_dim + value_dim) / 16, DENSE), body);
+    parallel_for(threads, tokens * kv_heads, chunk_for(100 + read / tokens * group * (key_dim + value_dim) / 16, DENSE),
+                 body);
     return outcome.load();
 }

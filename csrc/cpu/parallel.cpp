@@ -1,8 +1,9 @@
-// A pool of threads that sleep unless calls come densely. Not OpenMP: torch brings its own libgomp, a second runtime beside it spins on the
-// same cores, and neither survives fork(). Here a worker looks for work for a moment, then sleeps; a forked child starts with an empty pool.
+// A pool of threads that sleep unless calls come densely. Not OpenMP: torch brings its own libgomp, a second runtime
+// beside it spins on the same cores, and neither survives fork(). Here a worker looks for work for a moment, then
+// sleeps; a forked child starts with an empty pool.
 //
-// A job is open while its caller works on it. Workers that wake in time join it; late ones find it closed and sleep again, so the caller
-// waits for nobody who has not begun.
+// A job is open while its caller works on it. Workers that wake in time join it; late ones find it closed and sleep
+// again, so the caller waits for nobody who has not begun.
 #include "parallel.h"
 
 #include <pthread.h>
@@ -22,8 +23,9 @@ namespace {
 constexpr int MAX_WORKERS = 255;
 constexpr uint32_t CLOSED = 1u << 31;
 
-// How long a thread looks for work before it sleeps. The calls of a decoding loop come some 100 us apart, and waking a sleeper costs as much
-// as such a call (in a virtual machine more); on a busy machine so short a look takes nobody's core for long.
+// How long a thread looks for work before it sleeps. The calls of a decoding loop come some 100 us apart, and waking a
+// sleeper costs as much as such a call (in a virtual machine more); on a busy machine so short a look takes nobody's
+// core for long.
 constexpr std::chrono::microseconds LOOK(200);
 
 inline void pause_briefly() {
@@ -110,8 +112,7 @@ private:
         for (;;) {
             go->wait();
             uint32_t state = state_.load(std::memory_order_acquire);
-            while (!(state & CLOSED) && !state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
-            }
+            while (!(state & CLOSED) && !state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {}
             if (state & CLOSED) continue;
             work();
             if (state_.fetch_sub(1, std::memory_order_acq_rel) - 1 == CLOSED) done_.post();
@@ -135,7 +136,8 @@ private:
     std::atomic<uint32_t> state_{CLOSED};
 };
 
-// Never destroyed: workers may outlive static destructors. A child of fork() has none of its parent's workers: it gets a new pool.
+// Never destroyed: workers may outlive static destructors. A child of fork() has none of its parent's workers: it gets
+// a new pool.
 Pool *pool = nullptr;
 
 void new_pool() { pool = new Pool; }
@@ -164,7 +166,8 @@ void parallel_chunks(int threads, int64_t items, int64_t chunk, void (*body)(voi
             return;
         }
     }
-    for (int64_t begin = 0; begin < items; begin += chunk) body(context, begin, begin + chunk < items ? begin + chunk : items);
+    for (int64_t begin = 0; begin < items; begin += chunk)
+        body(context, begin, begin + chunk < items ? begin + chunk : items);
 }
 
 }  // namespace ppomax

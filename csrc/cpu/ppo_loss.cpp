@@ -4,23 +4,37 @@
 
 using namespace ppomax;
 
-extern "C" int ppomax_ppo_loss_cpu(const void *logprobs, int logprobs_dtype, const void *old_logprobs, int old_dtype, const void *advantages,
-                                   int advantages_dtype, const uint8_t *mask, const void *is_weights, int is_weights_dtype,
-                                   const void *ref_logprobs, int ref_dtype, const void *entropy, int entropy_dtype, int64_t n,
-                                   const float *normalizer, double norm_value, double clip_low, double clip_high, double dual_clip,
-                                   double kl_coef, int estimator, double ent_coef, float *loss, float *metrics, float *dlogprobs, float *scale,
-                                   int threads) {
+extern "C" int ppomax_ppo_loss_cpu(const void *logprobs, int logprobs_dtype, const void *old_logprobs, int old_dtype,
+                                   const void *advantages, int advantages_dtype, const uint8_t *mask,
+                                   const void *is_weights, int is_weights_dtype, const void *ref_logprobs,
+                                   int ref_dtype, const void *entropy, int entropy_dtype, int64_t n,
+                                   const float *normalizer, double norm_value, double clip_low, double clip_high,
+                                   double dual_clip, double kl_coef, int estimator, double ent_coef, float *loss,
+                                   float *metrics, float *dlogprobs, float *scale, int threads) {
     if (n < 0) return PPOMAX_BAD_SIZE;
-    if (!known_dtype(logprobs_dtype) || !known_dtype(old_dtype) || !known_dtype(advantages_dtype)) return PPOMAX_BAD_DTYPE;
-    if ((is_weights && !known_dtype(is_weights_dtype)) || (ref_logprobs && !known_dtype(ref_dtype)) || (entropy && !known_dtype(entropy_dtype)))
+    if (!known_dtype(logprobs_dtype) || !known_dtype(old_dtype) || !known_dtype(advantages_dtype))
         return PPOMAX_BAD_DTYPE;
-    if (!known_estimator(estimator) || !finite(norm_value) || !(clip_low >= 0.0 && clip_low < 1.0) || !(clip_high >= 0.0) || !(dual_clip >= 0.0) ||
-        !finite(kl_coef) || !finite(ent_coef))
+    if ((is_weights && !known_dtype(is_weights_dtype)) || (ref_logprobs && !known_dtype(ref_dtype)) ||
+        (entropy && !known_dtype(entropy_dtype)))
+        return PPOMAX_BAD_DTYPE;
+    if (!known_estimator(estimator) || !finite(norm_value) || !(clip_low >= 0.0 && clip_low < 1.0) ||
+        !(clip_high >= 0.0) || !(dual_clip >= 0.0) || !finite(kl_coef) || !finite(ent_coef))
         return PPOMAX_BAD_SCALAR;
-    if (!loss || !metrics || !scale || (n > 0 && (!logprobs || !old_logprobs || !advantages))) return PPOMAX_BAD_POINTER;
-    const PpoArrays arrays = {{logprobs, logprobs_dtype}, {old_logprobs, old_dtype}, {advantages, advantages_dtype}, {is_weights, is_weights_dtype},
-                              {ref_logprobs, ref_dtype}, {entropy, entropy_dtype}, mask, (float)clip_low, (float)clip_high, (float)dual_clip,
-                              (float)kl_coef, estimator, dlogprobs};
+    if (!loss || !metrics || !scale || (n > 0 && (!logprobs || !old_logprobs || !advantages)))
+        return PPOMAX_BAD_POINTER;
+    const PpoArrays arrays = {{logprobs, logprobs_dtype},
+                              {old_logprobs, old_dtype},
+                              {advantages, advantages_dtype},
+                              {is_weights, is_weights_dtype},
+                              {ref_logprobs, ref_dtype},
+                              {entropy, entropy_dtype},
+                              mask,
+                              (float)clip_low,
+                              (float)clip_high,
+                              (float)dual_clip,
+                              (float)kl_coef,
+                              estimator,
+                              dlogprobs};
     const VectorOps &ops = vector_ops();
     PpoSums all = {};
     const bool done = over_blocks<PpoSums>(

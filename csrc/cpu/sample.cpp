@@ -4,19 +4,22 @@
 #include <new>
 
 #define PPOMAX_NS entry
-#include "../philox.h"
+#include "../formulas/philox.h"
 #include "arguments.h"
 #include "parallel.h"
 
 using namespace ppomax;
 
-extern "C" int ppomax_sample_cpu(const void *logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, const int64_t *seeds,
-                                 const int64_t *positions, double temperature, int64_t top_k, double top_p, int64_t *token, float *logprob,
-                                 float *plain_logprob, float *entropy, int threads) {
+extern "C" int ppomax_sample_cpu(const void *logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                                 const int64_t *seeds, const int64_t *positions, double temperature, int64_t top_k,
+                                 double top_p, int64_t *token, float *logprob, float *plain_logprob, float *entropy,
+                                 int threads) {
     if (rows < 0 || vocab < 1 || vocab > INT32_MAX) return PPOMAX_BAD_SIZE;
     if (!known_dtype(dtype)) return PPOMAX_BAD_DTYPE;
-    if (!(temperature >= 0.0) || !finite(temperature) || top_k < 0 || !(top_p > 0.0 && top_p <= 1.0)) return PPOMAX_BAD_SCALAR;
-    if (rows > 0 && (!logits || !seeds || !positions || !token || !logprob || !plain_logprob || !entropy)) return PPOMAX_BAD_POINTER;
+    if (!(temperature >= 0.0) || !finite(temperature) || top_k < 0 || !(top_p > 0.0 && top_p <= 1.0))
+        return PPOMAX_BAD_SCALAR;
+    if (rows > 0 && (!logits || !seeds || !positions || !token || !logprob || !plain_logprob || !entropy))
+        return PPOMAX_BAD_POINTER;
     const VectorOps &ops = vector_ops();
     std::atomic<int> outcome{PPOMAX_OK};
     auto body = [&](int64_t begin, int64_t end) {
@@ -27,7 +30,14 @@ extern "C" int ppomax_sample_cpu(const void *logits, int dtype, int64_t rows, in
         }
         for (int64_t b = begin; b < end; ++b) {
             const double uniform = entry::philox_uniform((uint64_t)seeds[b], (uint64_t)positions[b]);
-            const SampleRow row = {element_at(logits, dtype, b * row_stride), dtype, vocab, temperature, top_k, top_p, uniform, scratch.get()};
+            const SampleRow row = {element_at(logits, dtype, b * row_stride),
+                                   dtype,
+                                   vocab,
+                                   temperature,
+                                   top_k,
+                                   top_p,
+                                   uniform,
+                                   scratch.get()};
             SampleResult result;
             ops.sample(row, &result);
             token[b] = result.token;

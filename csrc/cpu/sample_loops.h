@@ -1,6 +1,7 @@
 // Drawing one token from a row of logits without sorting it.
-// top-k: the k-th largest of the maxima of groups of 32 bounds the k-th largest logit from below, so few logits are looked at twice; the
-// threshold among those is found by descending through the digits of the floats' bits, counting. top-p: the same descent, adding up masses.
+// top-k: the k-th largest of the maxima of groups of 32 bounds the k-th largest logit from below, so few logits are
+// looked at twice; the threshold among those is found by descending through the digits of the floats' bits, counting.
+// top-p: the same descent, adding up masses.
 #pragma once
 
 #include "logprob_loops.h"
@@ -17,7 +18,8 @@ PPOMAX_INLINE uint32_t ordered(float x) {
 }
 PPOMAX_INLINE float unordered(uint32_t key) { return from_bits(key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu)); }
 
-// The largest v in `values` with: sum of the weights (1 if NULL) of values >= v reaches `target`. The least value if none does.
+// The largest v in `values` with: sum of the weights (1 if NULL) of values >= v reaches `target`. The least value if
+// none does.
 static float threshold_of(const float *values, const float *weights, int64_t n, double target) {
     constexpr int SHIFTS[3] = {21, 10, 0}, WIDTHS[3] = {11, 11, 10};
     double mass[2048], above = 0.0;
@@ -73,7 +75,8 @@ static inline void weights_of(const float *x, int64_t n, float max, float c, flo
 }
 
 // Values and places of the logits >= the k-th largest (k = 0: of all) that are above -inf, in index order.
-static int64_t candidates_of(const float *x, int64_t vocab, int64_t top_k, float *maxima, float *values, int32_t *places) {
+static int64_t candidates_of(const float *x, int64_t vocab, int64_t top_k, float *maxima, float *values,
+                             int32_t *places) {
     const bool cut = top_k > 0 && top_k < vocab;
     const int64_t groups = (vocab + GROUP - 1) / GROUP;
     float bound = LOWEST;
@@ -121,8 +124,8 @@ static int64_t keep(float *values, float *weights, int32_t *places, int64_t m, f
     return kept;
 }
 
-// Keeps the most probable candidates whose mass reaches top_p. Weights below (1 - top_p) * total / m add up to less than what is cut, so they
-// are dropped at once; the search looks at the rest.
+// Keeps the most probable candidates whose mass reaches top_p. Weights below (1 - top_p) * total / m add up to less
+// than what is cut, so they are dropped at once; the search looks at the rest.
 static int64_t nucleus_of(float *values, float *weights, int32_t *places, int64_t m, double top_p, double total) {
     const double least = 0.999 * (1.0 - top_p) * total / (double)m;
     m = keep(values, weights, places, m, LOWEST, (float)least);
@@ -135,8 +138,8 @@ static double sum_of_weights(const float *weights, int64_t n) {
     return total;
 }
 
-// First place whose cumulative weight exceeds `target`; the last place of positive weight if rounding leaves none. Whole blocks are skipped by
-// their sums.
+// First place whose cumulative weight exceeds `target`; the last place of positive weight if rounding leaves none.
+// Whole blocks are skipped by their sums.
 static int64_t place_of(const float *weights, int64_t n, double target) {
     double before = 0.0;
     int64_t last = 0;
@@ -178,7 +181,8 @@ static void sample(const SampleRow &row, SampleResult *out) {
     const float *x = (const float *)row.logits;
     if (row.dtype != PPOMAX_FP32) {
         const TypedArray array = {row.logits, row.dtype};
-        for (int64_t at = 0; at < row.vocab; at += BLOCK) as_floats(array, at, row.vocab - at < BLOCK ? (int)(row.vocab - at) : BLOCK, buffer + at);
+        for (int64_t at = 0; at < row.vocab; at += BLOCK)
+            as_floats(array, at, row.vocab - at < BLOCK ? (int)(row.vocab - at) : BLOCK, buffer + at);
         x = buffer;
     }
     int64_t token = 0;
@@ -193,7 +197,8 @@ static void sample(const SampleRow &row, SampleResult *out) {
             total = sum_of_weights(weights, row.vocab);
             token = place_of(weights, row.vocab, row.uniform * total);
         } else {
-            int64_t m = candidates_of(x, row.vocab, row.top_k, weights, values, places);  // weights hold the maxima for now
+            int64_t m =
+                candidates_of(x, row.vocab, row.top_k, weights, values, places);  // weights hold the maxima for now
             weights_of(values, m, stats.max, c, weights);
             total = sum_of_weights(weights, m);
             if (row.top_p < 1.0) {

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t PART = 1 << 18;  // bytes of one piece of work
 constexpr int WORDS = 16;          // read in one step, each into a sum of its own
 
-uint64_t sum_of(const char* data, int64_t bytes) {
+uint64_t sum_of(const char *data, int64_t bytes) {
     uint64_t sum[WORDS] = {}, words[WORDS];
     for (int64_t at = 0; at + int64_t(sizeof words) <= bytes; at += sizeof words) {
         memcpy(words, data + at, sizeof words);
@@ -23,10 +23,12 @@ uint64_t sum_of(const char* data, int64_t bytes) {
 
 }  // namespace
 
-extern "C" uint64_t ppomax_stream_read(const void* data, int64_t bytes, int threads) {
-    const char* from = static_cast<const char*>(data);
+extern "C" uint64_t ppomax_stream_read(const void *data, int64_t bytes, int threads) {
+    const char *from = static_cast<const char *>(data);
     std::atomic<uint64_t> total{0};
-    auto body = [&](int64_t begin, int64_t end) { total += sum_of(from + begin * PART, (end == bytes / PART ? bytes : end * PART) - begin * PART); };
+    auto body = [&](int64_t begin, int64_t end) {
+        total += sum_of(from + begin * PART, (end == bytes / PART ? bytes : end * PART) - begin * PART);
+    };
     ppomax::parallel_for(threads, bytes / PART, 1, body);
     return total;
 }

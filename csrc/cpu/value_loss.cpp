@@ -4,14 +4,16 @@
 
 using namespace ppomax;
 
-extern "C" int ppomax_value_loss_cpu(const void *values, int values_dtype, const void *old_values, int old_dtype, const void *returns,
-                                     int returns_dtype, const uint8_t *mask, int64_t n, const float *normalizer, double norm_value, double clip,
-                                     float *loss, float *metrics, float *dvalues, float *scale, int threads) {
+extern "C" int ppomax_value_loss_cpu(const void *values, int values_dtype, const void *old_values, int old_dtype,
+                                     const void *returns, int returns_dtype, const uint8_t *mask, int64_t n,
+                                     const float *normalizer, double norm_value, double clip, float *loss,
+                                     float *metrics, float *dvalues, float *scale, int threads) {
     if (n < 0) return PPOMAX_BAD_SIZE;
     if (!known_dtype(values_dtype) || !known_dtype(old_dtype) || !known_dtype(returns_dtype)) return PPOMAX_BAD_DTYPE;
     if (!finite(norm_value) || clip != clip) return PPOMAX_BAD_SCALAR;
     if (!loss || !metrics || !scale || (n > 0 && (!values || !old_values || !returns))) return PPOMAX_BAD_POINTER;
-    const ValueArrays arrays = {{values, values_dtype}, {old_values, old_dtype}, {returns, returns_dtype}, mask, (float)clip, dvalues};
+    const ValueArrays arrays = {
+        {values, values_dtype}, {old_values, old_dtype}, {returns, returns_dtype}, mask, (float)clip, dvalues};
     const VectorOps &ops = vector_ops();
     ValueSums all = {};
     const bool done = over_blocks<ValueSums>(

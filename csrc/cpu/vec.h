@@ -1,8 +1,8 @@
-// A register of floats, as wide as the instruction set that this file is compiled for has. GCC and Clang vector extensions, so the same lines
-// serve SSE2, AVX2, AVX-512 and NEON.
+// A register of floats, as wide as the instruction set that this file is compiled for has. GCC and Clang vector
+// extensions, so the same lines serve SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 
-#include "../portable.h"
+#include "../formulas/portable.h"
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -31,7 +31,8 @@ PPOMAX_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
 PPOMAX_INLINE Vec all(float x) { return x - Vec{}; }
 PPOMAX_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
 
-// Sum of `n` floats, in an order that depends on n alone: in fp32 lane by lane over 256 elements (16 additions a lane on AVX-512), in fp64 above.
+// Sum of `n` floats, in an order that depends on n alone: in fp32 lane by lane over 256 elements (16 additions a lane
+// on AVX-512), in fp64 above.
 static inline double sum_of(const float *x, int n) {
     double total = 0.0;
     int i = 0;
@@ -55,7 +56,8 @@ static inline double sum_of(const float *x, int n) {
     return total;
 }
 
-// 2^t for t >= -126 (below: garbage; clamp first); NaN stays NaN. Minimax of degree 5 on [-1/2, 1/2], exact at 0: 9e-8, about 1 ulp.
+// 2^t for t >= -126 (below: garbage; clamp first); NaN stays NaN. Minimax of degree 5 on [-1/2, 1/2], exact at 0: 9e-8,
+// about 1 ulp.
 PPOMAX_INLINE Vec exp2_of(Vec t) {
 #if defined(__AVX512F__)
     const Vec n = (Vec)_mm512_roundscale_ps((__m512)t, 0);

@@ -1,4 +1,5 @@
-// The loops that are compiled once per instruction set, and the table through which the ops reach the copy that suits the machine.
+// The loops that are compiled once per instruction set, and the table through which the ops reach the copy that suits
+// the machine.
 #pragma once
 
 #include <stdint.h>
@@ -92,19 +93,22 @@ struct VectorOps {
     void (*logprob_row)(const LogitRow &, int64_t label, float *logprob, float *entropy, float *lse);
     void (*logits_gradient)(const LogitRow &, const RowUpstream &, void *out);
     void (*kl)(TypedArray logprobs, TypedArray ref, int64_t at, int64_t n, int estimator, float scale, float *out);
-    void (*kl_gradient)(const float *dkl, TypedArray logprobs, TypedArray ref, int64_t at, int64_t n, int estimator, float *out);
+    void (*kl_gradient)(const float *dkl, TypedArray logprobs, TypedArray ref, int64_t at, int64_t n, int estimator,
+                        float *out);
     void (*gae)(const GaeSequence &);
     void (*moments)(TypedArray x, const uint8_t *mask, int64_t at, int64_t n, Moments *out);
-    void (*whiten)(TypedArray x, const uint8_t *mask, int64_t at, int64_t n, double mean, double scale, double shift, float *out);
+    void (*whiten)(TypedArray x, const uint8_t *mask, int64_t at, int64_t n, double mean, double scale, double shift,
+                   float *out);
     void (*ppo)(const PpoArrays &, int64_t at, int64_t n, PpoSums *out);
     void (*value)(const ValueArrays &, int64_t at, int64_t n, ValueSums *out);
     void (*sample)(const SampleRow &, SampleResult *out);
     void (*attend)(const AttentionRow &, const void *query, int64_t query_stride, int dtype, void *out);
-    void (*linear_panel)(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y, int64_t y_stride,
-                         int64_t columns);
-    void (*linear_panel_bf16)(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel, const uint16_t *bias, uint16_t *y,
-                              int64_t y_stride, int64_t columns);
-    void (*rms_norm)(TypedArray x, int64_t first, int64_t rows, int64_t width, TypedArray weight, float offset, double eps, void *y);
+    void (*linear_panel)(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y,
+                         int64_t y_stride, int64_t columns);
+    void (*linear_panel_bf16)(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel,
+                              const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns);
+    void (*rms_norm)(TypedArray x, int64_t first, int64_t rows, int64_t width, TypedArray weight, float offset,
+                     double eps, void *y);
     void (*silu_mul)(TypedArray x, int64_t first, int64_t rows, int64_t width, void *y);
     float (*one_float)(TypedArray, int64_t at);
     const char *name;

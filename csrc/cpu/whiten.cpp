@@ -7,7 +7,8 @@
 
 using namespace ppomax;
 
-extern "C" int ppomax_moments_cpu(const void *x, int dtype, const uint8_t *mask, int64_t n, double *moments, int threads) {
+extern "C" int ppomax_moments_cpu(const void *x, int dtype, const uint8_t *mask, int64_t n, double *moments,
+                                  int threads) {
     if (n < 0) return PPOMAX_BAD_SIZE;
     if (!known_dtype(dtype)) return PPOMAX_BAD_DTYPE;
     if (!moments || (n > 0 && !x)) return PPOMAX_BAD_POINTER;
@@ -29,8 +30,8 @@ extern "C" int ppomax_moments_cpu(const void *x, int dtype, const uint8_t *mask,
     return PPOMAX_OK;
 }
 
-extern "C" int ppomax_whiten_cpu(const void *x, int dtype, const uint8_t *mask, int64_t n, const double *moments, int shift_mean, double eps,
-                                 float *y, int threads) {
+extern "C" int ppomax_whiten_cpu(const void *x, int dtype, const uint8_t *mask, int64_t n, const double *moments,
+                                 int shift_mean, double eps, float *y, int threads) {
     if (n < 0) return PPOMAX_BAD_SIZE;
     if (!known_dtype(dtype)) return PPOMAX_BAD_DTYPE;
     if (!(eps > 0.0) || !finite(eps)) return PPOMAX_BAD_SCALAR;
@@ -38,7 +39,9 @@ extern "C" int ppomax_whiten_cpu(const void *x, int dtype, const uint8_t *mask, 
     const VectorOps &ops = vector_ops();
     const double count = moments[0] > 1.0 ? moments[0] : 1.0, mean = moments[1];
     const double scale = 1.0 / __builtin_sqrt(moments[2] / count + eps);
-    auto body = [&](int64_t begin, int64_t end) { ops.whiten({x, dtype}, mask, begin, end - begin, mean, scale, shift_mean ? 0.0 : mean, y); };
+    auto body = [&](int64_t begin, int64_t end) {
+        ops.whiten({x, dtype}, mask, begin, end - begin, mean, scale, shift_mean ? 0.0 : mean, y);
+    };
     parallel_for(threads, n, chunk_for(1), body);
     return PPOMAX_OK;
 }

@@ -15,4 +15,4 @@ int launched() {
 }
 }  // namespace ppomax
 
-extern "C" const char* ppomax_cuda_error(void) { return cudaGetErrorString(ppomax::last_error); }
+extern "C" const char *ppomax_cuda_error(void) { return cudaGetErrorString(ppomax::last_error); }

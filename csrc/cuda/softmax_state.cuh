@@ -1,9 +1,9 @@
-// Softmax statistics of one row (RowStats of logprob_row.h: max, sum, weighted) gathered by the threads of a block.
-// Everything is measured from the maximum, so a common offset of all logits costs no digits. A logit of -inf adds nothing; NaN and +inf make
-// sum NaN (fmaxf drops a NaN, so max is never NaN).
+// Softmax statistics of one row (RowStats of formulas/logprob_row.h: max, sum, weighted) gathered by the threads of a
+// block. Everything is measured from the maximum, so a common offset of all logits costs no digits. A logit of -inf
+// adds nothing; NaN and +inf make sum NaN (fmaxf drops a NaN, so max is never NaN).
 #pragma once
 
-#include "../logprob_row.h"
+#include "../formulas/logprob_row.h"
 #include "device.cuh"
 
 namespace ppomax {
@@ -27,7 +27,7 @@ __device__ __forceinline__ RowStats merged(RowStats a, RowStats b, float c) {
 }
 
 template <int N>
-__device__ __forceinline__ void add(RowStats& s, const float (&x)[N], float c) {
+__device__ __forceinline__ void add(RowStats &s, const float (&x)[N], float c) {
     float m = s.max;
 #pragma unroll
     for (int j = 0; j < N; ++j) m = fmaxf(m, x[j]);
@@ -41,7 +41,8 @@ __device__ __forceinline__ void add(RowStats& s, const float (&x)[N], float c) {
     }
 }
 
-// Whole-block merge in a fixed order: down the lanes of each warp, then the warps one after another. The result is thread 0's.
+// Whole-block merge in a fixed order: down the lanes of each warp, then the warps one after another. The result is
+// thread 0's.
 __device__ __forceinline__ RowStats merged_over_block(RowStats s, float c) {
     __shared__ RowStats of_warp[WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

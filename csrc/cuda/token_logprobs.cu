@@ -1,8 +1,9 @@
-// Log-probability of each label and entropy of each row, from logits; and the gradient. One block a row, tokens on grid-x.
-// Forward: z = scale * x (x = softcap * tanh(logit / softcap) if capped), one pass of online max, sum and weighted sum, exp2 with the scale
-// folded in; reads N*V once, writes 12 B a row. Backward: from the saved lse and entropy, elementwise; reads N*V once, writes N*V once.
-// Both are bound by memory: 16-byte loads, four in flight a thread. A row's bits depend on its values alone, not on N or on its place.
-// Left out on purpose: splitting a row over blocks (fewer rows than multiprocessors leave some idle), and the fused linear head.
+// Log-probability of each label and entropy of each row, from logits; and the gradient. One block a row, tokens on
+// grid-x. Forward: z = scale * x (x = softcap * tanh(logit / softcap) if capped), one pass of online max, sum and
+// weighted sum, exp2 with the scale folded in; reads N*V once, writes 12 B a row. Backward: from the saved lse and
+// entropy, elementwise; reads N*V once, writes N*V once. Both are bound by memory: 16-byte loads, four in flight a
+// thread. A row's bits depend on its values alone, not on N or on its place. Left out on purpose: splitting a row over
+// blocks (fewer rows than multiprocessors leave some idle), and the fused linear head.
 #include "../ppomax_kernels.h"
 #include "softmax_state.cuh"
 
@@ -16,8 +17,8 @@ constexpr int IN_FLIGHT = 4;
 int threads_for(int64_t V) { return V >= 2048 ? MOST_THREADS : 64; }
 
 struct Row {  // what both passes need to find and read a row
-    const void* logits;
-    const int64_t* labels;
+    const void *logits;
+    const int64_t *labels;
     Rows rows, label_rows;
     int64_t V, ignore_index;
     double temperature;
@@ -30,17 +31,17 @@ __device__ __forceinline__ float capped(float x, float cap) {
 }
 
 template <typename T, bool CAPPED>
-__device__ __forceinline__ void add_vector(RowStats& s, const Vector<T>& v, const Row& a, float c) {
+__device__ __forceinline__ void add_vector(RowStats &s, const Vector<T> &v, const Row &a, float c) {
     float x[Vector<T>::N];
 #pragma unroll
     for (int j = 0; j < Vector<T>::N; ++j) x[j] = capped<CAPPED>(v[j], a.cap);
     add(s, x, c);
 }
 
-// This thread's share of the row. Which columns those are is fixed by V alone, whatever the row's address: a row's bits would else depend on
-// its place among the others.
+// This thread's share of the row. Which columns those are is fixed by V alone, whatever the row's address: a row's bits
+// would else depend on its place among the others.
 template <typename T, bool CAPPED, bool ALIGNED>
-__device__ __forceinline__ RowStats gathered(const T* row, const Row& a, float c) {
+__device__ __forceinline__ RowStats gathered(const T *row, const Row &a, float c) {
     constexpr int N = Vector<T>::N;
     const int64_t vectors = a.V / N, threads = blockDim.x;
     RowStats s = no_logits();
@@ -62,9 +63,10 @@ __device__ __forceinline__ RowStats gathered(const T* row, const Row& a, float c
 }
 
 template <typename T, bool CAPPED>
-__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM) token_logprobs_kernel(Row a, float* logprobs, float* entropy, float* lse) {
+__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM)
+    token_logprobs_kernel(Row a, float *logprobs, float *entropy, float *lse) {
     const int64_t r = blockIdx.x;
-    const T* row = static_cast<const T*>(a.logits) + a.rows.at(r);
+    const T *row = static_cast<const T *>(a.logits) + a.rows.at(r);
     const int64_t label = a.labels[a.label_rows.at(r)];
     if (label == a.ignore_index || label < 0 || label >= a.V) {
         if (threadIdx.x == 0) {
@@ -78,7 +80,8 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM) token_logprobs_ke
     RowStats s = past_16_bytes(row) == 0 ? gathered<T, CAPPED, true>(row, a, c) : gathered<T, CAPPED, false>(row, a, c);
     s = merged_over_block(s, c);
     if (threadIdx.x != 0) return;
-    const portable::RowResult result = portable::finish_row(s, capped<CAPPED>(to_float(row[label]), a.cap), a.temperature);
+    const portable::RowResult result =
+        portable::finish_row(s, capped<CAPPED>(to_float(row[label]), a.cap), a.temperature);
     logprobs[r] = result.logprob;
     lse[r] = result.lse;
     if (entropy) entropy[r] = result.entropy;
@@ -104,17 +107,19 @@ struct RowGradient {
 };
 
 template <typename T>
-__device__ __forceinline__ void fill_row(T* out, int64_t V, float with) {
+__device__ __forceinline__ void fill_row(T *out, int64_t V, float with) {
     for (int64_t i = threadIdx.x; i < V; i += blockDim.x) from_float(with, out[i]);
 }
 
 template <typename T, bool CAPPED>
-__device__ __forceinline__ void write_one(const T* row, T* out, const RowGradient& gradient, int64_t label, int64_t col) {
+__device__ __forceinline__ void write_one(const T *row, T *out, const RowGradient &gradient, int64_t label,
+                                          int64_t col) {
     from_float(gradient.at<CAPPED>(to_float(row[col]), col == label), out[col]);
 }
 
 template <typename T, bool CAPPED>
-__device__ __forceinline__ void write_vector(const Vector<T>& v, T* out, const RowGradient& gradient, int64_t label, int64_t col) {
+__device__ __forceinline__ void write_vector(const Vector<T> &v, T *out, const RowGradient &gradient, int64_t label,
+                                             int64_t col) {
     const int64_t here = label - col;
     float d[Vector<T>::N];
 #pragma unroll
@@ -124,8 +129,8 @@ __device__ __forceinline__ void write_vector(const Vector<T>& v, T* out, const R
 
 // `vectors` vectors of the row from column `head` on, where the output is 16-byte aligned.
 template <typename T, bool CAPPED, bool ALIGNED>
-__device__ __forceinline__ void write_vectors(const T* row, T* out, const RowGradient& gradient, int64_t label, int64_t V, int64_t head,
-                                              int64_t vectors) {
+__device__ __forceinline__ void write_vectors(const T *row, T *out, const RowGradient &gradient, int64_t label,
+                                              int64_t V, int64_t head, int64_t vectors) {
     constexpr int N = Vector<T>::N;
     const int64_t threads = blockDim.x;
     int64_t k = threadIdx.x;
@@ -134,19 +139,23 @@ __device__ __forceinline__ void write_vectors(const T* row, T* out, const RowGra
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) v[i] = load_vector<ALIGNED>(row, V, head + (k + i * threads) * N);
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i) write_vector<T, CAPPED>(v[i], out, gradient, label, head + (k + i * threads) * N);
+        for (int i = 0; i < IN_FLIGHT; ++i)
+            write_vector<T, CAPPED>(v[i], out, gradient, label, head + (k + i * threads) * N);
     }
-    for (; k < vectors; k += threads) write_vector<T, CAPPED>(load_vector<ALIGNED>(row, V, head + k * N), out, gradient, label, head + k * N);
+    for (; k < vectors; k += threads)
+        write_vector<T, CAPPED>(load_vector<ALIGNED>(row, V, head + k * N), out, gradient, label, head + k * N);
 }
 
-// Elementwise, so columns are dealt out as the output's alignment likes it: single ones up to the first 16-byte boundary, vectors, single ones.
-// The output may be the logits themselves: each element is read by the thread that writes it, before it does (rows are then aligned alike).
+// Elementwise, so columns are dealt out as the output's alignment likes it: single ones up to the first 16-byte
+// boundary, vectors, single ones. The output may be the logits themselves: each element is read by the thread that
+// writes it, before it does (rows are then aligned alike).
 template <typename T, bool CAPPED>
-__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM) token_logprobs_backward_kernel(Row a, Upstream up, void* dlogits) {
+__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM)
+    token_logprobs_backward_kernel(Row a, Upstream up, void *dlogits) {
     constexpr int N = Vector<T>::N;
     const int64_t r = blockIdx.x;
-    const T* row = static_cast<const T*>(a.logits) + a.rows.at(r);
-    T* out = static_cast<T*>(dlogits) + r * a.V;
+    const T *row = static_cast<const T *>(a.logits) + a.rows.at(r);
+    T *out = static_cast<T *>(dlogits) + r * a.V;
     const int64_t label = a.labels[a.label_rows.at(r)];
     const float g = up.dlogprobs ? up.dlogprobs[up.dlogprob_rows.at(r)] : 0.0f;
     const float h = up.dentropy ? up.dentropy[up.dentropy_rows.at(r)] : 0.0f;
@@ -155,7 +164,8 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM) token_logprobs_ba
     if (label < 0 || label >= a.V) return fill_row(out, a.V, NAN);
     const RowGradient gradient = {g, h, L, up.dentropy ? up.entropy[r] : 0.0f, a.scale, a.cap};
 
-    const int64_t to_boundary = (16 - past_16_bytes(out)) % 16 / sizeof(T), head = to_boundary < a.V ? to_boundary : a.V;
+    const int64_t to_boundary = (16 - past_16_bytes(out)) % 16 / sizeof(T),
+                  head = to_boundary < a.V ? to_boundary : a.V;
     const int64_t vectors = (a.V - head) / N, tail = head + vectors * N;
     for (int64_t i = threadIdx.x; i < head + a.V - tail; i += blockDim.x)
         write_one<T, CAPPED>(row, out, gradient, label, i < head ? i : tail + i - head);
@@ -165,8 +175,8 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM) token_logprobs_ba
         write_vectors<T, CAPPED, false>(row, out, gradient, label, a.V, head, vectors);
 }
 
-int check(const void* logits, int dtype, int64_t outer, int64_t inner, int64_t vocab, const int64_t* labels, double temperature,
-          double softcap) {
+int check(const void *logits, int dtype, int64_t outer, int64_t inner, int64_t vocab, const int64_t *labels,
+          double temperature, double softcap) {
     if (outer < 0 || inner < 0 || vocab < 1) return PPOMAX_BAD_SIZE;
     if (inner > 0 && outer > MOST_BLOCKS / inner) return PPOMAX_BAD_SIZE;
     if (dtype != PPOMAX_FP32 && dtype != PPOMAX_BF16 && dtype != PPOMAX_FP16) return PPOMAX_BAD_DTYPE;
@@ -176,7 +186,7 @@ int check(const void* logits, int dtype, int64_t outer, int64_t inner, int64_t v
 }
 
 template <typename T>
-int launch_forward(const Row& a, int64_t rows, float* logprobs, float* entropy, float* lse, void* stream) {
+int launch_forward(const Row &a, int64_t rows, float *logprobs, float *entropy, float *lse, void *stream) {
     const int threads = threads_for(a.V);
     if (a.cap > 0.0f) {
         PPOMAX_LAUNCH((token_logprobs_kernel<T, true>), rows, threads, stream, a, logprobs, entropy, lse);
@@ -187,7 +197,7 @@ int launch_forward(const Row& a, int64_t rows, float* logprobs, float* entropy, 
 }
 
 template <typename T>
-int launch_backward(const Row& a, const Upstream& up, int64_t rows, void* dlogits, void* stream) {
+int launch_backward(const Row &a, const Upstream &up, int64_t rows, void *dlogits, void *stream) {
     const int threads = threads_for(a.V);
     if (a.cap > 0.0f) {
         PPOMAX_LAUNCH((token_logprobs_backward_kernel<T, true>), rows, threads, stream, a, up, dlogits);
@@ -202,35 +212,53 @@ int launch_backward(const Row& a, const Upstream& up, int64_t rows, void* dlogit
 
 using namespace ppomax;
 
-extern "C" int ppomax_token_logprobs_cuda(const void* logits, int dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
-                                          int64_t inner_stride, const int64_t* labels, int64_t labels_outer_stride,
-                                          int64_t labels_inner_stride, double temperature, double softcap, int64_t ignore_index,
-                                          float* logprobs, float* entropy, float* lse, void* stream) {
+extern "C" int ppomax_token_logprobs_cuda(const void *logits, int dtype, int64_t outer, int64_t inner, int64_t vocab,
+                                          int64_t outer_stride, int64_t inner_stride, const int64_t *labels,
+                                          int64_t labels_outer_stride, int64_t labels_inner_stride, double temperature,
+                                          double softcap, int64_t ignore_index, float *logprobs, float *entropy,
+                                          float *lse, void *stream) {
     if (const int bad = check(logits, dtype, outer, inner, vocab, labels, temperature, softcap)) return bad;
     const int64_t rows = outer * inner;
     if (rows == 0) return PPOMAX_OK;
     if (!logprobs || !lse) return PPOMAX_BAD_POINTER;
-    const Row a = {logits, labels, {inner, outer_stride, inner_stride}, {inner, labels_outer_stride, labels_inner_stride}, vocab, ignore_index,
-                   temperature, static_cast<float>(1.0 / temperature), static_cast<float>(softcap)};
+    const Row a = {logits,
+                   labels,
+                   {inner, outer_stride, inner_stride},
+                   {inner, labels_outer_stride, labels_inner_stride},
+                   vocab,
+                   ignore_index,
+                   temperature,
+                   static_cast<float>(1.0 / temperature),
+                   static_cast<float>(softcap)};
     if (dtype == PPOMAX_FP32) return launch_forward<float>(a, rows, logprobs, entropy, lse, stream);
     if (dtype == PPOMAX_BF16) return launch_forward<__nv_bfloat16>(a, rows, logprobs, entropy, lse, stream);
     return launch_forward<__half>(a, rows, logprobs, entropy, lse, stream);
 }
 
-extern "C" int ppomax_token_logprobs_backward_cuda(const float* dlogprobs, int64_t dlogprobs_outer_stride, int64_t dlogprobs_inner_stride,
-                                                   const float* dentropy, int64_t dentropy_outer_stride, int64_t dentropy_inner_stride,
-                                                   const void* logits, int dtype, int64_t outer, int64_t inner, int64_t vocab,
-                                                   int64_t outer_stride, int64_t inner_stride, const int64_t* labels,
-                                                   int64_t labels_outer_stride, int64_t labels_inner_stride, const float* lse,
-                                                   const float* entropy, double temperature, double softcap, int64_t ignore_index,
-                                                   void* dlogits, void* stream) {
+extern "C" int ppomax_token_logprobs_backward_cuda(
+    const float *dlogprobs, int64_t dlogprobs_outer_stride, int64_t dlogprobs_inner_stride, const float *dentropy,
+    int64_t dentropy_outer_stride, int64_t dentropy_inner_stride, const void *logits, int dtype, int64_t outer,
+    int64_t inner, int64_t vocab, int64_t outer_stride, int64_t inner_stride, const int64_t *labels,
+    int64_t labels_outer_stride, int64_t labels_inner_stride, const float *lse, const float *entropy,
+    double temperature, double softcap, int64_t ignore_index, void *dlogits, void *stream) {
     if (const int bad = check(logits, dtype, outer, inner, vocab, labels, temperature, softcap)) return bad;
     const int64_t rows = outer * inner;
     if (rows == 0) return PPOMAX_OK;
     if (!lse || !dlogits || (dentropy && !entropy)) return PPOMAX_BAD_POINTER;
-    const Row a = {logits, labels, {inner, outer_stride, inner_stride}, {inner, labels_outer_stride, labels_inner_stride}, vocab, ignore_index,
-                   temperature, static_cast<float>(1.0 / temperature), static_cast<float>(softcap)};
-    const Upstream up = {dlogprobs, dentropy, lse, entropy, {inner, dlogprobs_outer_stride, dlogprobs_inner_stride},
+    const Row a = {logits,
+                   labels,
+                   {inner, outer_stride, inner_stride},
+                   {inner, labels_outer_stride, labels_inner_stride},
+                   vocab,
+                   ignore_index,
+                   temperature,
+                   static_cast<float>(1.0 / temperature),
+                   static_cast<float>(softcap)};
+    const Upstream up = {dlogprobs,
+                         dentropy,
+                         lse,
+                         entropy,
+                         {inner, dlogprobs_outer_stride, dlogprobs_inner_stride},
                          {inner, dentropy_outer_stride, dentropy_inner_stride}};
     if (dtype == PPOMAX_FP32) return launch_backward<float>(a, up, rows, dlogits, stream);
     if (dtype == PPOMAX_BF16) return launch_backward<__nv_bfloat16>(a, up, rows, dlogits, stream);

@@ -1,7 +1,8 @@
 // Runs the CUDA kernels of csrc/cuda on a CPU, one block at a time, for tests: takes the place of the CUDA headers
-// (g++ -x c++ -include cuda_on_host.h). Each CUDA thread is a coroutine that runs up to a barrier or a shuffle and then lets the others run;
-// a barrier that not all threads reach is reported. What this shows is the kernels' logic (indices, alignment, masks, carries, reductions),
-// not their machine code: memory order, the approximate exp2 and speed are the GPU's own.
+// (g++ -x c++ -include cuda_on_host.h). Each CUDA thread is a coroutine that runs up to a barrier or a shuffle and then
+// lets the others run; a barrier that not all threads reach is reported. What this shows is the kernels' logic
+// (indices, alignment, masks, carries, reductions), not their machine code: memory order, the approximate exp2 and
+// speed are the GPU's own.
 #pragma once
 
 #include <math.h>
@@ -21,7 +22,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after another
-#define PPOMAX_LAUNCH(kernel, blocks, threads, stream, ...) cuda_on_host::run(blocks, threads, [&] { kernel(__VA_ARGS__); })
+#define PPOMAX_LAUNCH(kernel, blocks, threads, stream, ...) \
+    cuda_on_host::run(blocks, threads, [&] { kernel(__VA_ARGS__); })
 
 namespace cuda_on_host {
 
@@ -56,7 +58,7 @@ inline void enter() {
     ++block.events;
 }
 
-inline void wait(Barrier& barrier, int expected) {
+inline void wait(Barrier &barrier, int expected) {
     ++block.events;
     if (++barrier.arrived == expected) {
         barrier.arrived = 0;
@@ -99,7 +101,8 @@ inline void run(int64_t blocks, int threads, std::function<void()> body) {
                 swapcontext(&block.scheduler, &block.context[t]);
             }
             if (block.live && events == block.events) {
-                fprintf(stderr, "cuda_on_host: a barrier or shuffle that not all threads of block %lld reach\n", static_cast<long long>(b));
+                fprintf(stderr, "cuda_on_host: a barrier or shuffle that not all threads of block %lld reach\n",
+                        static_cast<long long>(b));
                 abort();
             }
         }
@@ -117,9 +120,9 @@ inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::block.of_block, c
 template <typename T>
 T __shfl_down_sync(unsigned, T x, int step) {
     static_assert(sizeof(T) <= 8, "one register or two");
-    auto& block = cuda_on_host::block;
+    auto &block = cuda_on_host::block;
     const int me = block.current, lane = me % 32;
-    auto& warp = block.of_warp[me / 32];
+    auto &warp = block.of_warp[me / 32];
     memcpy(&block.slot[me], &x, sizeof(T));
     cuda_on_host::wait(warp, 32);
     memcpy(&x, &block.slot[lane + step < 32 ? me + step : me], sizeof(T));
@@ -131,11 +134,11 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline uint4 __ldcs(const uint4* from) {
+inline uint4 __ldcs(const uint4 *from) {
     if (reinterpret_cast<uintptr_t>(from) % 16) abort();  // a GPU would fault
     return *from;
 }
-inline void __stcs(uint4* to, uint4 x) {
+inline void __stcs(uint4 *to, uint4 x) {
     if (reinterpret_cast<uintptr_t>(to) % 16) abort();
     *to = x;
 }
@@ -176,7 +179,7 @@ inline __half __float2half_rn(float x) {
     if (size == 0.0f) return {sign};
     if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
     int exponent;
-    frexpf(size, &exponent);                             // size < 2^exponent
+    frexpf(size, &exponent);                                // size < 2^exponent
     const int unit = exponent < -13 ? -24 : exponent - 11;  // weight of the last bit
     const int steps = static_cast<int>(rintf(ldexpf(size, -unit)));
     return {static_cast<uint16_t>(sign | (((unit + 24) << 10) + steps))};
@@ -185,4 +188,4 @@ inline __half __float2half_rn(float x) {
 typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char *cudaGetErrorString(cudaError_t) { return "no error"; }

@@ -1,5 +1,6 @@
 // One token of the clipped policy loss. w = e^u, u = clamp(logprob - old, +-20):
-// max(-A*w, -A*clip(w, 1-low, 1+high)), for A < 0 and dual > 0 at most -A*dual. Sources: arXiv 1707.06347; dual clip arXiv 1912.09729.
+// max(-A*w, -A*clip(w, 1-low, 1+high)), for A < 0 and dual > 0 at most -A*dual. Sources: arXiv 1707.06347; dual clip
+// arXiv 1912.09729.
 #pragma once
 
 #include <math.h>
@@ -18,7 +19,8 @@ struct PpoTerm {
     float dual;       // 1 if the dual clip decided
 };
 
-PPOMAX_INLINE PpoTerm ppo_term(float logprob, float old_logprob, float advantage, float low, float high, float dual_clip) {
+PPOMAX_INLINE PpoTerm ppo_term(float logprob, float old_logprob, float advantage, float low, float high,
+                               float dual_clip) {
     PpoTerm term;
     const float u = logprob - old_logprob;
     const float inner = clamp(u, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT);

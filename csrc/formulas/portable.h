@@ -1,6 +1,7 @@
-// What the shared formulas stand on, on host and device: the inline macro, and exp, expm1 and tanh without branches, so that a plain loop
-// over them vectorises. Host code is compiled once per instruction set; each copy lives in a namespace of its own (PPOMAX_NS) and every
-// function is forced inline, so that the linker can never hand AVX-512 code to a machine without it.
+// What the shared formulas stand on, on host and device: the inline macro, and exp, expm1 and tanh without branches, so
+// that a plain loop over them vectorises. Host code is compiled once per instruction set; each copy lives in a
+// namespace of its own (PPOMAX_NS) and every function is forced inline, so that the linker can never hand AVX-512 code
+// to a machine without it.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +21,8 @@
 namespace ppomax {
 namespace PPOMAX_NS {
 
-constexpr float LOG_RATIO_LIMIT = 20.0f;  // log-ratios are clamped to +-20: e^20 is 4.9e8, and no gradient passes outside
+constexpr float LOG_RATIO_LIMIT =
+    20.0f;  // log-ratios are clamped to +-20: e^20 is 4.9e8, and no gradient passes outside
 
 PPOMAX_INLINE float clamp(float x, float low, float high) {
     x = x < low ? low : x;
@@ -28,7 +30,8 @@ PPOMAX_INLINE float clamp(float x, float low, float high) {
 }
 
 #if !defined(__CUDA_ARCH__)
-// e^x = s * (1 + q) with s a power of two and |x - ln s| <= ln(2)/2. The rounding trick needs |x| well below 2^22: callers clamp.
+// e^x = s * (1 + q) with s a power of two and |x - ln s| <= ln(2)/2. The rounding trick needs |x| well below 2^22:
+// callers clamp.
 PPOMAX_INLINE void exp_parts(float x, float *s, float *q) {
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
     const float n = shifted - 12582912.0f;
@@ -83,7 +86,8 @@ PPOMAX_INLINE void exp_pair(float x, float *exponential, float *minus_one) {
 #endif
 }
 
-// tanh x and its slope 1 - tanh^2 x. The slope of a saturated tanh is far below tanh's rounding: with e = e^(-2|x|) it is 4e / (1 + e)^2.
+// tanh x and its slope 1 - tanh^2 x. The slope of a saturated tanh is far below tanh's rounding: with e = e^(-2|x|) it
+// is 4e / (1 + e)^2.
 PPOMAX_INLINE void tanh_pair(float x, float *y, float *slope) {
     const float magnitude = x < 0.0f ? -x : x;
     float e, minus_one;

@@ -1,8 +1,8 @@
 // KL estimates of one token, from u = logprob - ref_logprob. Source: J. Schulman, "Approximating KL divergence" (2020).
 #pragma once
 
+#include "../ppomax_kernels.h"
 #include "portable.h"
-#include "ppomax_kernels.h"
 
 namespace ppomax {
 namespace PPOMAX_NS {

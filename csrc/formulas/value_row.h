@@ -1,4 +1,5 @@
-// One token of the clipped value loss: 1/2 * max((V-R)^2, (V_old + clamp(V-V_old, +-clip) - R)^2); clip below 0 is none.
+// One token of the clipped value loss: 1/2 * max((V-R)^2, (V_old + clamp(V-V_old, +-clip) - R)^2); clip below 0 is
+// none.
 #pragma once
 
 #include <math.h>
@@ -23,10 +24,12 @@ PPOMAX_INLINE ValueTerm value_term(float value, float old_value, float target, f
     const float reach = clip < 0.0f ? INFINITY : clip;
     const float bounded = old_value + clamp(moved, -reach, reach) - target;
     const float squared_bounded = bounded * bounded;
-    // Inside the interval the two squares are one number, but old + (V - old) may round away from V: that is not a clip.
+    // Inside the interval the two squares are one number, but old + (V - old) may round away from V: that is not a
+    // clip.
     float larger_square = moved < -reach ? squared_bounded : term.squared;
     larger_square = moved > reach ? squared_bounded : larger_square;
-    larger_square = larger_square > term.squared ? larger_square : term.squared;  // NaN: the plain square, which is NaN too
+    larger_square =
+        larger_square > term.squared ? larger_square : term.squared;  // NaN: the plain square, which is NaN too
     term.slope = larger_square > term.squared ? 0.0f : error;
     term.clipped = larger_square > term.squared ? 1.0f : 0.0f;
     term.loss = larger_square;

@@ -1,6 +1,6 @@
 // One row of logits, summarised in one pass and finished here.
-// With c = log2(e)/temperature and t_j = (x_j - max) * c: sum = sum_j 2^t_j, weighted = sum_j 2^t_j * t_j. Differences are taken before the
-// temperature, so that a common shift of the logits costs no digits.
+// With c = log2(e)/temperature and t_j = (x_j - max) * c: sum = sum_j 2^t_j, weighted = sum_j 2^t_j * t_j. Differences
+// are taken before the temperature, so that a common shift of the logits costs no digits.
 #pragma once
 
 #include <math.h>
