@@ -6,7 +6,7 @@ from typing import Any
 
 import ppomax_kernels as K
 import torch
-from ppomax_kernels import native
+from ppomax_kernels.backends import abi
 from torch import Tensor
 
 from .cases import grad_of
@@ -25,7 +25,7 @@ def _token_logprobs() -> Iterator[Problem]:
     logits, labels, up = torch.randn(1, 8), torch.tensor([3]), torch.ones(1)
     leaf = logits.detach().requires_grad_()
     logprobs, lse, dlogits = torch.empty(1), torch.empty(1), torch.empty(1, 8)
-    lib = native.library()
+    lib = abi.library()
     rows = logits.data_ptr(), 0, 1, 1, 8, 8, 8, labels.data_ptr(), 1, 1
     forward_args = *rows, 1.0, 0.0, -100, logprobs.data_ptr(), None, lse.data_ptr(), 1
     backward_args = up.data_ptr(), 1, 1, None, 0, 0, *rows, lse.data_ptr(), None, 1.0, 0.0, -100, dlogits.data_ptr(), 1
@@ -70,7 +70,7 @@ def _token_logprobs() -> Iterator[Problem]:
 def _gae() -> Iterator[Problem]:
     rewards, values = torch.randn(1, 8), torch.randn(1, 8)
     advantages, returns = torch.empty(1, 8), torch.empty(1, 8)
-    lib = native.library()
+    lib = abi.library()
     args = (
         rewards.data_ptr(), 0, 8, values.data_ptr(), 0, 8, None, 0, None, 1, 8, 1.0, 0.95, None, 0, None, 0,
         advantages.data_ptr(), returns.data_ptr(), 1,

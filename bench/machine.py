@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ppomax_kernels import native
+from ppomax_kernels.backends import abi
 from torch import Tensor
 
 from .timing import in_turns, seconds_of
@@ -48,7 +48,7 @@ def versions(device: torch.device) -> str:
 
         parts.append(f"triton {triton.__version__}")
     else:
-        library = native.library()
+        library = abi.library()
         parts.append(library.ppomax_isa_name(library.ppomax_isa()).decode())
     return "; ".join(parts)
 
@@ -66,7 +66,7 @@ def bandwidth(device: torch.device, seconds: float, megabytes: int) -> float:
 
 def read(x: Tensor) -> int:
     """Every byte of a contiguous CPU tensor, by as many threads as torch uses, and nothing else."""
-    function = native.library().ppomax_stream_read
+    function = abi.library().ppomax_stream_read
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
     return int(function(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads()))
 

@@ -49,7 +49,7 @@ def ours(device: torch.device, table: dict[str, Any]) -> tuple[list[str], dict[s
     """The back-ends of an op that run on this device, and the others with the reason."""
     if device.type == "cpu":
         return ["cpu"], {}
-    from ppomax_kernels import native_cuda
+    from ppomax_kernels.backends import native_cuda
 
     names, missing = ["triton"], {}
     if "cuda" in table:

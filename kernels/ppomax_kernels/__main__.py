@@ -5,25 +5,11 @@ registers, spills and shared memory; exit status 1 if one fails or spills (see c
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import Any
 
 import torch
 
 from .dispatch import triton_interprets
-
-BACKENDS = ("ref", "cpu", "triton", "cuda")
-OPS = (
-    "token_logprobs", "linear_token_logprobs", "linear_ppo_loss", "linear_nll", "kl_penalty", "token_rewards", "gae",
-    "whiten", "ppo_loss", "value_loss", "sample",
-)  # fmt: skip
-
-
-def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
-    """Each public op's table of implementations. The linear ops run the row kernels of token_logprobs on chunks."""
-    homes = {op: import_module(f"{__package__}.{op}") for op in OPS}
-    return {op: home.MOMENTS if op == "whiten" else home.FORWARD for op, home in homes.items()}
+from .registry import BACKENDS, OPS, table_of
 
 
 def missing() -> dict[str, str]:
@@ -33,10 +19,10 @@ def missing() -> dict[str, str]:
 
 
 def _cpu() -> str:
-    from . import native
+    from .backends import abi
 
     try:
-        native.library()
+        abi.library()
     except (RuntimeError, OSError) as problem:
         return str(problem)
     return ""
@@ -51,7 +37,7 @@ def _triton() -> str:
 
 
 def _cuda() -> str:
-    from . import native_cuda
+    from .backends import native_cuda
 
     if _cpu():
         return "the compiled library is not there (see cpu)"
@@ -66,7 +52,8 @@ def show() -> None:
     absent = missing()
     note = " (interpreted)" if triton_interprets() and not torch.cuda.is_available() else ""
     print(f"{'op':24}" + "".join(f"{name:10}" for name in BACKENDS))
-    for op, table in tables().items():
+    for op in OPS:
+        table = table_of(op)
         cells = ["-" if name not in table else "no" if name in absent else "yes" for name in BACKENDS]
         print(f"{op:24}" + "".join(f"{cell:10}" for cell in cells))
     print(f"\nyes: runs here{note}.  no: see below.  -: the op has no such back-end.")
@@ -78,7 +65,7 @@ def compile_all(archs: list[str], quick: bool) -> int:
     if importlib.util.find_spec("triton") is None:
         print("compile: triton is not installed: pip install triton", file=sys.stderr)
         return 2
-    from . import compile_triton
+    from .backends import compile_triton
 
     try:
         return compile_triton.main(archs, quick)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .terms import Head, LinearInputs, Need, Walk
 from .vocab_shard import FOREIGN, VocabShard, combine
 
 NONE_IGNORED = FOREIGN + 1  # an ignore_index for rows that all count: no label has this value
@@ -159,27 +160,31 @@ class Gradients:
     """dhidden, dweight (float32) and dbias (float32), each only if wanted, gathered chunk by chunk from the `n` rows
     that count."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool], n: int) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, need: Need, n: int) -> None:
         self.weight = weight
         self.need = need
         empty = hidden.new_empty(0)
         every_row = n == hidden.shape[0]
-        self.dhidden = (hidden.new_empty if every_row else hidden.new_zeros)(hidden.shape) if need[0] else empty
+        self.dhidden = (
+            (hidden.new_empty if every_row else hidden.new_zeros)(hidden.shape) if need.need_hidden else empty
+        )
         f32 = torch.float32
-        self.dweight = (weight.new_empty if n else weight.new_zeros)(weight.shape, dtype=f32) if need[1] else empty
-        self.dbias = weight.new_zeros(weight.shape[0], dtype=f32) if need[2] else empty
+        self.dweight = (
+            (weight.new_empty if n else weight.new_zeros)(weight.shape, dtype=f32) if need.need_weight else empty
+        )
+        self.dbias = weight.new_zeros(weight.shape[0], dtype=f32) if need.need_bias else empty
         self.first = True
 
     def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows, logits: Logits) -> None:
         """Of a chunk of whole rows, each chunk once."""
-        if self.need[0]:
+        if self.need.need_hidden:
             rows.put(self.dhidden, torch.mm(logits.full(dlogits), self.weight)[: dlogits.shape[0]])
         self._add_weight(dlogits, hidden, slice(None))
         self.first = False
 
     def add_tiles(self, dlogits: Iterator[tuple[Tile, Tensor]], hidden: Tensor, rows: Rows) -> None:
         """Of a chunk in tiles of float32, each chunk once."""
-        dhidden = torch.zeros_like(hidden) if self.need[0] else None
+        dhidden = torch.zeros_like(hidden) if self.need.need_hidden else None
         for tile, part in dlogits:
             if dhidden is not None:
                 dhidden.addmm_(part, tile.of(self.weight))
@@ -189,9 +194,9 @@ class Gradients:
         self.first = False
 
     def _add_weight(self, dlogits: Tensor, hidden: Tensor, entries: slice) -> None:
-        if self.need[1]:
+        if self.need.need_weight:
             add_product(self.dweight[entries], dlogits, hidden, self.first)
-        if self.need[2]:
+        if self.need.need_bias:
             self.dbias[entries] += dlogits.sum(0, dtype=torch.float32)
 
 
@@ -211,17 +216,9 @@ def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> 
         total.addmm_(a, b)
 
 
-def check(
-    op: str,
-    impl: str,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    chunk_tokens: int | None,
-    kept: int | None,
-) -> None:
+def check(op: str, impl: str, inputs: LinearInputs, chunk_tokens: int | None, kept: int | None) -> None:
     """Checks that the linear ops share."""
+    hidden, weight, labels, bias = inputs
     checks.tensor(op, hidden=hidden, weight=weight, labels=labels, bias=bias)
     checks.same_device(op, "hidden", hidden, weight=weight, labels=labels, bias=bias)
     checks.floating(op, impl, hidden=hidden, weight=weight, bias=bias)
@@ -256,14 +253,20 @@ def check(
         )
 
 
-def check_head(op: str, temperature: float, softcap: float | None, weight: Tensor, shard: VocabShard | None) -> float:
-    """Checks of the head's numbers and of the shard; returns the softcap as back-ends take it."""
+def head_of(
+    op: str, temperature: float, softcap: float | None, ignore_index: int, weight: Tensor, shard: VocabShard | None
+) -> Head:
+    """Checks of the head's numbers and of the shard; the numbers as back-ends take them."""
     checks.number(op, "temperature", temperature, 0.0, float("inf"), open_low=True)
     if softcap is not None:
         checks.number(op, "softcap", softcap, 0.0, float("inf"), open_low=True)
     if shard is not None:
         shard.check(op, weight)
-    return 0.0 if softcap is None else float(softcap)
+    return Head(float(temperature), 0.0 if softcap is None else float(softcap), ignore_index)
+
+
+def walk_of(kept: int | None, chunk: int, invariant: bool) -> Walk:
+    return Walk(-1 if kept is None else kept, chunk, invariant)
 
 
 def check_labels(op: str, labels: Tensor, weight: Tensor, ignore_index: int, shard: VocabShard | None) -> None:

@@ -7,14 +7,15 @@ in fp32, so memory-bound. No whitening here."""
 
 from torch import Tensor, float32
 
-from . import checks, native, reference
+from . import checks
+from .backends import native, reference
 from .dispatch import Table, late, pick
 from .library import primitive
 
 FORWARD: Table = {
     "cpu": native.gae_cpu,
     "triton": late("gae_triton", "gae_triton"),
-    "cuda": late("native_cuda", "gae_cuda"),
+    "cuda": late("backends.native_cuda", "gae_cuda"),
     "ref": reference.gae,
 }
 
@@ -49,13 +50,7 @@ def _shapes(
     return rewards.new_empty(rewards.shape, dtype=float32), rewards.new_empty(rewards.shape, dtype=float32)
 
 
-gae_op = primitive(
-    "gae(Tensor rewards, Tensor values, Tensor? cu_seqlens, Tensor? mask, float gamma, float lam, Tensor? lams, "
-    "Tensor? bootstrap, str impl)"
-    " -> (Tensor, Tensor)",
-    _forward,
-    _shapes,
-)
+gae_op = primitive("gae", _forward, _shapes, "(Tensor, Tensor)")
 
 
 def gae(

@@ -14,12 +14,15 @@ other sequences. Ends from cu_seqlens are cut to [0, N] before use.
 Left out on purpose: several programs a sequence (look-back between them), which only one very long sequence would gain
 from."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import launch, mask_bytes
+from .backends.launch_triton import Case, floats, integers, launch, mask_bytes
 
 BLOCK = 2048
 WARPS = 8
@@ -125,3 +128,14 @@ def gae_triton(
             returns, rewards.shape[-1], *strides, gamma, gamma * lam, BLOCK=block, num_warps=WARPS,
         )  # fmt: skip
     return advantages, returns
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    mask, cu, score = integers(4096, dtype=torch.bool), integers(9, dtype=torch.int32), floats(8)
+    for dtype, m, per in ((torch.float32, None, None), (torch.float32, mask, score), (torch.bfloat16, mask, None)):
+        name = f"{str(dtype)[6:]}{' mask' if m is not None else ''}{' lam, bootstrap' if per is not None else ''}"
+        z, square = floats(4096, dtype=dtype), floats(8, 512, dtype=dtype)
+        yield name + " packed", partial(gae_triton, z, z, cu, m, 1.0, 0.95, per, per)
+        m = None if m is None else m.view(8, 512)
+        yield name + " padded", partial(gae_triton, square, square, None, m, 1.0, 0.95, per, per)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native, reference
+from . import checks
+from .backends import native, reference
 from .dispatch import Table, late, pick
 from .library import differentiable, primitive
 
@@ -42,14 +43,8 @@ def _backward_shapes(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estima
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
-kl_penalty_fwd = primitive(
-    "kl_penalty_fwd(Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor", _forward, _forward_shapes
-)
-kl_penalty_bwd = primitive(
-    "kl_penalty_bwd(Tensor dkl, Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor",
-    _backward,
-    _backward_shapes,
-)
+kl_penalty_fwd = primitive("kl_penalty_fwd", _forward, _forward_shapes, "Tensor")
+kl_penalty_bwd = primitive("kl_penalty_bwd", _backward, _backward_shapes, "Tensor")
 
 
 class _KLPenalty(torch.autograd.Function):
@@ -74,9 +69,7 @@ def _compose(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, impl: str) 
     return kl_penalty_fwd(logprobs, ref_logprobs, estimator, impl)  # type: ignore[no-any-return]
 
 
-kl_penalty_op = differentiable(
-    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, str impl) -> Tensor", _compose
-)
+kl_penalty_op = differentiable("kl_penalty", _compose, "Tensor")
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1", impl: str = "auto") -> Tensor:

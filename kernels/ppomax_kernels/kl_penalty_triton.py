@@ -6,13 +6,16 @@ One launch each way; reads 8 B a token in fp32, writes 4 B (backward: 12 B and 4
 of a batch of responses. k3 goes by a series near u = 0, where most tokens lie and e^-u - 1 + u would cancel.
 Left out on purpose: the gradient for ref_logprobs, which is this one negated."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import launch
-from .math_triton import LOG_RATIO_LIMIT, clamp, exp_minus_1_minus_x, expm1
+from .backends.launch_triton import Case, floats, launch
+from .backends.math_triton import LOG_RATIO_LIMIT, clamp, exp_minus_1_minus_x, expm1
 
 BLOCK = 1024
 WARPS = 4
@@ -84,3 +87,15 @@ def kl_penalty_backward_triton(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tens
             ESTIMATOR=estimator, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return dlogprobs
+
+
+KINDS = ((torch.float32, "k1"), (torch.float32, "k2"), (torch.float32, "abs"), (torch.bfloat16, "k3"))
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    x = floats(4096)
+    for dtype, est in KINDS:
+        name, z = f"{str(dtype)[6:]} {est}", floats(4096, dtype=dtype)
+        yield name, partial(kl_penalty_triton, z, z, est)
+        yield name, partial(kl_penalty_backward_triton, x, z, z, est)

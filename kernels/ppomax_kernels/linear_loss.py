@@ -5,7 +5,8 @@ overwritten by their gradient, dhidden (GEMM 2), dweight += (GEMM 3, float32): 6
 a fused logprob op needs 8NVD. Memory: one chunk, and the gradients themselves."""
 
 from collections.abc import Callable
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import chunks
 from .chunks import Gradients, Logits, Rows
+from .terms import Head, LinearInputs, Need, Walk
 from .token_logprobs import BACKWARD, FORWARD
 from .vocab_shard import VocabShard
 
@@ -20,43 +22,50 @@ from .vocab_shard import VocabShard
 RowLoss = Callable[[Rows, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
+class Losses(NamedTuple):
+    """Of every chunk, and the gradients of all."""
+
+    losses: list[Tensor]
+    figures: list[Tensor]
+    gradients: Gradients
+
+
 def loss_and_gradients(
     row_loss: RowLoss,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    head: tuple[float, float, int],
-    index: Tensor | None,
-    n: int,
-    walk: tuple[int, bool],
-    need: tuple[bool, bool, bool],
+    inputs: LinearInputs,
+    head: Head,
+    walk: Walk,
+    need: Need,
+    kept: tuple[Tensor | None, int],
     impl: str,
     shard: VocabShard | None,
-) -> tuple[list[Tensor], list[Tensor], Gradients]:
-    """Losses and figures of each chunk, and the gradients. `head` is temperature, softcap, ignore_index; `walk`
-    tokens per chunk, invariant."""
+) -> Losses:
+    """Losses and figures of each chunk, and the gradients. kept: indices of the rows that count (None: all of them)
+    and how many, as kept_rows gives them."""
+    hidden, weight, labels, bias = inputs
+    index, n = kept
     grads = Gradients(hidden, weight, need, n)
-    chunk = chunks.even_chunk(walk[0], n, walk[1])
-    logits = Logits(weight, bias, chunk, n, walk[1])
-    local = labels if shard is None else shard.local_labels(labels, head[2])
+    chunk = chunks.even_chunk(walk.chunk, n, walk.invariant)
+    logits = Logits(weight, bias, chunk, n, walk.invariant)
+    local = labels if shard is None else shard.local_labels(labels, head.ignore_index)
+    numbers = head.temperature, head.softcap
     losses, figures = [], []
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in chunks.row_chunks(index, n, chunk):
             h, y = rows.of(hidden), rows.of(local)
             z = logits.of(h)
-            logprobs, entropy, lse = FORWARD[impl](z, y, head[0], head[1], True, chunks.NONE_IGNORED)
+            logprobs, entropy, lse = FORWARD[impl](z, y, *numbers, True, chunks.NONE_IGNORED)
             if shard is not None:
                 logprobs, entropy, lse = shard.combine(y, logprobs, entropy, lse)
             loss, figure, dlogprobs, dentropy = row_loss(rows, logprobs, entropy)
             losses.append(loss)
             figures.append(figure)
             if any(need):
-                dz = BACKWARD[impl](dlogprobs, dentropy, z, y, lse, entropy, *head[:2], chunks.NONE_IGNORED, z)
+                dz = BACKWARD[impl](dlogprobs, dentropy, z, y, lse, entropy, *numbers, chunks.NONE_IGNORED, z)
                 grads.add(dz, h, rows, logits)
-    if shard is not None and need[0]:
+    if shard is not None and need.need_hidden:
         shard.sum(grads.dhidden)
-    return losses, figures, grads
+    return Losses(losses, figures, grads)
 
 
 class ReadyGradients(torch.autograd.Function):
@@ -96,21 +105,20 @@ def composed(
     op: str,
     primitive: Callable[..., Any],
     forward: Callable[..., Any],
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    rest: tuple[Any, ...],
+    inputs: LinearInputs,
+    groups: tuple[tuple[Any, ...], ...],
+    impl: str,
     shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and metrics by the registered `primitive`, or by its body `forward` for a shard, which no schema can hold;
-    gradients wait for the backward if one is wanted. `rest`: their arguments after the bias, impl last."""
-    *scalars, impl = rest
+    gradients wait for the backward if one is wanted. groups: what both take between inputs and Need."""
+    hidden, weight, labels, bias = inputs
 
     def compute(*need: bool) -> tuple[Tensor, ...]:
-        plain_bias = None if bias is None else bias.detach()
-        args = (hidden.detach(), weight.detach(), labels, plain_bias, *scalars, *need, impl)
-        return primitive(*args) if shard is None else forward(*args, shard=shard)  # type: ignore[no-any-return]
+        plain = LinearInputs(hidden.detach(), weight.detach(), labels, None if bias is None else bias.detach())
+        if shard is not None:
+            return forward(plain, *groups, Need(*need), impl, shard=shard)  # type: ignore[no-any-return]
+        return primitive(*plain, *chain.from_iterable(groups), *need, impl)  # type: ignore[no-any-return]
 
     if wants_gradient(hidden, weight, bias):
         return ReadyGradients.apply(hidden, weight, bias, compute, op)  # type: ignore[no-any-return, no-untyped-call]
@@ -126,12 +134,17 @@ def wants_gradient(*xs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in xs)
 
 
-def gradient_shapes(
-    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradient_shapes(hidden: Tensor, weight: Tensor, need: Need) -> tuple[Tensor, Tensor, Tensor]:
     f32 = torch.float32
     return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape, dtype=f32) if need_weight else weight.new_empty((0,)),
-        weight.new_empty(weight.shape[:1], dtype=f32) if need_bias else weight.new_empty((0,)),
+        hidden.new_empty(hidden.shape if need.need_hidden else (0,)),
+        weight.new_empty(weight.shape, dtype=f32) if need.need_weight else weight.new_empty((0,)),
+        weight.new_empty(weight.shape[:1], dtype=f32) if need.need_bias else weight.new_empty((0,)),
     )
+
+
+def loss_shapes(inputs: LinearInputs, metrics: int, need: Need) -> tuple[Tensor, ...]:
+    """Of loss, so many metrics, and gradients."""
+    hidden, f32 = inputs.hidden, torch.float32
+    loss, figures = hidden.new_empty((), dtype=f32), hidden.new_empty((metrics,), dtype=f32)
+    return loss, figures, *gradient_shapes(hidden, inputs.weight, need)

@@ -4,83 +4,50 @@ in place, so it can be run once. With frozen weight or hidden its GEMM is skippe
 token_logprobs.py and ppo_loss.py: on a chunk that stays in cache, a kernel that fuses the two has little left to
 save."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import checks, chunks, ppo_loss, reference
+from . import checks, chunks
+from .backends import reference
 from .chunks import Rows, kept_rows
 from .dispatch import pick
 from .library import differentiable, primitive
-from .linear_loss import composed, gradient_shapes, loss_and_gradients
+from .linear_loss import composed, loss_and_gradients, loss_shapes
 from .metrics import Metrics
-from .ppo_loss import FORWARD, METRICS, normalizer_of
+from .ppo_loss import FORWARD, METRICS, divisor_of, given_tokens, terms_of
+from .terms import Head, LinearInputs, Need, PolicyTokens, PpoTerms, Walk
 from .vocab_shard import VocabShard
 
 
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    is_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    normalizer: Tensor | None,
-    norm_value: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    estimator: str,
-    ent_coef: float,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    kept: int,
-    chunk: int,
-    invariant: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    inputs: LinearInputs,
+    tokens: PolicyTokens,
+    terms: PpoTerms,
+    head: Head,
+    walk: Walk,
+    need: Need,
     impl: str,
     *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chunks.check_labels("linear_ppo_loss", labels, weight, ignore_index, shard)
-    keep = labels != ignore_index
-    index, n = kept_rows(keep if mask is None else keep & mask.bool(), kept)
-    need = (need_hidden, need_weight, need_bias)
-    if normalizer is None and norm_value == 0.0:
-        norm_value = float(n)
+    labels = inputs.labels
+    chunks.check_labels("linear_ppo_loss", labels, inputs.weight, head.ignore_index, shard)
+    keep = labels != head.ignore_index
+    kept = kept_rows(keep if tokens.mask is None else keep & tokens.mask.bool(), walk.kept)
+    if terms.normalizer is None and terms.norm_value == 0.0:
+        terms = terms._replace(norm_value=float(kept[1]))
 
     def row_loss(rows: Rows, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        loss, figure, dlogprobs, scale = FORWARD[impl](
-            logprobs, rows.of(old_logprobs), rows.of(advantages), None, rows.of_maybe(is_weights),
-            rows.of_maybe(ref_logprobs), entropy, normalizer, norm_value, clip_low, clip_high, dual_clip, kl_coef,
-            estimator, ent_coef, any(need),
+        own = PolicyTokens(
+            rows.of(tokens.old_logprobs), rows.of(tokens.advantages), None, rows.of_maybe(tokens.is_weights),
+            rows.of_maybe(tokens.ref_logprobs),
         )  # fmt: skip
-        dentropy = (scale * -ent_coef).expand(logprobs.shape) if ent_coef else None
+        loss, figure, dlogprobs, scale = FORWARD[impl](logprobs, own, entropy, terms, any(need))
+        dentropy = (scale * -terms.ent_coef).expand(logprobs.shape) if terms.ent_coef else None
         return loss, figure, dlogprobs * scale, dentropy
 
-    losses, figures, grads = loss_and_gradients(
-        row_loss,
-        hidden,
-        weight,
-        labels,
-        bias,
-        (temperature, softcap, ignore_index),
-        index,
-        n,
-        (chunk, invariant),
-        need,
-        impl,
-        shard,
-    )
-    loss, metrics = _total(losses, figures, hidden)
+    losses, figures, grads = loss_and_gradients(row_loss, inputs, head, walk, need, kept, impl, shard)
+    loss, metrics = _total(losses, figures, inputs.hidden)
     return loss, metrics, grads.dhidden, grads.dweight, grads.dbias
 
 
@@ -95,38 +62,35 @@ def _total(losses: list[Tensor], figures: list[Tensor], like: Tensor) -> tuple[T
     return torch.stack(losses).sum(), metrics
 
 
-def _shapes(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    f32 = torch.float32
-    return (
-        hidden.new_empty((), dtype=f32),
-        hidden.new_empty((len(METRICS),), dtype=f32),
-        *gradient_shapes(hidden, weight, *rest[-4:-1]),
-    )
+def _shapes(
+    inputs: LinearInputs, tokens: PolicyTokens, terms: PpoTerms, head: Head, walk: Walk, need: Need, impl: str
+) -> tuple[Tensor, ...]:
+    return loss_shapes(inputs, len(METRICS), need)
 
 
-_ARGS = (
-    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor old_logprobs, Tensor advantages, Tensor? mask, "
-    "Tensor? is_weights,"
-    " Tensor? ref_logprobs, Tensor? normalizer, float norm_value, float clip_low, float clip_high, float dual_clip, "
-    "float kl_coef,"
-    " str estimator, float ent_coef, float temperature, float softcap, int ignore_index, int kept, int chunk, bool "
-    "invariant"
-)
 linear_ppo_loss_fwd = primitive(
-    f"linear_ppo_loss_fwd({_ARGS}, bool need_hidden, bool need_weight, bool need_bias, str impl)"
-    " -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "linear_ppo_loss_fwd",
     _forward,
     _shapes,
+    "(Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 
 
 def _compose(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any, shard: VocabShard | None = None
+    inputs: LinearInputs,
+    tokens: PolicyTokens,
+    terms: PpoTerms,
+    head: Head,
+    walk: Walk,
+    impl: str,
+    *,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return composed("linear_ppo_loss", linear_ppo_loss_fwd, _forward, hidden, weight, labels, bias, rest, shard)
+    groups = tokens, terms, head, walk
+    return composed("linear_ppo_loss", linear_ppo_loss_fwd, _forward, inputs, groups, impl, shard)
 
 
-linear_ppo_loss_op = differentiable(f"linear_ppo_loss({_ARGS}, str impl) -> (Tensor loss, Tensor metrics)", _compose)
+linear_ppo_loss_op = differentiable("linear_ppo_loss", _compose, "(Tensor loss, Tensor metrics)")
 
 
 def linear_ppo_loss(
@@ -173,42 +137,47 @@ def linear_ppo_loss(
     """
     op = "linear_ppo_loss"
     hidden, weight, bias = chunks.cast_for_autocast(hidden, weight, bias)  # type: ignore[assignment]
-    chunks.check(op, impl, hidden, weight, labels, bias, chunk_tokens, kept)
-    others = dict(old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights, ref_logprobs=ref_logprobs)
-    checks.tensor(op, mask=mask, **others)
-    checks.same_device(op, "hidden", hidden, mask=mask, **others)
-    checks.floating(op, impl, **others)
-    checks.mask_dtype(op, mask)
-    checks.same_shape(op, "labels", labels.shape, mask=mask, **others)
-    checks.contiguous(op, mask=mask, **others)
-    checks.no_gradient(op, **others)
-    cap = chunks.check_head(op, temperature, softcap, weight, shard)
-    ppo_loss.check_scalars(op, clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef, ref_logprobs)
-    norm_tensor, norm_value = normalizer_of(op, normalizer, hidden)
-    name = pick(op, impl, hidden.device, FORWARD)
-    terms = (
-        norm_tensor, norm_value, float(clip_low), float(clip_high), 0.0 if dual_clip is None else float(dual_clip),
-        float(kl_coef), estimator, float(ent_coef),
+    inputs = LinearInputs(hidden, weight, labels, bias)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, is_weights, ref_logprobs)
+    chunks.check(op, impl, inputs, chunk_tokens, kept)
+    _check(op, impl, inputs, tokens)
+    head = chunks.head_of(op, temperature, softcap, ignore_index, weight, shard)
+    terms = terms_of(
+        op, divisor_of(op, normalizer, hidden), clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef,
+        ref_logprobs,
     )  # fmt: skip
+    name = pick(op, impl, hidden.device, FORWARD)
     if name == "ref":
         chunks.refuse_shard(op, shard)
-        chunks.check_labels(op, labels, weight, ignore_index, None)
-        keep = labels != ignore_index if mask is None else (labels != ignore_index) & mask.bool()
-        counted = labels.masked_fill(~keep, ignore_index)
-        logprobs, entropy, _ = reference.linear_token_logprobs(
-            hidden, weight, counted, bias, temperature, cap, True, ignore_index
-        )
-        loss, figures = reference.ppo_loss(
-            logprobs, old_logprobs, advantages, keep, is_weights, ref_logprobs, entropy, *terms
-        )
+        loss, figures = _reference(inputs, tokens, terms, head)
     else:
-        size = chunk_tokens or chunks.default_chunk(weight.shape[0], hidden.device.type)
-        args = (
-            hidden, weight, labels, bias, old_logprobs, advantages, mask, is_weights, ref_logprobs, *terms,
-            float(temperature), cap, ignore_index, -1 if kept is None else kept, size, batch_invariant, name,
-        )  # fmt: skip
+        walk = chunks.walk_of(
+            kept, chunk_tokens or chunks.default_chunk(len(weight), hidden.device.type), batch_invariant
+        )
         if shard is None and torch.compiler.is_compiling():  # one opaque op: dynamo would unroll the chunks
-            loss, figures = linear_ppo_loss_op(*args)
+            loss, figures = linear_ppo_loss_op(*inputs, *tokens, *terms, *head, *walk, name)
         else:
-            loss, figures = _compose(*args, shard=shard)
+            loss, figures = _compose(inputs, tokens, terms, head, walk, name, shard=shard)
     return loss, Metrics(METRICS, figures)
+
+
+def _check(op: str, impl: str, inputs: LinearInputs, tokens: PolicyTokens) -> None:
+    """What linear_ppo_loss asks of its rows besides what all linear ops do."""
+    others, mask = given_tokens(tokens), tokens.mask
+    checks.tensor(op, mask=mask, **others)
+    checks.same_device(op, "hidden", inputs.hidden, mask=mask, **others)
+    checks.floating(op, impl, **others)
+    checks.mask_dtype(op, mask)
+    checks.same_shape(op, "labels", inputs.labels.shape, mask=mask, **others)
+    checks.contiguous(op, mask=mask, **others)
+    checks.no_gradient(op, **others)
+
+
+def _reference(inputs: LinearInputs, tokens: PolicyTokens, terms: PpoTerms, head: Head) -> tuple[Tensor, Tensor]:
+    labels = inputs.labels
+    chunks.check_labels("linear_ppo_loss", labels, inputs.weight, head.ignore_index, None)
+    keep = labels != head.ignore_index
+    keep = keep if tokens.mask is None else keep & tokens.mask.bool()
+    counted = inputs._replace(labels=labels.masked_fill(~keep, head.ignore_index))
+    logprobs, entropy, _ = reference.linear_token_logprobs(counted, head, True)
+    return reference.ppo_loss(logprobs, tokens._replace(mask=keep), entropy, terms)

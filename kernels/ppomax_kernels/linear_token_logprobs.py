@@ -4,53 +4,45 @@ backward makes each chunk's logits again: 2NVD FLOPs forward, 6NVD backward, mem
 weight gradient. GEMMs are torch's. If the loss is PPO's or a plain NLL, `linear_ppo_loss` and `linear_nll` need no
 second look at the logits: 6NVD in all."""
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import chunks, reference
+from . import chunks
+from .backends import reference
 from .chunks import NONE_IGNORED as NONE
 from .chunks import Gradients, Logits, Tile
 from .dispatch import pick
-from .library import differentiable, primitive
+from .library import differentiable, primitive, split
 from .linear_loss import gradient_shapes, wants_gradient
+from .terms import Head, LinearInputs, Need, SavedRows, Upstream, Walk
 from .token_logprobs import BACKWARD, FORWARD
 from .vocab_shard import VocabShard
 
 
 def rows_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    entropy: bool,
-    ignore_index: int,
-    kept: int,
-    chunk: int,
-    invariant: bool,
-    impl: str,
-    *,
-    shard: VocabShard | None = None,
+    inputs: LinearInputs, head: Head, walk: Walk, entropy: bool, impl: str, *, shard: VocabShard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunks.check_labels("linear_token_logprobs", labels, weight, ignore_index, shard)
+    hidden, weight, labels, bias = inputs
+    chunks.check_labels("linear_token_logprobs", labels, weight, head.ignore_index, shard)
     n_all = hidden.shape[0]
     f32 = torch.float32
-    index, n = chunks.kept_rows(labels != ignore_index, kept)
-    chunk, tile = chunks.blocks(chunk, n, weight, invariant)
-    logits = Logits(weight, bias, chunk, n, invariant, tile)
+    index, n = chunks.kept_rows(labels != head.ignore_index, walk.kept)
+    chunk, tile = chunks.blocks(walk.chunk, n, weight, walk.invariant)
+    logits = Logits(weight, bias, chunk, n, walk.invariant, tile)
     want = entropy or shard is not None
     logprobs, ent, lse = (hidden.new_zeros(n, dtype=f32) for n in (n_all, n_all if want else 0, n_all))
-    local = labels if shard is None else shard.local_labels(labels, ignore_index)
+    local = labels if shard is None else shard.local_labels(labels, head.ignore_index)
+    numbers = head.temperature, head.softcap
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in chunks.row_chunks(index, n, chunk):
             h, y = rows.of(hidden), rows.of(local)
             parts, tile_labels = [], [t.labels(y) for t in logits.tiles]
             for t, own in zip(logits.tiles, tile_labels, strict=True):
-                parts.append(FORWARD[impl](logits.of(h, t), own, temperature, softcap, want or not t.whole, NONE))
+                parts.append(FORWARD[impl](logits.of(h, t), own, *numbers, want or not t.whole, NONE))
             stats = chunks.joined(parts, tile_labels)
             if shard is not None:
                 stats = shard.combine(y, *stats)
@@ -61,114 +53,90 @@ def rows_forward(
 
 
 def rows_backward(
-    dlogprobs: Tensor | None,
-    dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    kept: int,
-    chunk: int,
-    invariant: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    upstream: Upstream,
+    inputs: LinearInputs,
+    saved: SavedRows,
+    head: Head,
+    walk: Walk,
+    need: Need,
     impl: str,
     *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index, n = chunks.kept_rows(labels != ignore_index, kept)
-    chunk, tile = chunks.blocks(chunk, n, weight, invariant)
-    grads = Gradients(hidden, weight, (need_hidden, need_weight, need_bias), n)
-    logits = Logits(weight, bias, chunk, n, invariant, tile)
-    local = labels if shard is None else shard.local_labels(labels, ignore_index)
+    hidden, weight, labels, bias = inputs
+    index, n = chunks.kept_rows(labels != head.ignore_index, walk.kept)
+    chunk, tile = chunks.blocks(walk.chunk, n, weight, walk.invariant)
+    grads = Gradients(hidden, weight, need, n)
+    logits = Logits(weight, bias, chunk, n, walk.invariant, tile)
+    local = labels if shard is None else shard.local_labels(labels, head.ignore_index)
+    numbers = head.temperature, head.softcap
 
-    def dlogits(t: Tile, h: Tensor, y: Tensor, upstream: tuple[Any, Any], stats: tuple[Tensor, Tensor]) -> Tensor:
+    def dlogits(t: Tile, h: Tensor, y: Tensor, given: Upstream, known: SavedRows) -> Tensor:
         z = logits.of(h, t)
-        return BACKWARD[impl](*upstream, z, t.labels(y), *stats, temperature, softcap, NONE, z)  # type: ignore[no-any-return]
+        return BACKWARD[impl](*given, z, t.labels(y), *known, *numbers, NONE, z)  # type: ignore[no-any-return]
 
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in chunks.row_chunks(index, n, chunk):
             h, y = rows.of(hidden), rows.of(local)
-            known = (
-                (rows.of_maybe(dlogprobs), rows.of_maybe(dentropy)),
-                (rows.of(lse), rows.of(entropy) if dentropy is not None else entropy),
-            )
+            given = Upstream(rows.of_maybe(upstream.dlogprobs), rows.of_maybe(upstream.dentropy))
+            entropy = saved.entropy if upstream.dentropy is None else rows.of(saved.entropy)
+            known = SavedRows(rows.of(saved.lse), entropy)
             if len(logits.tiles) == 1:
-                grads.add(dlogits(logits.tiles[0], h, y, *known), h, rows, logits)
+                grads.add(dlogits(logits.tiles[0], h, y, given, known), h, rows, logits)
             else:
-                grads.add_tiles(((t, dlogits(t, h, y, *known)) for t in logits.tiles), h, rows)
-    if shard is not None and need_hidden:
+                grads.add_tiles(((t, dlogits(t, h, y, given, known)) for t in logits.tiles), h, rows)
+    if shard is not None and need.need_hidden:
         shard.sum(grads.dhidden)
     return grads.dhidden, grads.dweight, grads.dbias
 
 
 def _forward_shapes(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+    inputs: LinearInputs, head: Head, walk: Walk, entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = labels.shape
-    f32 = torch.float32
+    hidden, n, f32 = inputs.hidden, inputs.labels.shape, torch.float32
     return (
         hidden.new_empty(n, dtype=f32),
-        hidden.new_empty(n if rest[2] else (0,), dtype=f32),
+        hidden.new_empty(n if entropy else (0,), dtype=f32),
         hidden.new_empty(n, dtype=f32),
     )
 
 
 def _backward_shapes(
-    dlogprobs: Tensor | None, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any
+    upstream: Upstream, inputs: LinearInputs, saved: SavedRows, head: Head, walk: Walk, need: Need, impl: str
 ) -> tuple[Tensor, ...]:
-    return gradient_shapes(hidden, weight, *rest[-4:-1])
+    return gradient_shapes(inputs.hidden, inputs.weight, need)
 
 
-_HEAD = "float temperature, float softcap"
-_WALK = "int ignore_index, int kept, int chunk, bool invariant"
 linear_token_logprobs_fwd = primitive(
-    f"linear_token_logprobs_fwd(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_HEAD}, bool entropy, "
-    f"{_WALK}, str impl)"
-    " -> (Tensor, Tensor, Tensor)",
-    rows_forward,
-    _forward_shapes,
+    "linear_token_logprobs_fwd", rows_forward, _forward_shapes, "(Tensor, Tensor, Tensor)"
 )
 linear_token_logprobs_bwd = primitive(
-    "linear_token_logprobs_bwd(Tensor? dlogprobs, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor labels, "
-    "Tensor lse, Tensor entropy,"
-    f" Tensor? bias, {_HEAD}, {_WALK}, bool need_hidden, bool need_weight, bool need_bias, str impl) -> (Tensor, "
-    "Tensor, Tensor)",
-    rows_backward,
-    _backward_shapes,
+    "linear_token_logprobs_bwd", rows_backward, _backward_shapes, "(Tensor, Tensor, Tensor)"
 )
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        entropy: bool,
+        impl: str,
+        shard: VocabShard | None,
+        *flat: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        temperature, softcap, entropy, ignore_index, kept, chunk, invariant, impl, shard = rest
-        args: tuple[Any, ...] = (
-            hidden,
-            weight,
-            labels,
-            bias,
-            temperature,
-            softcap,
-            entropy,
-            ignore_index,
-            kept,
-            chunk,
-            invariant,
-            impl,
-        )
-        logprobs, ent, lse = linear_token_logprobs_fwd(*args) if shard is None else rows_forward(*args, shard=shard)
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, ent)
-        ctx.scalars = temperature, softcap, ignore_index, kept, chunk, invariant
-        ctx.impl, ctx.shard = impl, shard
+        """flat: the fields of Head, then those of Walk."""
+        head, walk = split(flat, Head, Walk)
+        inputs = LinearInputs(hidden, weight, labels, bias)
+        if shard is None:
+            logprobs, ent, lse = linear_token_logprobs_fwd(*inputs, *flat, entropy, impl)
+        else:
+            logprobs, ent, lse = rows_forward(inputs, head, walk, entropy, impl, shard=shard)
+        ctx.save_for_backward(*inputs, lse, ent)
+        ctx.head, ctx.walk, ctx.impl, ctx.shard = head, walk, impl, shard
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return logprobs, ent, lse
@@ -176,57 +144,31 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse, entropy = ctx.saved_tensors
-        if entropy.numel() != lse.numel():
+        inputs, saved = split(ctx.saved_tensors, LinearInputs, SavedRows)
+        if saved.entropy.numel() != saved.lse.numel():
             dentropy = None
-        need = ctx.needs_input_grad[:3]
-        args: tuple[Any, ...] = (
-            dlogprobs,
-            dentropy,
-            hidden,
-            weight,
-            labels,
-            lse,
-            entropy,
-            bias,
-            *ctx.scalars,
-            *need,
-            ctx.impl,
-        )
-        grads = linear_token_logprobs_bwd(*args) if ctx.shard is None else rows_backward(*args, shard=ctx.shard)
-        return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 10
+        upstream, need = Upstream(dlogprobs, dentropy), Need(*ctx.needs_input_grad[:3])
+        groups = (upstream, inputs, saved, ctx.head, ctx.walk, need)
+        if ctx.shard is None:
+            grads = linear_token_logprobs_bwd(*chain.from_iterable(groups), ctx.impl)
+        else:
+            grads = rows_backward(*groups, ctx.impl, shard=ctx.shard)
+        nothing = (None,) * (len(ctx.needs_input_grad) - len(grads))
+        return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *nothing
 
 
 def _compose(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    entropy: bool,
-    ignore_index: int,
-    kept: int,
-    chunk: int,
-    invariant: bool,
-    impl: str,
-    *,
-    shard: VocabShard | None = None,
+    inputs: LinearInputs, head: Head, walk: Walk, entropy: bool, impl: str, *, shard: VocabShard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rest = (temperature, softcap, entropy, ignore_index, kept, chunk, invariant, impl)
+    hidden, weight, labels, bias = inputs
     if wants_gradient(hidden, weight, bias):
-        return _LinearTokenLogprobs.apply(hidden, weight, bias, labels, *rest, shard)  # type: ignore[no-any-return, no-untyped-call]
+        return _LinearTokenLogprobs.apply(hidden, weight, bias, labels, entropy, impl, shard, *head, *walk)  # type: ignore[no-any-return, no-untyped-call]
     if shard is not None:
-        return rows_forward(hidden, weight, labels, bias, *rest, shard=shard)
-    return linear_token_logprobs_fwd(hidden, weight, labels, bias, *rest)  # type: ignore[no-any-return]
+        return rows_forward(inputs, head, walk, entropy, impl, shard=shard)
+    return linear_token_logprobs_fwd(*inputs, *head, *walk, entropy, impl)  # type: ignore[no-any-return]
 
 
-linear_token_logprobs_op = differentiable(
-    f"linear_token_logprobs(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_HEAD}, bool entropy, "
-    f"{_WALK}, str impl)"
-    " -> (Tensor, Tensor, Tensor)",
-    _compose,
-)
+linear_token_logprobs_op = differentiable("linear_token_logprobs", _compose, "(Tensor, Tensor, Tensor)")
 
 
 def linear_token_logprobs(
@@ -270,18 +212,15 @@ def linear_token_logprobs(
     """
     op = "linear_token_logprobs"
     hidden, weight, bias = chunks.cast_for_autocast(hidden, weight, bias)  # type: ignore[assignment]
-    chunks.check(op, impl, hidden, weight, labels, bias, chunk_tokens, kept)
-    cap = chunks.check_head(op, temperature, softcap, weight, shard)
+    inputs = LinearInputs(hidden, weight, labels, bias)
+    chunks.check(op, impl, inputs, chunk_tokens, kept)
+    head = chunks.head_of(op, temperature, softcap, ignore_index, weight, shard)
     name = pick(op, impl, hidden.device, FORWARD)
     if name == "ref":
         chunks.refuse_shard(op, shard)
         chunks.check_labels(op, labels, weight, ignore_index, None)
-        logprobs, entropy, _ = reference.linear_token_logprobs(
-            hidden, weight, labels, bias, temperature, cap, return_entropy, ignore_index
-        )
+        logprobs, entropy, _ = reference.linear_token_logprobs(inputs, head, return_entropy)
     else:
-        logprobs, entropy, _ = _compose(
-            hidden, weight, labels, bias, float(temperature), cap, return_entropy, ignore_index, -1 if kept is None
-            else kept, chunk_tokens or 0, batch_invariant, name, shard=shard,
-        )  # fmt: skip
+        walk = chunks.walk_of(kept, chunk_tokens or 0, batch_invariant)
+        logprobs, entropy, _ = _compose(inputs, head, walk, return_entropy, name, shard=shard)
     return (logprobs, entropy) if return_entropy else logprobs

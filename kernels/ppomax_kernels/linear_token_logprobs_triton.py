@@ -14,13 +14,17 @@ not depend on N. A tile of rows that are all ignored computes nothing.
 Left out on purpose: the backward (on chunks, see linear_token_logprobs.py), and a choice of this kernel by itself: it
 is to be chosen where it has been measured to be faster than GEMM and row kernel on chunks."""
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import backend, launch
-from .math_triton import INTERPRETED, LOG2E, tanh
+from .backends.launch_triton import Case, backend, floats, integers, launch
+from .backends.math_triton import INTERPRETED, LOG2E, tanh
 from .token_logprobs_triton import FOREIGN
 
 SPLIT = 2048
@@ -178,3 +182,13 @@ def linear_token_logprobs_triton(
             BLOCK=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
     return logprobs, ent, lse
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    labels = integers(4096)
+    for dtype, depth, full in itertools.product((torch.float32, torch.bfloat16), (4096, 4100), (False, True)):
+        hidden, weight = floats(4096, depth, dtype=dtype), floats(151936, depth, dtype=dtype)
+        bias, cap = (floats(151936, dtype=dtype), 30.0) if full else (None, 0.0)
+        name = f"{str(dtype)[6:]} D={depth}{' bias, softcap, entropy' if full else ''}"
+        yield name, partial(linear_token_logprobs_triton, hidden, weight, labels, bias, 1.0, cap, full, -100)

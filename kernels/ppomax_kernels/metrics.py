@@ -5,6 +5,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+POLICY_METRICS = (
+    "pg_loss", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max", "kl", "entropy", "tokens",
+)  # fmt: skip
+"""What ppo_loss tells, in the order in which every back-end writes it; so do the next two."""
+VALUE_METRICS = ("v_loss", "clipfrac", "value_mean", "return_mean", "squared_error", "tokens")
+NLL_METRICS = ("nll", "entropy", "tokens")
+
 
 class Metrics:
     """`metrics["approx_kl"]` is a 0-d view of `metrics.tensor`; `metrics.to_dict()` reads all of them back at once."""

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native, reference
+from . import checks
+from .backends import native, reference
 from .dispatch import Table, late, pick
 from .kl_penalty import ESTIMATORS
-from .library import primitive
-from .metrics import Metrics
+from .library import primitive, split
+from .metrics import POLICY_METRICS, Metrics
+from .terms import Divisor, PolicyTokens, PpoTerms
 
-METRICS = ("pg_loss", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max", "kl", "entropy", "tokens")
+METRICS = POLICY_METRICS
 
 FORWARD: Table = {
     "cpu": native.ppo_loss_cpu,
@@ -28,32 +30,14 @@ FORWARD: Table = {
 
 
 def _forward(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    is_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    normalizer: Tensor | None,
-    norm_value: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    estimator: str,
-    ent_coef: float,
-    need_grad: bool,
-    impl: str,
+    logprobs: Tensor, tokens: PolicyTokens, entropy: Tensor | None, terms: PpoTerms, need_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return FORWARD[impl](  # type: ignore[no-any-return]
-        logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy, normalizer, norm_value,
-        clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef, need_grad,
-    )  # fmt: skip
+    return FORWARD[impl](logprobs, tokens, entropy, terms, need_grad)  # type: ignore[no-any-return]
 
 
-def _shapes(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_grad = rest[-2]
+def _shapes(
+    logprobs: Tensor, tokens: PolicyTokens, entropy: Tensor | None, terms: PpoTerms, need_grad: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     f32 = torch.float32
     return (
         logprobs.new_empty((), dtype=f32),
@@ -64,28 +48,19 @@ def _shapes(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 ppo_loss_fwd = primitive(
-    "ppo_loss_fwd(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights, Tensor? "
-    "ref_logprobs,"
-    " Tensor? entropy, Tensor? normalizer, float norm_value, float clip_low, float clip_high, float dual_clip, float "
-    "kl_coef, str estimator,"
-    " float ent_coef, bool need_grad, str impl) -> (Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor scale)",
-    _forward,
-    _shapes,
+    "ppo_loss_fwd", _forward, _shapes, "(Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor scale)"
 )
 
 
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logprobs: Tensor, entropy: Tensor | None, mask: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        old_logprobs, advantages, is_weights, ref_logprobs, *scalars, impl = rest
-        loss, metrics, dlogprobs, scale = ppo_loss_fwd(
-            logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy, *scalars, True, impl
-        )
-        ctx.save_for_backward(dlogprobs, scale, mask)
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
+        """flat: the fields of PolicyTokens, then those of PpoTerms."""
+        tokens, terms = split(flat, PolicyTokens, PpoTerms)
+        loss, metrics, dlogprobs, scale = ppo_loss_fwd(logprobs, *tokens, entropy, *terms, True, impl)
+        ctx.save_for_backward(dlogprobs, scale, tokens.mask)
         ctx.dtypes = logprobs.dtype, entropy.dtype if entropy is not None else None
-        ctx.ent_coef = scalars[-1]
+        ctx.ent_coef, ctx.inputs = terms.ent_coef, 3 + len(flat)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -94,7 +69,7 @@ class _PPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, dmetrics: None) -> tuple[Tensor | None, ...]:
         d, scale, mask = ctx.saved_tensors
-        nothing = (None,) * 16
+        nothing = (None,) * ctx.inputs
         if dloss is None:
             return nothing
         unit = dloss * scale
@@ -143,54 +118,60 @@ def ppo_loss(
     Source: arXiv 1707.06347; clip-higher arXiv 2503.14476; dual clip arXiv 1912.09729.
     """
     op = "ppo_loss"
-    others = dict(
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        is_weights=is_weights,
-        ref_logprobs=ref_logprobs,
-        entropy=entropy,
-    )
-    _check(op, impl, logprobs, mask, others)
-    check_scalars(op, clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef, ref_logprobs)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, is_weights, ref_logprobs)
+    _check(op, impl, logprobs, tokens, entropy)
     if ent_coef and entropy is None:
         raise ValueError(
             f"{op}: ent_coef = {ent_coef} needs entropy, got None; take it from token_logprobs(..., "
             "return_entropy=True)"
         )
-    norm_tensor, norm_value = normalizer_of(op, normalizer, logprobs)
-    name = pick(op, impl, logprobs.device, FORWARD)
-    scalars = (
-        norm_tensor, norm_value, float(clip_low), float(clip_high), 0.0 if dual_clip is None else float(dual_clip),
-        float(kl_coef), estimator, float(ent_coef),
+    terms = terms_of(
+        op, divisor_of(op, normalizer, logprobs), clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef,
+        ref_logprobs,
     )  # fmt: skip
+    name = pick(op, impl, logprobs.device, FORWARD)
     if name == "ref":
-        loss, figures = reference.ppo_loss(
-            logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy, *scalars
-        )
+        loss, figures = reference.ppo_loss(logprobs, tokens, entropy, terms)
     elif torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
-        loss, figures = _PPOLoss.apply(  # type: ignore[no-untyped-call]
-            logprobs, entropy, mask, old_logprobs, advantages, is_weights, ref_logprobs, *scalars, name
-        )
+        loss, figures = _PPOLoss.apply(logprobs, entropy, name, *tokens, *terms)  # type: ignore[no-untyped-call]
     else:
-        loss, figures, _, _ = ppo_loss_fwd(
-            logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy, *scalars, False, name
-        )
+        loss, figures, _, _ = ppo_loss_fwd(logprobs, *tokens, entropy, *terms, False, name)
     return loss, Metrics(METRICS, figures)
 
 
-def _check(op: str, impl: str, first: Tensor, mask: Tensor | None, others: dict[str, Tensor | None]) -> None:
-    if not checks.plain(mask, first, *others.values()):
+def _check(op: str, impl: str, first: Tensor, tokens: PolicyTokens, entropy: Tensor | None) -> None:
+    mask = tokens.mask
+    if not checks.plain(mask, first, tokens.old_logprobs, tokens.advantages, tokens.is_weights, tokens.ref_logprobs,
+                        entropy):  # fmt: skip
+        others = given_tokens(tokens) | {"entropy": entropy}
         checks.tensor(op, logprobs=first, mask=mask, **others)
         checks.same_device(op, "logprobs", first, mask=mask, **others)
         checks.floating(op, impl, logprobs=first, **others)
         checks.mask_dtype(op, mask)
         checks.same_shape(op, "logprobs", first.shape, mask=mask, **others)
         checks.contiguous(op, logprobs=first, mask=mask, **others)
-    checks.no_gradient(op, **{name: x for name, x in others.items() if name != "entropy"})
+    checks.no_gradient(
+        op,
+        old_logprobs=tokens.old_logprobs,
+        advantages=tokens.advantages,
+        is_weights=tokens.is_weights,
+        ref_logprobs=tokens.ref_logprobs,
+    )
 
 
-def check_scalars(
+def given_tokens(tokens: PolicyTokens) -> dict[str, Tensor | None]:
+    """By name, the mask aside."""
+    return {
+        "old_logprobs": tokens.old_logprobs,
+        "advantages": tokens.advantages,
+        "is_weights": tokens.is_weights,
+        "ref_logprobs": tokens.ref_logprobs,
+    }
+
+
+def terms_of(
     op: str,
+    divisor: Divisor,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -198,7 +179,8 @@ def check_scalars(
     estimator: str,
     ent_coef: float,
     ref_logprobs: Tensor | None,
-) -> None:
+) -> PpoTerms:
+    """The numbers of a policy loss as back-ends take them. ValueError for one out of range."""
     if not 0.0 <= clip_low < 1.0:
         raise ValueError(
             f"{op}: clip_low must be in [0, 1), got {clip_low}; the ratio is clipped to [1 - clip_low, 1 + clip_high]"
@@ -212,12 +194,14 @@ def check_scalars(
         raise ValueError(f"{op}: ent_coef must be finite, got {ent_coef}")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"{op}: kl_coef = {kl_coef} needs ref_logprobs, got None; pass them, or kl_coef=0")
+    dual = 0.0 if dual_clip is None else float(dual_clip)
+    return PpoTerms(*divisor, float(clip_low), float(clip_high), dual, float(kl_coef), estimator, float(ent_coef))
 
 
-def normalizer_of(op: str, normalizer: float | Tensor | None, like: Tensor) -> tuple[Tensor | None, float]:
+def divisor_of(op: str, normalizer: float | Tensor | None, like: Tensor) -> Divisor:
     """As back-ends take it: a 0-d float32 tensor, or a number where 0 means the mask's sum."""
     if normalizer is None:
-        return None, 0.0
+        return Divisor(None, 0.0)
     if isinstance(normalizer, Tensor):
         if normalizer.ndim != 0 or normalizer.dtype != torch.float32 or normalizer.device != like.device:
             raise ValueError(
@@ -226,6 +210,6 @@ def normalizer_of(op: str, normalizer: float | Tensor | None, like: Tensor) -> t
                 f"{normalizer.dtype} on {normalizer.device}; pass normalizer.float().sum()"
             )
         checks.no_gradient(op, normalizer=normalizer)
-        return normalizer, 0.0
+        return Divisor(normalizer, 0.0)
     checks.number(op, "normalizer", normalizer, 0.0, float("inf"), open_low=True)
-    return None, float(normalizer)
+    return Divisor(None, float(normalizer))

@@ -8,18 +8,24 @@ Sums: see reduce_triton.py (one launch up to 8192 tokens, two beyond). The gradi
 the backward scales it by `scale`, which only the end of this pass knows.
 Left out on purpose: atomics (order), and reading anything back."""
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reduce_triton as plan
+from .backends import reduce_triton as plan
+from .backends.launch_triton import Case, floats, integers, launch, mask_bytes
+from .backends.math_triton import LOG_RATIO_LIMIT, clamp, exp, exp_minus_1_minus_x
+from .backends.reduce_triton import kept, one_over, total
 from .kl_penalty_triton import kl_slope, kl_term
-from .launch_triton import launch, mask_bytes
-from .math_triton import LOG_RATIO_LIMIT, clamp, exp, exp_minus_1_minus_x
-from .reduce_triton import kept, one_over, total
+from .metrics import POLICY_METRICS
+from .terms import PolicyTokens, PpoTerms
 
-COLUMNS = 9  # the order of ppo_loss.METRICS
+COLUMNS = len(POLICY_METRICS)
 
 
 @triton.jit
@@ -143,38 +149,33 @@ def _ppo_loss_finish_kernel(
 
 
 def ppo_loss_triton(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    is_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    normalizer: Tensor | None,
-    norm_value: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    estimator: str,
-    ent_coef: float,
-    need_grad: bool,
+    logprobs: Tensor, tokens: PolicyTokens, entropy: Tensor | None, terms: PpoTerms, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = logprobs.numel()
-    count, chunk = plan.programs(n)
-    loss, scale = (logprobs.new_empty((), dtype=torch.float32) for _ in range(2))
-    metrics = logprobs.new_empty((COLUMNS,), dtype=torch.float32)
-    dlogprobs = logprobs.new_empty(logprobs.shape if need_grad else (0,), dtype=torch.float32)
-    partial = plan.scratch(logprobs, COLUMNS, count)
-    results = loss, metrics, scale, normalizer
+    old_logprobs, advantages, mask, is_weights, ref_logprobs = tokens
+    normalizer, norm_value, clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef = terms
+    out = plan.loss_outputs(logprobs, COLUMNS, normalizer, need_grad)
     launch(
-        _ppo_loss_kernel, (count,), logprobs, old_logprobs, advantages, mask_bytes(mask), is_weights, ref_logprobs,
-        entropy, dlogprobs if need_grad else None, partial, *results, n, chunk, norm_value, clip_low, clip_high,
-        dual_clip, kl_coef, ent_coef, ESTIMATOR=estimator, BLOCK=plan.BLOCK, num_warps=plan.WARPS,
+        _ppo_loss_kernel, (out.programs,), logprobs, old_logprobs, advantages, mask_bytes(mask), is_weights,
+        ref_logprobs, entropy, out.gradient if need_grad else None, out.partial, *out.results, logprobs.numel(),
+        out.chunk, norm_value, clip_low, clip_high, dual_clip, kl_coef, ent_coef, ESTIMATOR=estimator,
+        BLOCK=plan.BLOCK, num_warps=plan.WARPS,
     )  # fmt: skip
-    if partial is not None:
+    if out.partial is not None:
         launch(
-            _ppo_loss_finish_kernel, (1,), partial, *results, count, norm_value, kl_coef, ent_coef,
+            _ppo_loss_finish_kernel, (1,), out.partial, *out.results, out.programs, norm_value, kl_coef, ent_coef,
             ROWS=plan.ROWS, num_warps=4,
         )  # fmt: skip
-    return loss, metrics, dlogprobs, scale
+    return out.loss, out.metrics, out.gradient, out.scale
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    for dtype, n, full in itertools.product((torch.float32, torch.bfloat16), (4096, 65536), (False, True)):
+        z, m = floats(n, dtype=dtype), integers(n, dtype=torch.bool) if full else None
+        name, norm = f"{str(dtype)[6:]} N={n}{' mask, gradient' if full else ''}", floats() if full else None
+        terms = PpoTerms(norm, 0.0, 0.2, 0.2, 0.0, 0.0, "k3", 0.0)
+        yield name, partial(ppo_loss_triton, z, PolicyTokens(z, z, m, None, None), None, terms, full)
+        for est in ("k3", "k2") if full else ():
+            terms = PpoTerms(norm, 0.0, 0.2, 0.2, 3.0, 0.1, est, 0.01)
+            losses = partial(ppo_loss_triton, z, PolicyTokens(z, z, m, z, z), z, terms, True)
+            yield f"{name}, entropy, weights, {est}", losses

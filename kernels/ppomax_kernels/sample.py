@@ -8,12 +8,13 @@ few times (they stay in cache), writes 20 B a row."""
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks
+from .backends import reference
 from .dispatch import Table, late, pick
 from .library import primitive
 
 FORWARD: Table = {
-    "cpu": late("native", "sample_cpu"),
+    "cpu": late("backends.native", "sample_cpu"),
     "triton": late("sample_triton", "sample_triton"),
     "ref": reference.sample,
 }
@@ -34,10 +35,7 @@ def _shapes(
 
 
 sample_op = primitive(
-    "sample(Tensor logits, Tensor seeds, Tensor positions, float temperature, int top_k, float top_p, str impl)"
-    " -> (Tensor token, Tensor logprob, Tensor plain_logprob, Tensor entropy)",
-    _forward,
-    _shapes,
+    "sample", _forward, _shapes, "(Tensor token, Tensor logprob, Tensor plain_logprob, Tensor entropy)"
 )
 
 

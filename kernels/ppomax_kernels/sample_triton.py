@@ -11,13 +11,16 @@ Sums are fp32 a lane and fp64 across lanes. u is Philox4x32-10 with the seed as 
 row's draw does not depend on its batch. Rows with NaN, +inf or nothing above -inf give token -1 and NaN.
 Left out on purpose: several programs a row, which would pay for few rows only."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import backend, launch
-from .math_triton import LOG2E
+from .backends.launch_triton import Case, backend, floats, integers, launch
+from .backends.math_triton import LOG2E
 from .token_logprobs_triton import row_stats
 
 
@@ -185,3 +188,13 @@ def sample_triton(
             TOP_P=top_p < 1.0, **constants(vocab, logits.element_size(), backend()),
         )  # fmt: skip
     return token, logprob, plain_logprob, entropy
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    kinds = ((torch.float32, 1000), (torch.float32, 151936), (torch.bfloat16, 151936), (torch.bfloat16, 50257))
+    for dtype, vocab in kinds:
+        x, seeds = floats(8, vocab, dtype=dtype), integers(8)
+        for temperature, k, p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 50, 1.0), (1.0, 0, 0.9), (1.0, 50, 0.9)):
+            name = f"{str(dtype)[6:]} V={vocab} temperature={temperature:g} k={k} p={p:g}"
+            yield name, partial(sample_triton, x, seeds, seeds, temperature, k, p)

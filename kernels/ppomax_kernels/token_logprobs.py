@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native, reference
+from . import checks
+from .backends import native, reference
 from .dispatch import Table, late, pick
 from .library import differentiable, primitive
 
 FORWARD: Table = {
     "cpu": native.token_logprobs_cpu,
     "triton": late("token_logprobs_triton", "token_logprobs_triton"),
-    "cuda": late("native_cuda", "token_logprobs_cuda"),
+    "cuda": late("backends.native_cuda", "token_logprobs_cuda"),
     "ref": reference.token_logprobs,
 }
 BACKWARD: Table = {
     "cpu": native.token_logprobs_backward_cpu,
     "triton": late("token_logprobs_triton", "token_logprobs_backward_triton"),
-    "cuda": late("native_cuda", "token_logprobs_backward_cuda"),
+    "cuda": late("backends.native_cuda", "token_logprobs_backward_cuda"),
 }
 
 
@@ -65,20 +66,8 @@ def _backward_shapes(dlogprobs: Tensor | None, dentropy: Tensor | None, logits: 
     return logits.new_empty(logits.shape)
 
 
-token_logprobs_fwd = primitive(
-    "token_logprobs_fwd(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int "
-    "ignore_index, str impl)"
-    " -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_shapes,
-)
-token_logprobs_bwd = primitive(
-    "token_logprobs_bwd(Tensor? dlogprobs, Tensor? dentropy, Tensor logits, Tensor labels, Tensor lse, Tensor "
-    "entropy, float temperature,"
-    " float softcap, int ignore_index, str impl) -> Tensor",
-    _backward,
-    _backward_shapes,
-)
+token_logprobs_fwd = primitive("token_logprobs_fwd", _forward, _forward_shapes, "(Tensor, Tensor, Tensor)")
+token_logprobs_bwd = primitive("token_logprobs_bwd", _backward, _backward_shapes, "Tensor")
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -118,12 +107,7 @@ def _compose(
     return token_logprobs_fwd(logits, labels, temperature, softcap, entropy, ignore_index, impl)  # type: ignore[no-any-return]
 
 
-token_logprobs_op = differentiable(
-    "token_logprobs(Tensor logits, Tensor labels, float temperature, float softcap, bool entropy, int ignore_index, "
-    "str impl)"
-    " -> (Tensor, Tensor, Tensor)",
-    _compose,
-)
+token_logprobs_op = differentiable("token_logprobs", _compose, "(Tensor, Tensor, Tensor)")
 
 
 def token_logprobs(

@@ -17,14 +17,18 @@ more, for m and log(sum e) apart. `out` may be the logits themselves: each block
 Left out on purpose: autotuning, and splitting a row over programs; both would make a row's bits depend on the other
 rows."""
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import checks
-from .launch_triton import launch
-from .math_triton import LOG2E, narrow, tanh
+from .backends.launch_triton import Case, floats, integers, launch
+from .backends.math_triton import LOG2E, narrow, tanh
 from .vocab_shard import FOREIGN as FOREIGN_LABEL
 
 FOREIGN = tl.constexpr(FOREIGN_LABEL)  # a label in another rank's shard: the row counts, without a label here
@@ -217,3 +221,16 @@ def _walkable(grad: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
     if grad.ndim > 2:
         grad = grad.contiguous()
     return grad, checks.rows("token_logprobs", "gradient", grad.shape, grad.stride())[2:]
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    shapes = [(d, v) for d in (torch.float32, torch.bfloat16) for v in (1000, 50257, 151936)] + [
+        (torch.float16, 151936)
+    ]
+    for (dtype, vocab), (cap, ent) in itertools.product(shapes, ((0.0, False), (0.0, True), (30.0, True))):
+        x, y, row = floats(64, vocab, dtype=dtype), integers(64), floats(64)
+        name = f"{str(dtype)[6:]} V={vocab}{' softcap' if cap else ''}{' entropy' if ent else ''}"
+        yield name, partial(token_logprobs_triton, x, y, 1.0, cap, ent, -100)
+        upstream = row, row if ent else None
+        yield name, partial(token_logprobs_backward_triton, *upstream, x, y, row, row, 1.0, cap, -100)

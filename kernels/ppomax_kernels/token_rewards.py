@@ -5,7 +5,8 @@ The score is added as it comes: normalise and clip it before, so that the penalt
 
 from torch import Tensor, float32
 
-from . import checks, native, reference
+from . import checks
+from .backends import native, reference
 from .dispatch import Table, late, pick
 from .kl_penalty import ESTIMATORS
 from .library import primitive
@@ -41,12 +42,7 @@ def _shapes(
     return logprobs.new_empty(logprobs.shape, dtype=float32)
 
 
-token_rewards_op = primitive(
-    "token_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor cu_seqlens, float kl_coef, str "
-    "estimator, str impl) -> Tensor",
-    _forward,
-    _shapes,
-)
+token_rewards_op = primitive("token_rewards", _forward, _shapes, "Tensor")
 
 
 def token_rewards(

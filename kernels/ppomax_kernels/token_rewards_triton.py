@@ -5,13 +5,16 @@ hundred bytes, in L1), whether a sequence ends after it; so every token is writt
 lengths, and no second launch adds the scores. Wrong cu_seqlens only misplace scores: they are no
 addresses."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kl_penalty_triton import kl_term
-from .launch_triton import launch
+from .backends.launch_triton import Case, floats, integers, launch
+from .kl_penalty_triton import KINDS, kl_term
 
 BLOCK = 1024
 WARPS = 4
@@ -51,3 +54,11 @@ def token_rewards_triton(
             sequences, sequences.bit_length(), kl_coef, ESTIMATOR=estimator, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return rewards
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    cu, score = integers(9, dtype=torch.int32), floats(8)
+    for dtype, est in KINDS:
+        z = floats(4096, dtype=dtype)
+        yield f"{str(dtype)[6:]} {est}", partial(token_rewards_triton, score, z, z, cu, 0.1, est)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native, reference
+from . import checks
+from .backends import native, reference
 from .dispatch import Table, late, pick
 from .library import primitive
-from .metrics import Metrics
-from .ppo_loss import normalizer_of
+from .metrics import VALUE_METRICS, Metrics
+from .ppo_loss import divisor_of
 
-METRICS = ("v_loss", "clipfrac", "value_mean", "return_mean", "squared_error", "tokens")
+METRICS = VALUE_METRICS
 
 FORWARD: Table = {
     "cpu": native.value_loss_cpu,
@@ -38,8 +39,17 @@ def _forward(
     return FORWARD[impl](values, old_values, returns, mask, normalizer, norm_value, clip, need_grad)  # type: ignore[no-any-return]
 
 
-def _shapes(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_grad = rest[-2]
+def _shapes(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    norm_value: float,
+    clip: float,
+    need_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     f32 = torch.float32
     return (
         values.new_empty((), dtype=f32),
@@ -50,19 +60,26 @@ def _shapes(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 value_loss_fwd = primitive(
-    "value_loss_fwd(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? normalizer, float "
-    "norm_value, float clip,"
-    " bool need_grad, str impl) -> (Tensor loss, Tensor metrics, Tensor dvalues, Tensor scale)",
-    _forward,
-    _shapes,
+    "value_loss_fwd", _forward, _shapes, "(Tensor loss, Tensor metrics, Tensor dvalues, Tensor scale)"
 )
 
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *args, impl = rest
-        loss, metrics, dvalues, scale = value_loss_fwd(values, *args, True, impl)
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        mask: Tensor | None,
+        normalizer: Tensor | None,
+        norm_value: float,
+        clip: float,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, dvalues, scale = value_loss_fwd(
+            values, old_values, returns, mask, normalizer, norm_value, clip, True, impl
+        )
         ctx.save_for_backward(dvalues, scale)
         ctx.dtype = values.dtype
         ctx.mark_non_differentiable(metrics)
@@ -108,13 +125,13 @@ def value_loss(
     if clip is not None:
         checks.number(op, "clip", clip, 0.0, float("inf"))
     checks.no_gradient(op, old_values=old_values, returns=returns)
-    norm_tensor, norm_value = normalizer_of(op, normalizer, values)
+    divisor = divisor_of(op, normalizer, values)
     name = pick(op, impl, values.device, FORWARD)
-    args = (old_values, returns, mask, norm_tensor, norm_value, -1.0 if clip is None else float(clip))
+    inputs, limit = (values, old_values, returns, mask), -1.0 if clip is None else float(clip)
     if name == "ref":
-        loss, figures = reference.value_loss(values, *args)
+        loss, figures = reference.value_loss(*inputs, *divisor, limit)
     elif values.requires_grad and torch.is_grad_enabled():
-        loss, figures = _ValueLoss.apply(values, *args, name)  # type: ignore[no-untyped-call]
+        loss, figures = _ValueLoss.apply(*inputs, *divisor, limit, name)  # type: ignore[no-untyped-call]
     else:
-        loss, figures, _, _ = value_loss_fwd(values, *args, False, name)
+        loss, figures, _, _ = value_loss_fwd(*inputs, *divisor, limit, False, name)
     return loss, Metrics(METRICS, figures)

@@ -6,17 +6,22 @@ reduce_triton.py (one launch up to 8192 tokens, two beyond). The gradient writte
 backward scales it by `scale`.
 Inside the clip interval V_old + (V - V_old) is V itself, not its rounding: else rounding would count as clipping."""
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reduce_triton as plan
-from .launch_triton import launch, mask_bytes
-from .math_triton import clamp
-from .reduce_triton import kept, one_over, total
+from .backends import reduce_triton as plan
+from .backends.launch_triton import Case, floats, integers, launch, mask_bytes
+from .backends.math_triton import clamp
+from .backends.reduce_triton import kept, one_over, total
+from .metrics import VALUE_METRICS
 
-COLUMNS = 6  # the order of value_loss.METRICS
+COLUMNS = len(VALUE_METRICS)
 
 
 @triton.jit
@@ -115,17 +120,24 @@ def value_loss_triton(
     clip: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = values.numel()
-    count, chunk = plan.programs(n)
-    loss, scale = (values.new_empty((), dtype=torch.float32) for _ in range(2))
-    metrics = values.new_empty((COLUMNS,), dtype=torch.float32)
-    dvalues = values.new_empty(values.shape if need_grad else (0,), dtype=torch.float32)
-    partial = plan.scratch(values, COLUMNS, count)
-    results = loss, metrics, scale, normalizer
+    out = plan.loss_outputs(values, COLUMNS, normalizer, need_grad)
     launch(
-        _value_loss_kernel, (count,), values, old_values, returns, mask_bytes(mask), dvalues if need_grad else None,
-        partial, *results, n, chunk, norm_value, clip, BLOCK=plan.BLOCK, num_warps=plan.WARPS,
+        _value_loss_kernel, (out.programs,), values, old_values, returns, mask_bytes(mask),
+        out.gradient if need_grad else None, out.partial, *out.results, values.numel(), out.chunk, norm_value, clip,
+        BLOCK=plan.BLOCK, num_warps=plan.WARPS,
     )  # fmt: skip
-    if partial is not None:
-        launch(_value_loss_finish_kernel, (1,), partial, *results, count, norm_value, ROWS=plan.ROWS, num_warps=4)
-    return loss, metrics, dvalues, scale
+    if out.partial is not None:
+        launch(
+            _value_loss_finish_kernel, (1,), out.partial, *out.results, out.programs, norm_value, ROWS=plan.ROWS,
+            num_warps=4,
+        )  # fmt: skip
+    return out.loss, out.metrics, out.gradient, out.scale
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    for dtype, n, full in itertools.product((torch.float32, torch.bfloat16), (4096, 65536), (False, True)):
+        z, m = floats(n, dtype=dtype), integers(n, dtype=torch.bool) if full else None
+        name = f"{str(dtype)[6:]} N={n}{' mask, gradient' if full else ''}"
+        norm = floats() if full else None
+        yield name, partial(value_loss_triton, z, z, z, m, norm, 0.0, 0.2, full)

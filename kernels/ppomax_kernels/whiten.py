@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checks, native, reference
+from . import checks
+from .backends import native, reference
 from .dispatch import Table, late, pick
 from .library import primitive
 
@@ -25,6 +26,8 @@ APPLY: Table = {
     "triton": late("whiten_triton", "whiten_triton"),
     "ref": reference.whiten,
 }
+FORWARD = MOMENTS
+"""As every op names its table; APPLY has the same back-ends."""
 
 
 def _moments(x: Tensor, mask: Tensor | None, impl: str) -> Tensor:
@@ -43,12 +46,8 @@ def _apply_shapes(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: b
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-moments_op = primitive("moments(Tensor x, Tensor? mask, str impl) -> Tensor", _moments, _moments_shapes)
-whiten_op = primitive(
-    "whiten(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, str impl) -> Tensor",
-    _apply,
-    _apply_shapes,
-)
+moments_op = primitive("moments", _moments, _moments_shapes, "Tensor")
+whiten_op = primitive("whiten", _apply, _apply_shapes, "Tensor")
 
 
 def whiten(

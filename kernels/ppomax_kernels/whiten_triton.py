@@ -5,14 +5,18 @@ from it, and blocks are combined in order by Chan's rule, so a large mean costs 
 elements, two beyond (see reduce_triton.py). The map reads x again and writes it: one launch, no read-back of moments.
 Left out on purpose: one kernel for both, which would need every program to wait for all others."""
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reduce_triton as plan
-from .launch_triton import launch, mask_bytes
-from .reduce_triton import kept
+from .backends import reduce_triton as plan
+from .backends.launch_triton import Case, floats, integers, launch, mask_bytes
+from .backends.reduce_triton import kept
 
 MAP_BLOCK = 1024
 MAP_WARPS = 4
@@ -107,3 +111,13 @@ def whiten_triton(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: b
             SHIFT_MEAN=shift_mean, BLOCK=MAP_BLOCK, num_warps=MAP_WARPS,
         )  # fmt: skip
     return out
+
+
+def cases() -> Iterator[Case]:
+    """For ahead-of-time compilation."""
+    stats = floats(3, dtype=torch.float64)
+    for dtype, n, full in itertools.product((torch.float32, torch.bfloat16), (4096, 65536), (False, True)):
+        z, m = floats(n, dtype=dtype), integers(n, dtype=torch.bool) if full else None
+        name = f"{str(dtype)[6:]} N={n}{' mask' if full else ''}"
+        yield name, partial(moments_triton, z, m)
+        yield name, partial(whiten_triton, z, m, stats, full, 1e-8)

@@ -1,7 +1,6 @@
 """One small valid call of every public op, by argument name: what tests of errors, registration and determinism start
 from."""
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -69,15 +68,7 @@ WANTS = {
     "linear_ppo_loss": ("hidden", "weight", "bias"),
     "linear_nll": ("hidden", "weight", "bias"),
 }
-OPS = tuple(arguments())
 DIFFERENTIABLE = tuple(WANTS)
-
-
-def table_of(op: str) -> dict[str, Any]:
-    """The op's table of implementations."""
-    module = inspect.getmodule(getattr(K, op))
-    table: dict[str, Any] = getattr(module, "FORWARD", None) or module.MOMENTS  # type: ignore[union-attr]
-    return table
 
 
 def flat(out: Any) -> list[Tensor]:

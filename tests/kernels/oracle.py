@@ -62,7 +62,7 @@ def token_logprobs_gradient(
     return np.where((keep & ~dead)[..., None], dz * slope, 0.0)
 
 
-def kl_truth(logprobs: Array, ref_logprobs: Array, estimator: str) -> tuple[Array, Array]:
+def kl_penalty_truth(logprobs: Array, ref_logprobs: Array, estimator: str) -> tuple[Array, Array]:
     """The estimate and its derivative with respect to logprobs."""
     u = logprobs - ref_logprobs
     c, inside = np.clip(u, -LIMIT, LIMIT), np.abs(u) < LIMIT
@@ -76,7 +76,7 @@ def token_rewards_truth(
 ) -> Array:
     rewards, at = [], 0
     for score, length in zip(scores, lengths, strict=True):
-        span = -kl_coef * kl_truth(logprobs[at : at + length], ref_logprobs[at : at + length], estimator)[0]
+        span = -kl_coef * kl_penalty_truth(logprobs[at : at + length], ref_logprobs[at : at + length], estimator)[0]
         rewards += [*span[:-1], span[-1] + score]
         at += length
     return np.array(rewards)
@@ -157,7 +157,7 @@ def ppo_loss_truth(
     used = np.where(dual, dual_clip or 0.0, used)
     gradient = np.where(clipped | dual | ~inside, 0.0, -a * w * weight)
     share = _share(normalizer, keep.sum())
-    kl, dkl = (np.zeros_like(a),) * 2 if ref_logprobs is None else kl_truth(logp, ref_logprobs[keep], estimator)
+    kl, dkl = (np.zeros_like(a),) * 2 if ref_logprobs is None else kl_penalty_truth(logp, ref_logprobs[keep], estimator)
     ent = np.zeros_like(a) if entropy is None else entropy[keep]
     metrics = {
         "pg_loss": (-a * used * weight).sum() * share,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ppomax_kernels import native
+from ppomax_kernels.backends import abi
 
 from . import oracle
 from .contract import hold
@@ -54,7 +54,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("C program: no C compiler (cc, or the one that CC names) on this machine")
-    library = native.library_path()
+    library = abi.library_path()
     folder = tmp_path_factory.mktemp("c_api")
     (folder / "main.c").write_text(PROGRAM)
     flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{HEADER}", f"-Wl,-rpath,{library.parent}"]
@@ -97,7 +97,7 @@ def test_nothing_but_the_documented_functions_is_exported() -> None:
     if nm is None:
         pytest.skip("exports: no nm on this machine")
     table = subprocess.run(
-        [nm, "-D", "--defined-only", str(native.library_path())], capture_output=True, text=True, check=True
+        [nm, "-D", "--defined-only", str(abi.library_path())], capture_output=True, text=True, check=True
     )
     # Weak ones are the C++ library's own templates, which it wants shared.
     names = {line.split()[-1] for line in table.stdout.splitlines() if line.split()[-2] != "W"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppomax_kernels import native, native_cuda
+from ppomax_kernels.backends import abi, native_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -66,7 +66,7 @@ def test_builds_without(
 
 
 def test_library_says_what_it_has() -> None:
-    lib = native.library()
+    lib = abi.library()
     lib.ppomax_cuda_note.restype = ctypes.c_char_p
     note = lib.ppomax_cuda_note().decode()
     assert lib.ppomax_cuda_built() == (note.startswith("built for "))

@@ -15,7 +15,8 @@ import ppomax_kernels as K
 import pytest
 import torch
 from hypothesis import given
-from ppomax_kernels import dispatch, native_cuda
+from ppomax_kernels import dispatch
+from ppomax_kernels.backends import abi, native_cuda
 
 from . import strategies, test_gae, test_token_logprobs, verify
 from .backends import Backend
@@ -36,8 +37,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-include", str(shim), "-x", "c++"]
     subprocess.run([compiler, *flags, *map(str, SOURCES), "-o", str(library)], check=True)
     lib = ctypes.CDLL(str(library))
-    for name, types in native_cuda.SIGNATURES.items():
-        getattr(lib, name).argtypes = types
+    for name, types in abi.SIGNATURES.items():
+        if name.endswith("_cuda"):
+            getattr(lib, name).argtypes = types
     lib.ppomax_cuda_error.restype = ctypes.c_char_p
     return lib
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from ppomax_kernels.registry import OPS, table_of
 
 from .backends import Backend
-from .calls import OPS, Call, table_of
+from .calls import Call
 from .cases import Logits, Packed, Spread, Tokens
 from .contract import same_bits
 

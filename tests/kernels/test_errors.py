@@ -9,10 +9,11 @@ from typing import Any
 import ppomax_kernels as K
 import pytest
 import torch
+from ppomax_kernels.registry import OPS, table_of
 from torch import Tensor
 
 from .backends import Backend
-from .calls import DIFFERENTIABLE, OPS, WANTS, arguments, table_of
+from .calls import DIFFERENTIABLE, WANTS, arguments
 from .verify import leaf
 
 Change = Callable[[Any], Any]

@@ -7,6 +7,7 @@ from pathlib import Path
 import ppomax_kernels as K
 import pytest
 import torch
+from ppomax_kernels.registry import OPS
 
 from .backends import Backend
 from .cases import Logits
@@ -40,7 +41,7 @@ def test_tokens_on_grid_x(impl: Backend, monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.skip(f"{impl.name}: grids are recorded in Triton's interpreter")
     from triton.runtime import interpreter
 
-    from .calls import OPS, Call
+    from .calls import Call
 
     grids = []
     run = interpreter.GridExecutor.__call__
@@ -70,7 +71,7 @@ MAY_WAIT = {
     ("vocab_shard.py", "of"),
 }
 HOT = sorted(
-    p for p in KERNELS.glob("*.py") if p.name not in ("reference.py", "__main__.py", "compile_triton.py", "native.py")
+    p for p in KERNELS.rglob("*.py") if p.name not in ("reference.py", "__main__.py", "compile_triton.py", "native.py")
 )
 
 

@@ -4,6 +4,7 @@ import ppomax_kernels
 import pytest
 import torch
 from ppomax_kernels import __main__ as command
+from ppomax_kernels.backends import abi
 
 WORDS = {"yes", "no", "-"}
 
@@ -34,12 +35,11 @@ def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ppomax_kernels import native
 
     def absent() -> None:
         raise RuntimeError("impl='cpu' needs the compiled library")
 
-    monkeypatch.setattr(native, "library", absent)
+    monkeypatch.setattr(abi, "library", absent)
     assert "compiled library" in command.missing()["cpu"]
     assert "see cpu" in command.missing()["cuda"]
 

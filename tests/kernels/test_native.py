@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import ppomax_kernels as K
 import pytest
 import torch
-from ppomax_kernels import native
+from ppomax_kernels.backends import abi
 
 from . import verify
 from .backends import Backend
@@ -21,7 +21,7 @@ SMALL = [case for case in LOGITS if case.vocab <= 1025]
 @pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
 def isa(request: pytest.FixtureRequest) -> Iterator[int]:
     """This instruction set in use for the test; the best one again afterwards."""
-    lib = native.library()
+    lib = abi.library()
     if lib.ppomax_force_isa(request.param):
         pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
     yield request.param
@@ -30,7 +30,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_each_instruction_set(isa: int) -> None:
-    assert native.library().ppomax_isa() == isa
+    assert abi.library().ppomax_isa() == isa
     for logits in SMALL:
         verify.token_logprobs(CPU.bind(K.token_logprobs), logits)
     for packed in PACKED:
@@ -46,9 +46,9 @@ def test_each_instruction_set(isa: int) -> None:
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
-    before = native.library().ppomax_isa()
-    assert native.library().ppomax_force_isa(99) != 0
-    assert native.library().ppomax_isa() == before
+    before = abi.library().ppomax_isa()
+    assert abi.library().ppomax_force_isa(99) != 0
+    assert abi.library().ppomax_isa() == before
 
 
 def test_forked_children_and_threads_get_the_same_bits() -> None:
@@ -76,6 +76,6 @@ def test_forked_children_and_threads_get_the_same_bits() -> None:
 
 
 def test_a_missing_library_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "LIBRARY", "libnowhere.so")
+    monkeypatch.setattr(abi, "LIBRARY", "libnowhere.so")
     with pytest.raises(RuntimeError, match=r"impl='cpu' needs the compiled library.*libnowhere\.so.*pip install"):
-        native.library_path()
+        abi.library_path()

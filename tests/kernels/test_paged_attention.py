@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ppomax_kernels import native
-from ppomax_kernels.paged_attention import PAGE, empty_pages, paged_attention
+from ppomax_kernels.backends import abi
+from ppomax_kernels.internal.paged_attention import PAGE, empty_pages, paged_attention
 from torch import Tensor
 
 LENGTHS = [1, 2, 15, 16, 17, 33, 40, 100]
@@ -82,10 +82,10 @@ def truth(case: Case, made: Inputs, scale: float) -> Tensor:
 
 @pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
 def isa(request: pytest.FixtureRequest) -> Iterator[int]:
-    if native.library().ppomax_force_isa(request.param):
+    if abi.library().ppomax_force_isa(request.param):
         pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
     yield request.param
-    native.library().ppomax_force_isa(-1)
+    abi.library().ppomax_force_isa(-1)
 
 
 def error(case: Case, run=paged_attention, impl: str = "cpu") -> float:  # type: ignore[no-untyped-def]

@@ -6,10 +6,11 @@ from typing import Any
 import ppomax_kernels as K
 import pytest
 import torch
+from ppomax_kernels.registry import OPS, table_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .backends import Backend
-from .calls import DIFFERENTIABLE, OPS, WANTS, Call, arguments, flat, table_of
+from .calls import DIFFERENTIABLE, WANTS, Call, arguments, flat
 from .contract import same_bits
 from .verify import leaf
 
@@ -57,10 +58,10 @@ def samples(name: str, impl: str) -> tuple[Any, ...]:
         "moments": (wh["x"], wh["mask"], impl),
         "whiten": (wh["x"], wh["mask"], stats, True, 1e-8, impl),
         "value_loss_fwd": (vl["values"], vl["old_values"], vl["returns"], vl["mask"], None, 0.0, 0.2, True, impl),
-        "linear_token_logprobs": (*head, 0.8, 0.0, True, *walk, impl),
-        "linear_token_logprobs_fwd": (*head, 0.8, 0.0, True, *walk, impl),
+        "linear_token_logprobs": (*head, 0.8, 0.0, *walk, True, impl),
+        "linear_token_logprobs_fwd": (*head, 0.8, 0.0, *walk, True, impl),
         "linear_token_logprobs_bwd": (
-            entropy, None, *head[:3], lse, entropy, head[3], 0.8, 0.0, *walk, True, True, True, impl,
+            entropy, None, *head, lse, entropy, 0.8, 0.0, *walk, True, True, True, impl,
         ),
         "linear_ppo_loss": (*head, lpp["old_logprobs"], lpp["advantages"], *policy, 0.8, 0.0, *walk, impl),
         "linear_ppo_loss_fwd": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ppomax_kernels.rms_norm import rms_norm
+from ppomax_kernels.internal.rms_norm import rms_norm
 
 from tests.kernels.test_packed_linear import isa  # noqa: F401
 

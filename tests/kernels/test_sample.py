@@ -4,7 +4,7 @@ import numpy as np
 import ppomax_kernels as K
 import pytest
 import torch
-from ppomax_kernels.reference import philox_uniform
+from ppomax_kernels.backends.reference import philox_uniform
 
 from . import sampling
 from .backends import Backend

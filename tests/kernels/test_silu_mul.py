@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ppomax_kernels.silu_mul import silu_mul
+from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor
 
 from tests.kernels.test_packed_linear import isa  # noqa: F401

@@ -50,7 +50,8 @@ def test_every_variant_compiles_without_spills(arch: str) -> None:
 )
 def test_exit_status_tells_of_spills_and_failures(usage: str, status: int, word: str) -> None:
     code = (
-        "import sys; from ppomax_kernels import compile_triton as c; from ppomax_kernels.compile_triton import Usage\n"
+        "import sys; from ppomax_kernels.backends import compile_triton as c\n"
+        "from ppomax_kernels.backends.compile_triton import Usage\n"
         f"c.compile_launch = lambda launch, arch: {usage}\n"
         "sys.exit(c.main(['sm_90'], quick=True))"
     )
@@ -70,26 +71,36 @@ def test_compiling_asks_for_a_known_chip_and_a_real_compiler() -> None:
 
 KEYS = """
 import torch
-from ppomax_kernels import compile_triton as c
-from ppomax_kernels.launch_triton import recorded
+from ppomax_kernels.backends import compile_triton
+from ppomax_kernels.backends.launch_triton import floats, integers, recorded
+from ppomax_kernels.gae_triton import gae_triton
+from ppomax_kernels.kl_penalty_triton import kl_penalty_backward_triton, kl_penalty_triton
+from ppomax_kernels.linear_token_logprobs_triton import linear_token_logprobs_triton
+from ppomax_kernels.ppo_loss_triton import ppo_loss_triton
+from ppomax_kernels.sample_triton import sample_triton
+from ppomax_kernels.terms import PolicyTokens, PpoTerms
+from ppomax_kernels.token_logprobs_triton import token_logprobs_backward_triton, token_logprobs_triton
+from ppomax_kernels.token_rewards_triton import token_rewards_triton
+from ppomax_kernels.value_loss_triton import value_loss_triton
+from ppomax_kernels.whiten_triton import moments_triton, whiten_triton
 
 def keys(n, t, number):
-    x, z, m, y, per = c._float(n, 50257), c._float(n), c._int(n, dtype=torch.bool), c._int(n), c._float(3)
-    cu, square, norm = c._int(4, dtype=torch.int32), c._float(3, n), c._float()
-    hidden, weight, found = c._float(n, 64), c._float(50257, 64), set()
-    with recorded(lambda *launch: found.add(c.as_compiled(*launch, "").key), "cuda"):
-        c.token_logprobs_triton(x, y, t, 0.0, True, -number)
-        c.token_logprobs_backward_triton(z, z, x, y, z, z, t, 0.0, -number)
-        c.kl_penalty_triton(z, z, "k3")
-        c.kl_penalty_backward_triton(z, z, z, "k3")
-        c.token_rewards_triton(per, z, z, cu, t, "k1")
-        c.gae_triton(z, z, cu, m, t, t, per, per)
-        c.gae_triton(square, square, None, None, t, t, None, None)
-        c.ppo_loss_triton(z, z, z, m, z, z, z, norm, t, t, t, t, t, "k3", t, True)
-        c.value_loss_triton(z, z, z, m, norm, t, t, True)
-        c.whiten_triton(z, m, c.moments_triton(z, m), True, t)
-        c.sample_triton(x, y, y, t, number, t)
-        c.linear_token_logprobs_triton(hidden, weight, y, None, t, 0.0, True, -number)
+    x, z, m, y, per = floats(n, 50257), floats(n), integers(n, dtype=torch.bool), integers(n), floats(3)
+    cu, square, norm = integers(4, dtype=torch.int32), floats(3, n), floats()
+    hidden, weight, found = floats(n, 64), floats(50257, 64), set()
+    with recorded(lambda *launch: found.add(compile_triton.as_compiled(*launch, "").key), "cuda"):
+        token_logprobs_triton(x, y, t, 0.0, True, -number)
+        token_logprobs_backward_triton(z, z, x, y, z, z, t, 0.0, -number)
+        kl_penalty_triton(z, z, "k3")
+        kl_penalty_backward_triton(z, z, z, "k3")
+        token_rewards_triton(per, z, z, cu, t, "k1")
+        gae_triton(z, z, cu, m, t, t, per, per)
+        gae_triton(square, square, None, None, t, t, None, None)
+        ppo_loss_triton(z, PolicyTokens(z, z, m, z, z), z, PpoTerms(norm, t, t, t, t, t, "k3", t), True)
+        value_loss_triton(z, z, z, m, norm, t, t, True)
+        whiten_triton(z, m, moments_triton(z, m), True, t)
+        sample_triton(x, y, y, t, number, t)
+        linear_token_logprobs_triton(hidden, weight, y, None, t, 0.0, True, -number)
     return found
 
 first = keys(1, 0.5, 1)

@@ -52,7 +52,7 @@ def kl_penalty(run: Run, case: Tokens, device: str = "cpu") -> None:
     x = case.draw(device)
     pairs = [[leaf(x["first"]), leaf(x["reference"])] for _ in range(2)]
     got, yard = run(*pairs[0], estimator=case.estimator), plain.kl_penalty(*pairs[1], case.estimator)
-    value, slope = oracle.kl_truth(f64(x["first"]), f64(x["reference"]), case.estimator)
+    value, slope = oracle.kl_penalty_truth(f64(x["first"]), f64(x["reference"]), case.estimator)
     hold(f"{case}: kl", got, value, yard)
     d, d_yard = gradients([got], [x["upstream"]], pairs[0]), gradients([yard], [x["upstream"]], pairs[1])
     for what, sign, *two in zip(("dlogprobs", "dref_logprobs"), (1.0, -1.0), d, d_yard, strict=True):

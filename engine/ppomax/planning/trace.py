@@ -190,7 +190,7 @@ def register_attention() -> None:
 def cache_bytes(config: str, dtype: str, prompts: list[Prompt], slots: int, limits: tuple[int, int | None]) -> int:
     """Bytes of the rollout's KV arena for these prompts; limits: response tokens, and `rollout.cache_tokens`."""
     import torch
-    from ppomax_kernels.paged_attention import PAGE
+    from ppomax_kernels.internal.paged_attention import PAGE
 
     from ppomax.rollout.sizes import arena_bytes, arena_pages
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from ppomax_kernels.paged_attention import PAGE, empty_pages
+from ppomax_kernels.internal.paged_attention import PAGE, empty_pages
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin

@@ -1,7 +1,7 @@
 """Attention of a rollout, as a function of transformers' AttentionInterface: it takes the keys that a layer has just
 made, puts them into the arena and attends over each token's own sequence. One implementation a phase:
 
-    native   CPUs: ppomax_kernels.paged_attention, which reads the pages where they lie
+    native   CPUs: ppomax_kernels.internal.paged_attention, which reads the pages where they lie
     flash    CUDA with flash-attn 2 installed, half precision: its kernel for decoding, over pages
     sdpa     elsewhere: pages gathered for torch's scaled_dot_product_attention
     ref      what `impl: ref` asks for
@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from ppomax_kernels.paged_attention import PAGE, paged_attention
+from ppomax_kernels.internal.paged_attention import PAGE, paged_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 

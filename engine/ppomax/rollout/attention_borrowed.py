@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from ppomax_kernels import reference
+from ppomax_kernels.backends import reference
 from torch import Tensor, nn
 
 from ppomax.rollout.arena import FLASH_PAGE, Step
@@ -44,7 +44,7 @@ def attend_borrowed(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-# ---- torch's: pages as ppomax_kernels.paged_attention has them ------------------------------------------------------
+# ---- torch's: pages as ppomax_kernels.internal.paged_attention has them ---------------------------------------------
 
 
 def _write_sdpa(key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], step: Step) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from ppomax_kernels.packed_linear import packed_linear
+from ppomax_kernels.internal.packed_linear import packed_linear
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from ppomax_kernels.packed_linear import DTYPES, pack, packed_linear
-from ppomax_kernels.packed_linear import packed_bytes as bytes_of
-from ppomax_kernels.rms_norm import rms_norm
-from ppomax_kernels.silu_mul import silu_mul
+from ppomax_kernels.internal.packed_linear import DTYPES, pack, packed_linear
+from ppomax_kernels.internal.packed_linear import packed_bytes as bytes_of
+from ppomax_kernels.internal.rms_norm import rms_norm
+from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

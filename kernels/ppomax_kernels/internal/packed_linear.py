@@ -8,11 +8,11 @@ changes."""
 import torch
 from torch import Tensor
 
-from .dispatch import late
+from ..dispatch import late
 
 PANEL = 32
 DTYPES = (torch.float32, torch.bfloat16)
-_run, _pack = late("native", "packed_linear_cpu"), late("native", "pack_linear_cpu")
+_run, _pack = late("backends.native_internal", "packed_linear_cpu"), late("backends.native_internal", "pack_linear_cpu")
 
 
 def panel_count(outputs: int) -> int:

@@ -9,6 +9,8 @@ one program adds the columns in a fixed order. A counter with which the last pro
 but it must be zero beforehand: clearing it is a launch too, and one that resets itself is hidden state, shared by
 streams and left wrong by a kernel that was killed."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,32 @@ def programs(n: int) -> tuple[int, int]:
 def scratch(like: Tensor, columns: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
     """A column of partial results for each of `count` programs; None where one program finishes by itself."""
     return None if count == 1 else like.new_empty((columns, count), dtype=dtype)
+
+
+class LossOutputs(NamedTuple):
+    """What a loss over `like` writes, and how its launches are laid out."""
+
+    programs: int
+    chunk: int
+    loss: Tensor
+    metrics: Tensor
+    scale: Tensor
+    gradient: Tensor
+    """Of the shape of `like`; empty if none is wanted."""
+    partial: Tensor | None
+    """Scratch for a second launch; None where one finishes."""
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    """As kernels take them: loss, metrics, scale, normalizer."""
+
+
+def loss_outputs(like: Tensor, columns: int, normalizer: Tensor | None, need_grad: bool) -> LossOutputs:
+    """Results and layout of a loss with so many metrics over the tokens of `like`."""
+    count, chunk = programs(like.numel())
+    loss, scale = (like.new_empty((), dtype=torch.float32) for _ in range(2))
+    metrics = like.new_empty((columns,), dtype=torch.float32)
+    gradient = like.new_empty(like.shape if need_grad else (0,), dtype=torch.float32)
+    results = loss, metrics, scale, normalizer
+    return LossOutputs(count, chunk, loss, metrics, scale, gradient, scratch(like, columns, count), results)
 
 
 @triton.jit

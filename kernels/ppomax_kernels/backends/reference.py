@@ -10,7 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from . import checks
+from .. import checks
+from ..terms import Divisor, Head, LinearInputs, PolicyTokens, PpoTerms
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -52,22 +53,14 @@ def token_logprobs(
     return logprobs, (log_sum - mean_z).masked_fill(~keep | dead, 0.0), lse
 
 
-def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    entropy: bool,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    keep = labels != ignore_index  # an ignored row is not read: NaN there is harmless
+def linear_token_logprobs(inputs: LinearInputs, head: Head, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, labels, bias = inputs
+    keep = labels != head.ignore_index  # an ignored row is not read: NaN there is harmless
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to its dtype
         logits = torch.where(keep.unsqueeze(-1), _f(hidden), 0.0) @ _f(weight).T
     if bias is not None:
         logits = logits + _f(bias)
-    return token_logprobs(logits, labels, temperature, softcap, entropy, ignore_index)
+    return token_logprobs(logits, labels, head.temperature, head.softcap, entropy, head.ignore_index)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -167,16 +160,12 @@ def ppo_terms(
     return loss, ratio, log_ratio, was_clipped, was_dual
 
 
-def _denominator(
-    mask: Tensor | None, count: int, normalizer: Tensor | None, norm_value: float, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _denominator(mask: Tensor | None, count: int, divisor: Divisor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens in the mask, and one over what sums are divided by (0 where there is nothing to divide by)."""
     tokens = like.new_tensor(float(count)) if mask is None else mask.bool().sum().to(like.dtype)
-    total = (
-        tokens
-        if normalizer is None and norm_value == 0.0
-        else (normalizer.to(like.dtype) if normalizer is not None else like.new_tensor(norm_value))
-    )
+    total = tokens if divisor.norm_value == 0.0 else like.new_tensor(divisor.norm_value)
+    if divisor.normalizer is not None:
+        total = divisor.normalizer.to(like.dtype)
     return tokens, torch.where(total > 0, 1.0 / total.clamp(min=torch.finfo(like.dtype).tiny), 0.0)
 
 
@@ -184,60 +173,31 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask.bool(), x, 0.0)
 
 
-def ppo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    is_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    normalizer: Tensor | None,
-    norm_value: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    estimator: str,
-    ent_coef: float,
-) -> tuple[Tensor, Tensor]:
+def ppo_loss(logprobs: Tensor, tokens: PolicyTokens, entropy: Tensor | None, terms: PpoTerms) -> tuple[Tensor, Tensor]:
     """Scalar loss and metrics, in the order of ppo_loss.METRICS."""
-    if (
-        mask is not None
-    ):  # where() alone would keep NaN in the gradient of a masked token: make its inputs harmless first
-        logprobs = torch.where(mask.bool(), logprobs, 0.0)
-        old_logprobs = torch.where(mask.bool(), old_logprobs, 0.0)
-        advantages = torch.where(mask.bool(), advantages, 0.0)
-        ref_logprobs = None if ref_logprobs is None else torch.where(mask.bool(), ref_logprobs, 0.0)
-        entropy = None if entropy is None else torch.where(mask.bool(), entropy, 0.0)
-        is_weights = None if is_weights is None else torch.where(mask.bool(), is_weights, 0.0)
-    pg, ratio, log_ratio, clipped, dual = ppo_terms(
-        logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip
+    mask = tokens.mask
+    # A masked token's inputs are made harmless first: where() over its loss alone would keep NaN in its gradient.
+    logprobs, old_logprobs, advantages = (_masked(x, mask) for x in (logprobs, tokens.old_logprobs, tokens.advantages))
+    is_weights, ref_logprobs, entropy = (
+        None if x is None else _masked(x, mask) for x in (tokens.is_weights, tokens.ref_logprobs, entropy)
     )
-    tokens, inv = _denominator(mask, pg.numel(), normalizer, norm_value, pg)
+    pg, ratio, log_ratio, clipped, dual = ppo_terms(
+        logprobs, old_logprobs, advantages, is_weights, terms.clip_low, terms.clip_high, terms.dual_clip
+    )
+    counted, inv = _denominator(mask, pg.numel(), Divisor(terms.normalizer, terms.norm_value), pg)
 
     def mean(x: Tensor) -> Tensor:
         return _masked(x, mask).sum() * inv
 
-    kl = mean(kl_penalty(logprobs, ref_logprobs, estimator)) if ref_logprobs is not None else pg.new_zeros(())
+    kl = mean(kl_penalty(logprobs, ref_logprobs, terms.estimator)) if ref_logprobs is not None else pg.new_zeros(())
     ent = mean(_f(entropy)) if entropy is not None else pg.new_zeros(())
     pg_loss = mean(pg)
-    loss = pg_loss + kl_coef * kl - ent_coef * ent
+    loss = pg_loss + terms.kl_coef * kl - terms.ent_coef * ent
     with torch.no_grad():
         ratio_max = _masked(ratio, mask).max() if ratio.numel() else ratio.new_zeros(())
-        metrics = torch.stack(
-            [
-                pg_loss,
-                mean(torch.expm1(log_ratio) - log_ratio),
-                mean(clipped.to(pg.dtype)),
-                mean(dual.to(pg.dtype)),
-                mean(ratio),
-                ratio_max,
-                kl,
-                ent,
-                tokens,
-            ]
-        ).detach()
+        approx_kl = mean(torch.expm1(log_ratio) - log_ratio)
+        fractions = mean(clipped.to(pg.dtype)), mean(dual.to(pg.dtype))
+        metrics = torch.stack([pg_loss, approx_kl, *fractions, mean(ratio), ratio_max, kl, ent, counted]).detach()
     return loss, metrics
 
 
@@ -258,7 +218,7 @@ def value_loss(
     clipped = ((old + (v - old).clamp(-clip, clip)) - target) ** 2 if clip >= 0.0 else plain
     # Within `clip` of old, old + (v - old) is v but for a rounding, which must not decide.
     was_clipped = (clipped > plain) & ((v - old).abs() > clip)
-    tokens, inv = _denominator(mask, plain.numel(), normalizer, norm_value, plain)
+    tokens, inv = _denominator(mask, plain.numel(), Divisor(normalizer, norm_value), plain)
 
     def mean(x: Tensor) -> Tensor:
         return _masked(x, mask).sum() * inv

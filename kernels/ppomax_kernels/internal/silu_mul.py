@@ -3,10 +3,10 @@ rollout: no gradient."""
 
 from torch import Tensor
 
-from .dispatch import late
+from ..dispatch import late
 from .packed_linear import DTYPES
 
-_run = late("native", "silu_mul_cpu")
+_run = late("backends.native_internal", "silu_mul_cpu")
 
 
 def silu_mul(x: Tensor) -> Tensor:

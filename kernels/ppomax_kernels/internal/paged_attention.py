@@ -9,13 +9,14 @@ group. Internal to the engine's rollout: no gradient, and written for tensors th
 import torch
 from torch import Tensor
 
-from . import checks, reference
-from .dispatch import Table, late, pick
+from .. import checks
+from ..backends import reference
+from ..dispatch import Table, late, pick
 
 PAGE = 16
 """Tokens of a page: as many as fit the widest register."""
 
-FORWARD: Table = {"cpu": late("native", "paged_attention_cpu"), "ref": reference.paged_attention}
+FORWARD: Table = {"cpu": late("backends.native_internal", "paged_attention_cpu"), "ref": reference.paged_attention}
 
 
 def empty_pages(

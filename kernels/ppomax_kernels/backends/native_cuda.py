@@ -7,25 +7,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import checks, native
-from .native import _array, _at, _upstream
-
-CUDA_ERROR = 10  # ppomax_status
-P, I, L, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double  # noqa: E741
-
-# As in native.py: data and dtype; logits with outer, inner, V, strides, and labels with strides. The stream comes last.
-ARRAY, ROWS = [P, I], [P, I, L, L, L, L, L, P, L, L]
-SIGNATURES = {
-    "ppomax_token_logprobs_cuda": [*ROWS, D, D, L, P, P, P, P],
-    "ppomax_token_logprobs_backward_cuda": [P, L, L, P, L, L, *ROWS, P, P, D, D, L, P, P],
-    "ppomax_gae_cuda": [*ARRAY, L, *ARRAY, L, P, L, P, L, L, D, D, *ARRAY, *ARRAY, P, P, P],
-}
+from .. import checks
+from . import abi
+from .abi import CUDA_ERROR
+from .native_arguments import array, at, upstream
 
 
 def why_not() -> str | None:
     """Why there are no CUDA kernels in the compiled library; None if there are."""
-    lib = native.library()
-    lib.ppomax_cuda_note.restype = ctypes.c_char_p
+    lib = abi.library()
     if lib.ppomax_cuda_built():
         return None
     return f"no CUDA kernels in the compiled library: {lib.ppomax_cuda_note().decode()}"
@@ -33,15 +23,10 @@ def why_not() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
+    """The compiled library, if CUDA kernels are in it. RuntimeError says why they are not."""
     if (reason := why_not()) is not None:
         raise RuntimeError(f"impl='cuda': {reason}. impl='triton' runs on the same tensors")
-    lib = native.library()
-    for name, types in SIGNATURES.items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = types, I
-    lib.ppomax_cuda_error.restype = ctypes.c_char_p
-    lib.ppomax_status_string.restype = ctypes.c_char_p
-    return lib
+    return abi.library()
 
 
 def _run(name: str, on: Tensor, *args: object) -> None:
@@ -69,7 +54,7 @@ def _rows(op: str, logits: Tensor, labels: Tensor) -> tuple[int | None, ...]:
     checks.unit_stride(op, "logits", logits)
     outer, inner, outer_stride, inner_stride = checks.rows(op, "logits", logits.shape[:-1], logits.stride()[:-1])
     of_labels = labels.data_ptr(), *checks.rows(op, "labels", labels.shape, labels.stride())[2:]
-    return *_array(logits), outer, inner, logits.shape[-1], outer_stride, inner_stride, *of_labels
+    return *array(logits), outer, inner, logits.shape[-1], outer_stride, inner_stride, *of_labels
 
 
 def token_logprobs_cuda(
@@ -79,7 +64,7 @@ def token_logprobs_cuda(
     ent = torch.empty(labels.shape if entropy else (0,), dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(logprobs)
     rows = _rows("token_logprobs", logits, labels)
-    outputs = _at(logprobs), _at(ent) if entropy else None, _at(lse)
+    outputs = at(logprobs), at(ent) if entropy else None, at(lse)
     _run("ppomax_token_logprobs_cuda", logits, *rows, temperature, softcap, ignore_index, *outputs)
     return logprobs, ent, lse
 
@@ -103,10 +88,10 @@ def token_logprobs_backward_cuda(
     _safe(op, logits, torch.float32, labels.shape, dlogprobs=dlogprobs, dentropy=dentropy, lse=lse, entropy=saved)
     _safe(op, logits, logits.dtype, logits.shape, out=dlogits)
     checks.contiguous(op, out=dlogits, lse=lse, entropy=saved)
-    dlp, *dlp_strides = _upstream(op, "dlogprobs", dlogprobs)
-    dent, *dent_strides = _upstream(op, "dentropy", dentropy)
-    up = _at(dlp), *dlp_strides, _at(dent), *dent_strides
-    rest = _at(lse), _at(saved), temperature, softcap, ignore_index, _at(dlogits)
+    dlp, *dlp_strides = upstream(op, "dlogprobs", dlogprobs)
+    dent, *dent_strides = upstream(op, "dentropy", dentropy)
+    up = at(dlp), *dlp_strides, at(dent), *dent_strides
+    rest = at(lse), at(saved), temperature, softcap, ignore_index, at(dlogits)
     _run("ppomax_token_logprobs_backward_cuda", logits, *up, *rows, *rest)
     return dlogits
 
@@ -133,7 +118,7 @@ def gae_cuda(
     def row_stride(x: Tensor | None) -> int:
         return 0 if packed or x is None else x.stride(0)
 
-    tokens = *_array(rewards), row_stride(rewards), *_array(values), row_stride(values), _at(mask), row_stride(mask)
-    sizes = _at(cu_seqlens), sequences, rewards.shape[-1], gamma, lam
-    _run("ppomax_gae_cuda", rewards, *tokens, *sizes, *_array(lams), *_array(bootstrap), _at(advantages), _at(returns))
+    tokens = *array(rewards), row_stride(rewards), *array(values), row_stride(values), at(mask), row_stride(mask)
+    sizes = at(cu_seqlens), sequences, rewards.shape[-1], gamma, lam
+    _run("ppomax_gae_cuda", rewards, *tokens, *sizes, *array(lams), *array(bootstrap), at(advantages), at(returns))
     return advantages, returns

@@ -3,10 +3,10 @@ for the few rows that decoding has. Internal to the engine's rollout: no gradien
 
 from torch import Tensor
 
-from .dispatch import late
+from ..dispatch import late
 from .packed_linear import DTYPES
 
-_run = late("native", "rms_norm_cpu")
+_run = late("backends.native_internal", "rms_norm_cpu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, offset: float = 0.0, eps: float) -> Tensor:

@@ -5,14 +5,13 @@ The launchers themselves run, on meta tensors of realistic shapes, and hand over
 argument types, divisibility by 16 and launch constants are thus those of a real call. NVIDIA binaries are asked through
 the cuobjdump that Triton's wheel carries, AMD ones through the notes in their assembly text."""
 
-import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .gae_triton import gae_triton
-from .kl_penalty_triton import kl_penalty_backward_triton, kl_penalty_triton
-from .launch_triton import recorded
-from .linear_token_logprobs_triton import linear_token_logprobs_triton
-from .ppo_loss_triton import ppo_loss_triton
-from .sample_triton import sample_triton
-from .token_logprobs_triton import token_logprobs_backward_triton, token_logprobs_triton
-from .token_rewards_triton import token_rewards_triton
-from .value_loss_triton import value_loss_triton
-from .whiten_triton import moments_triton, whiten_triton
+from ..registry import with_triton_kernels
+from .launch_triton import Case, recorded
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-Case = tuple[str, Callable[[], object]]
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
@@ -67,80 +57,10 @@ class Usage:
     error: str = ""
 
 
-def _float(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _int(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _logprob_cases() -> Iterator[Case]:
-    shapes = [(d, v) for d in (torch.float32, torch.bfloat16) for v in (1000, 50257, 151936)] + [
-        (torch.float16, 151936)
-    ]
-    for (dtype, vocab), (cap, ent) in itertools.product(shapes, ((0.0, False), (0.0, True), (30.0, True))):
-        x, y, row = _float(64, vocab, dtype=dtype), _int(64), _float(64)
-        name = f"{str(dtype)[6:]} V={vocab}{' softcap' if cap else ''}{' entropy' if ent else ''}"
-        yield name, partial(token_logprobs_triton, x, y, 1.0, cap, ent, -100)
-        upstream = row, row if ent else None
-        yield name, partial(token_logprobs_backward_triton, *upstream, x, y, row, row, 1.0, cap, -100)
-
-
-def _token_cases() -> Iterator[Case]:
-    x, mask, cu, score = _float(4096), _int(4096, dtype=torch.bool), _int(9, dtype=torch.int32), _float(8)
-    for dtype, est in ((torch.float32, "k1"), (torch.float32, "k2"), (torch.float32, "abs"), (torch.bfloat16, "k3")):
-        name, z = f"{str(dtype)[6:]} {est}", _float(4096, dtype=dtype)
-        yield name, partial(kl_penalty_triton, z, z, est)
-        yield name, partial(kl_penalty_backward_triton, x, z, z, est)
-        yield name, partial(token_rewards_triton, score, z, z, cu, 0.1, est)
-    for dtype, m, per in ((torch.float32, None, None), (torch.float32, mask, score), (torch.bfloat16, mask, None)):
-        name = f"{str(dtype)[6:]}{' mask' if m is not None else ''}{' lam, bootstrap' if per is not None else ''}"
-        z, square = _float(4096, dtype=dtype), _float(8, 512, dtype=dtype)
-        yield name + " packed", partial(gae_triton, z, z, cu, m, 1.0, 0.95, per, per)
-        m = None if m is None else m.view(8, 512)
-        yield name + " padded", partial(gae_triton, square, square, None, m, 1.0, 0.95, per, per)
-
-
-def _sum_cases() -> Iterator[Case]:
-    moments, norm = _float(3, dtype=torch.float64), _float()
-    for dtype, n, full in itertools.product((torch.float32, torch.bfloat16), (4096, 65536), (False, True)):
-        z, m, c = _float(n, dtype=dtype), _int(n, dtype=torch.bool) if full else None, norm if full else None
-        name = f"{str(dtype)[6:]} N={n}{' mask, gradient' if full else ''}"
-        yield name, partial(value_loss_triton, z, z, z, m, c, 0.0, 0.2, full)
-        yield name, partial(moments_triton, z, m)
-        yield name, partial(whiten_triton, z, m, moments, full, 1e-8)
-        yield name, partial(ppo_loss_triton, z, z, z, m, None, None, None, c, 0.0, 0.2, 0.2, 0.0, 0.0, "k3", 0.0, full)
-        for est in ("k3", "k2") if full else ():
-            losses = partial(ppo_loss_triton, z, z, z, m, z, z, z, c, 0.0, 0.2, 0.2, 3.0, 0.1, est, 0.01, True)
-            yield f"{name}, entropy, weights, {est}", losses
-
-
-def _sample_cases() -> Iterator[Case]:
-    kinds = ((torch.float32, 1000), (torch.float32, 151936), (torch.bfloat16, 151936), (torch.bfloat16, 50257))
-    for dtype, vocab in kinds:
-        x, seeds = _float(8, vocab, dtype=dtype), _int(8)
-        for temperature, k, p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 50, 1.0), (1.0, 0, 0.9), (1.0, 50, 0.9)):
-            name = f"{str(dtype)[6:]} V={vocab} temperature={temperature:g} k={k} p={p:g}"
-            yield name, partial(sample_triton, x, seeds, seeds, temperature, k, p)
-
-
 def cases() -> Iterator[Case]:
-    """Calls of every launcher, each with a name: shapes, dtypes and options of real use."""
-    yield from _logprob_cases()
-    yield from _token_cases()
-    yield from _sum_cases()
-    yield from _sample_cases()
-    yield from _linear_cases()
-
-
-def _linear_cases() -> Iterator[Case]:
-    labels = _int(4096)
-    for dtype, depth, full in itertools.product((torch.float32, torch.bfloat16), (4096, 4100), (False, True)):
-        hidden, weight = _float(4096, depth, dtype=dtype), _float(151936, depth, dtype=dtype)
-        bias, cap = (_float(151936, dtype=dtype), 30.0) if full else (None, 0.0)
-        name = f"{str(dtype)[6:]} D={depth}{' bias, softcap, entropy' if full else ''}"
-        yield name, partial(linear_token_logprobs_triton, hidden, weight, labels, bias, 1.0, cap, full, -100)
+    """Calls of every op's launchers, each with a name: shapes, dtypes and options of real use."""
+    for op in with_triton_kernels():
+        yield from import_module(f"ppomax_kernels.{op}_triton").cases()
 
 
 def launches(backend: str) -> list[Launch]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+Case = tuple[str, Callable[[], object]]
+"""A launch of real use, for ahead-of-time compilation: its name, and a call of the launcher on meta tensors."""
 
 _RECORDER: ContextVar[tuple[Recorder, str] | None] = ContextVar("ppomax_triton_recorder", default=None)
 
@@ -51,6 +53,16 @@ def recorded(recorder: Recorder, backend: str) -> Iterator[None]:
         yield
     finally:
         _RECORDER.reset(token)
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A meta tensor for a Case."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The same, of whole numbers."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:

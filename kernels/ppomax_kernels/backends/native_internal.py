@@ -1,0 +1,88 @@
+"""The ops of the engine's rollout on CPUs, by the compiled library."""
+
+from torch import Tensor, empty, empty_like, get_num_threads
+
+from .abi import BAD_PAGE, DTYPES, library, refuse
+from .native_arguments import at
+
+
+def paged_attention_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    tables: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    op = "paged_attention"
+    tokens, heads, dim = query.shape
+    _, kv_heads, value_dim = value.shape
+    q, k, v = query.stride(), key.stride(), value.stride()
+    if ((q[2] != 1 or k[2] != 1) and dim > 1) or (v[2] != 1 and value_dim > 1):
+        raise ValueError(f"{op}: the last dimension of query, key and value must be contiguous, got {q}, {k}, {v}")
+    if not (key_pages.is_contiguous() and value_pages.is_contiguous() and key.is_cpu and key_pages.is_cpu):
+        raise ValueError(f"{op}: pages must be contiguous and on the CPU; make them by empty_pages")
+    out = empty(tokens, heads, value_dim, dtype=query.dtype)
+    status = library().ppomax_paged_attention_cpu(
+        query.data_ptr(), q[0], q[1], key.data_ptr(), k[0], k[1], value.data_ptr(), v[0], v[1], DTYPES[query.dtype],
+        tokens, heads, kv_heads, dim, value_dim, key_pages.data_ptr(), value_pages.data_ptr(), key_pages.shape[0],
+        tables.data_ptr(), *tables.shape, sequences.data_ptr(), positions.data_ptr(), scale, window, softcap,
+        out.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        if status == BAD_PAGE:
+            raise ValueError(
+                f"{op}: a token's sequence, position or page lies outside {tuple(tables.shape)} tables of "
+                f"{key_pages.shape[0]} pages; check tables, sequences and positions"
+            )
+        refuse(op, status)
+    return out
+
+
+def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    inputs = x.shape[-1]
+    y = empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    status = library().ppomax_packed_linear_cpu(
+        x.data_ptr(), DTYPES[x.dtype], x.numel() // inputs, inputs, panels.data_ptr(), at(bias), outputs,
+        y.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        refuse("packed_linear", status)
+    return y
+
+
+def pack_linear_cpu(weight: Tensor, panels: Tensor) -> Tensor:
+    outputs, inputs = weight.shape
+    status = library().ppomax_pack_linear_cpu(
+        weight.data_ptr(), DTYPES[weight.dtype], outputs, inputs, panels.data_ptr(), get_num_threads()
+    )
+    if status:
+        refuse("pack_linear", status)
+    return panels
+
+
+def rms_norm_cpu(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    width, y = len(weight), empty_like(x)
+    status = library().ppomax_rms_norm_cpu(
+        x.data_ptr(), DTYPES[x.dtype], x.numel() // width, width, weight.data_ptr(), DTYPES[weight.dtype], offset, eps,
+        y.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        refuse("rms_norm", status)
+    return y
+
+
+def silu_mul_cpu(x: Tensor) -> Tensor:
+    width = x.shape[-1] // 2
+    y = empty(*x.shape[:-1], width, dtype=x.dtype)
+    status = library().ppomax_silu_mul_cpu(
+        x.data_ptr(), DTYPES[x.dtype], x.numel() // (2 * width), width, y.data_ptr(), get_num_threads()
+    )
+    if status:
+        refuse("silu_mul", status)
+    return y
