@@ -7,18 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppomax.config import TrainConfig, load_config
-    from ppomax.engine import Engine
+    from ppomax.engine import Engine, StepResult
     from ppomax.recipe.batch import Experience, Rollout
+    from ppomax.rollout import Responses, Sampling
+    from ppomax.saving.export_policy import export_policy
 
 _HOMES = {
     "Engine": "engine",
-    "Rollout": "batch",
-    "Experience": "batch",
+    "StepResult": "engine",
+    "Rollout": "recipe.batch",
+    "Experience": "recipe.batch",
+    "Responses": "rollout",
+    "Sampling": "rollout",
     "TrainConfig": "config",
     "load_config": "config",
+    "export_policy": "saving.export_policy",
 }
 
-__all__ = ["Engine", "Experience", "Rollout", "TrainConfig", "load_config"]
+__all__ = [
+    "Engine",
+    "Experience",
+    "Responses",
+    "Rollout",
+    "Sampling",
+    "StepResult",
+    "TrainConfig",
+    "export_policy",
+    "load_config",
+]
 
 
 def __getattr__(name: str) -> Any:
