@@ -22,7 +22,8 @@ export PYTHONPATH="$PWD/kernels:$PWD/engine:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYT
 
 stage "tests"
 # -k: the fixture `impl` runs each test on every back-end; here those on the GPU. ptxas and nvcc were run above.
-timeout "${TESTS_SECONDS:-200}" "$python" -m pytest tests/kernels -k "triton or cuda" --deselect tests/kernels/test_cuda_build.py \
+# One process, since there is one GPU; and such a machine need not have pytest-xdist, which the usual options ask for.
+timeout "${TESTS_SECONDS:-200}" "$python" -m pytest -o addopts="-q --strict-markers --benchmark-disable" -m "not slow" tests/kernels -k "triton or cuda" --deselect tests/kernels/test_cuda_build.py \
     --ignore tests/kernels/test_cuda_on_host.py --maxfail 20 --durations=10 2>&1 | tee "$out/tests.log" | tail -25 || failed+=(tests)
 
 stage "benchmarks: small ops and logits"

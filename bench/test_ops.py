@@ -1,5 +1,5 @@
-"""The same problems, on small shapes, as a pytest-benchmark suite: python -m pytest bench --benchmark-enable (its
-own tables, comparisons and storage). Results are checked here too; times are never asserted."""
+"""The same problems, on small shapes, as a pytest-benchmark suite: python -m pytest bench -n 0 --benchmark-enable
+(its own tables, comparisons and storage). Results are checked here too; times are never asserted."""
 
 import pytest
 import torch

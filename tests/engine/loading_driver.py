@@ -27,6 +27,7 @@ from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.zero import ZeroFrozen
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.engine.rank_cases import keep, tried
 from tests.engine.tiny import EOS, VOCABULARY, prompts, small_config, tiny_assets, tiny_tokenizer
 
 SHARDING = ShardingConfig(zero_stage=3)
@@ -227,10 +228,7 @@ def host_memory(folder: Path) -> dict[str, int]:
 def main(folder: Path, out: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     ranks.start("cpu")
-    mine = {case: globals()[case](folder) for case in cases}
-    everyone = ranks.gather_objects(mine)
-    if ranks.rank() == 0:
-        out.write_text(json.dumps(everyone), encoding="utf-8")
+    keep(out, {case: tried(globals()[case], folder) for case in cases})
     ranks.shut_down()
 
 

@@ -30,6 +30,7 @@ from ppomax.sharding.settle import agreed_config
 from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
 
+from tests.engine.rank_cases import Kept, keep, tried
 from tests.engine.tiny import SMALL, prompts, small_config, tiny_engine, tiny_policy
 
 PARTITION_ALL = {
@@ -111,22 +112,26 @@ def variant(folder: Path, name: str, stage: int | None) -> dict[str, Any]:
 # ---- cases of two ranks ---------------------------------------------------------------------------------------------
 
 
-def two(folder: Path) -> dict[str, Any]:
-    out: dict[str, Any] = {"world": ranks.world_size()}
+def two(folder: Path) -> dict[str, Kept]:
+    out = {"world": tried(ranks.world_size)}
     for stage in (0, 1, 2, 3):
         engine = engine_of(config_of(folder, stage))
-        out[f"zero {stage}"] = {"metrics": steps(engine), "state": state_of(engine)}
-        out[f"resumed {stage}"] = resumed(engine, folder / f"zero-{stage}")
-    out["from one process"] = from_one_process(engine, folder)
-    out["export"] = exported(engine, folder / "export")
-    out["lora export"] = lora_exported(folder)
-    out["gathered"] = gathered(engine)
-    out["one prompt"] = steps(engine, (1,))
-    out["nan"] = nan_on_one_rank(engine)
-    out |= {name: variant(folder, name, 3) for name in ("tied", "recomputed", "hydra")}
-    out["refused"] = refused(folder)
-    out["alone"] = job_alone(folder)
+        out[f"zero {stage}"] = tried(left_alone, engine)
+        out[f"resumed {stage}"] = tried(resumed, engine, folder / f"zero-{stage}")
+    out["from one process"] = tried(from_one_process, engine, folder)
+    out["export"] = tried(exported, engine, folder / "export")
+    out["lora export"] = tried(lora_exported, folder)
+    out["gathered"] = tried(gathered, engine)
+    out["one prompt"] = tried(steps, engine, (1,))
+    out["nan"] = tried(nan_on_one_rank, engine)
+    out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra")}
+    out |= {f"refused: {name}": tried(words_of, attempt) for name, attempt in attempts(folder).items()}
+    out["alone"] = tried(job_alone, folder)
     return out
+
+
+def left_alone(engine: Engine) -> dict[str, Any]:
+    return {"metrics": steps(engine), "state": state_of(engine)}
 
 
 def resumed(engine: Engine, path: Path) -> dict[str, Any]:
@@ -220,12 +225,12 @@ def nan_on_one_rank(engine: Engine) -> dict[str, Any]:
     }
 
 
-def refused(folder: Path) -> dict[str, list[str]]:
-    """What each rank says to input that cannot be right."""
+def attempts(folder: Path) -> dict[str, Callable[[], object]]:
+    """Input that cannot be right."""
     contradicting = folder / "contradicting.json"
     contradicting.write_text(json.dumps({"zero_optimization": {"stage": 1}}), encoding="utf-8")
     other = {"policy_optim__lr": 2e-3 if ranks.rank() else 1e-3}
-    attempts: dict[str, Callable[[], object]] = {
+    return {
         "batch": lambda: agreed_config(small_config(batch__rollout_size=8, batch__minibatch_size=3)),
         "mismatch": lambda: agreed_config(small_config(**other)),
         "file": lambda: agreed_config(small_config(sharding__zero_stage=3, sharding__deepspeed=str(contradicting))),
@@ -234,7 +239,6 @@ def refused(folder: Path) -> dict[str, list[str]]:
         "missing shard": lambda: without(folder / "zero-0", "policy_optim.safetensors"),
         "disk": lambda: onto_a_full_disk(folder),
     }
-    return {name: ranks.gather_objects(words_of(attempt)) for name, attempt in attempts.items()}
 
 
 def words_of(attempt: Callable[[], object]) -> str:
@@ -264,30 +268,36 @@ def onto_a_full_disk(folder: Path) -> None:
     raise CheckpointError("the save went through")
 
 
-def more(folder: Path) -> dict[str, Any]:
-    """Every variant, under each ZeRO stage that it is about; 16-bit weights resumed beside their float32 copies."""
-    out = {f"{name} {stage}": variant(folder, name, stage) for name in VARIANTS for stage in STAGES.get(name, (3,))}
-    for stage in (2, 3):
-        engine = engine_of(config_of(folder, stage, model__dtype="bfloat16"))
-        steps(engine, (8,))
-        out[f"resumed {stage}"] = resumed(engine, folder / f"bfloat16-{stage}")["equal"]
+MORE = tuple(f"{name} {stage}" for name in VARIANTS for stage in STAGES.get(name, (3,)))
+"""Every variant, under each ZeRO stage that it is about."""
+
+
+def more(folder: Path) -> dict[str, Kept]:
+    """And 16-bit weights resumed beside their float32 copies, and hpZ's second copies."""
+    out = {case: tried(variant, folder, case[:-2], int(case[-1])) for case in MORE}
+    out |= {f"resumed {stage}": tried(resumed_bfloat16, folder, stage) for stage in (2, 3)}
+    return out | {"resumed hpz": tried(resumed_hpz, folder)}
+
+
+def resumed_bfloat16(folder: Path, stage: int) -> bool:
+    engine = engine_of(config_of(folder, stage, model__dtype="bfloat16"))
+    steps(engine, (8,))
+    return bool(resumed(engine, folder / f"bfloat16-{stage}")["equal"])
+
+
+def resumed_hpz(folder: Path) -> bool:
     engine = engine_of(config_of(folder, 3, sharding__hpz=2))
     second = [p.ds_secondary_tensor is not None for p in engine.policy.params]  # type: ignore[attr-defined]
     assert all(second), "no second copies"
     steps(engine, (8,))
-    out["resumed hpz"] = resumed(engine, folder / "hpz")["equal"]
-    return out
+    return bool(resumed(engine, folder / "hpz")["equal"])
 
 
 # ---- one rank -------------------------------------------------------------------------------------------------------
 
 
-def one(folder: Path) -> dict[str, Any]:
-    out = {}
-    for stage in (1, 2, 3):
-        engine = engine_of(config_of(folder, stage))
-        out[f"zero {stage}"] = {"metrics": steps(engine), "state": state_of(engine)}
-    return out
+def one(folder: Path) -> dict[str, Kept]:
+    return {f"zero {stage}": tried(left_alone, engine_of(config_of(folder, stage))) for stage in (1, 2, 3)}
 
 
 # ---- a whole job ----------------------------------------------------------------------------------------------------
@@ -340,9 +350,7 @@ def main(case: str, folder: Path, *rest: str) -> int:
         number = signal.SIGTERM if rest[1].startswith("term-") else signal.SIGKILL
         return job(folder, rest[0], rest[1].removeprefix("term-"), number, victim=0 if rest[1] == "save" else 1)
     ranks.start("cpu")
-    verdicts = globals()[case](folder)
-    if ranks.rank() == 0:
-        (folder / f"{case}.json").write_text(json.dumps(verdicts), encoding="utf-8")
+    keep(folder / f"{case}.json", {"one": one, "two": two, "more": more}[case](folder))
     ranks.shut_down()
     return 0
 

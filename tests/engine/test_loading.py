@@ -15,6 +15,8 @@ import torch
 from ppomax.models.partitioned import LoadingError, prepare, tensor_files
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests.engine.rank_cases import Cases
+
 ROOT = Path(__file__).parents[2]
 RANKS = 2
 WITHIN = 0.15
@@ -41,39 +43,61 @@ def checkpoints(tmp_path_factory) -> Path:
     return folder
 
 
-def on_ranks(folder: Path, out: Path, *cases: str) -> list[dict]:
+def on_ranks(folder: Path, out: Path, *cases: str) -> Cases:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command += ["-m", "tests.engine.loading_driver", str(folder), str(out), *cases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return Cases(out)
 
 
-def test_partitions_hold_what_from_pretrained_loads_and_train_like_it(checkpoints, tmp_path):
-    """And, since it is one launch: what two ranks hold under each ZeRO stage is what was planned."""
+@pytest.fixture(scope="module")
+def on_two(checkpoints, tmp_path_factory) -> Cases:
+    """One launch of two ranks."""
     cases = ("equal", "missing_shard", "planned", "as_whole", "planned_hpz")
-    for rank in on_ranks(checkpoints, tmp_path / "out.json", *cases):
-        planned = rank["planned"] | rank["planned_hpz"]
-        assert len(planned) == 15
+    return on_ranks(checkpoints, tmp_path_factory.mktemp("on_two") / "out.json", *cases)
+
+
+def test_partitions_hold_what_from_pretrained_loads(on_two):
+    for found in on_two.on_all("equal"):
+        assert set(found) == {"untied", "tied", "gpt2"}
+        assert max(found.values()) < 1e-5, found
+
+
+def test_models_read_into_partitions_train_like_whole_ones(on_two):
+    for found in on_two.on_all("as_whole"):
+        assert len(found) == 3
+        assert max(found.values()) < 1e-5, found
+
+
+def test_a_missing_shard_is_named_on_every_rank(on_two):
+    for said in on_two.on_all("missing_shard"):
+        assert "model-00002-of-" in said
+        assert "is missing" in said
+
+
+@pytest.mark.parametrize("case", ["planned", "planned_hpz"])
+def test_two_ranks_hold_what_was_planned(on_two, case: str):
+    """Under each ZeRO stage, and with hpZ's second copies."""
+    for planned in on_two.on_all(case):
         off = {what: ratio for what, ratio in planned.items() if not 1 - WITHIN < ratio < 1 + WITHIN}
         assert not off, off
-        assert max(rank["as_whole"].values()) < 1e-5, rank["as_whole"]
-        assert len(rank["as_whole"]) == 3
-        assert set(rank["equal"]) == {"untied", "tied", "gpt2"}
-        assert max(rank["equal"].values()) < 1e-5, rank["equal"]
-        assert "model-00002-of-" in rank["missing_shard"]
-        assert "is missing" in rank["missing_shard"]
+
+
+def test_every_phase_of_every_stage_was_planned(on_two):
+    for planned, with_hpz in zip(on_two.on_all("planned"), on_two.on_all("planned_hpz"), strict=True):
+        assert len(planned | with_hpz) == 15
 
 
 @pytest.mark.slow
 def test_cuts_of_the_full_scale_configs_train_under_zero_3_with_offload(tmp_path):
     from ppomax.config import config_names
 
-    first, second = on_ranks(tmp_path, tmp_path / "out.json", "configs")
+    first, second = on_ranks(tmp_path, tmp_path / "out.json", "configs").on_all("configs")
     assert first == second
-    assert set(first["configs"]) == set(config_names())
-    assert all(0 < norm < 1e3 for norm in first["configs"].values())
+    assert set(first) == set(config_names())
+    assert all(0 < norm < 1e3 for norm in first.values())
 
 
 @pytest.mark.slow
@@ -86,8 +110,7 @@ def test_a_rank_holds_its_part_and_little_more(checkpoints, tmp_path, shard):
         (folder / name).symlink_to(checkpoints / name)
     large = dict(vocab_size=8000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, head_dim=64)
     llama(num_attention_heads=16, **large).save_pretrained(folder / "large", max_shard_size=shard)
-    for rank in on_ranks(folder, tmp_path / "out.json", "host_memory"):
-        memory = rank["host_memory"]
+    for memory in on_ranks(folder, tmp_path / "out.json", "host_memory").on_all("host_memory"):
         assert memory["bytes"] > 300e6
         assert memory["grown"] <= 1.5 * memory["bytes"] / RANKS + memory["largest"], memory
 

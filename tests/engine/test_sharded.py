@@ -16,6 +16,7 @@ from ppomax.config import ConfigError, ShardingConfig
 from ppomax.sharding import zero_config
 
 from tests.engine import rank_driver as driver
+from tests.engine.rank_cases import Cases
 from tests.engine.tiny import tiny_assets
 
 pytest.importorskip("deepspeed")
@@ -75,13 +76,22 @@ def plain(folder) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def verdicts(folder, plain) -> dict[str, Any]:
+def launches(folder, plain) -> dict[str, Cases]:
     """Of two ranks, and of one rank under ZeRO; both at once."""
     two, one = start("two", str(folder), ranks=2), start("one", str(folder))
     ended(two)
     ended(one)
-    found = {case: json.loads((folder / f"{case}.json").read_text(encoding="utf-8")) for case in ("one", "two")}
-    return {"ranks 1": found["one"], **found["two"]}
+    return {name: Cases(folder / f"{name}.json") for name in ("one", "two")}
+
+
+@pytest.fixture(scope="module")
+def on_two(launches) -> Cases:
+    return launches["two"]
+
+
+@pytest.fixture(scope="module")
+def on_one(launches) -> Cases:
+    return launches["one"]
 
 
 def assert_same_run(got: dict[str, Any], want: dict[str, Any], tolerance: float = CLOSE) -> None:
@@ -103,71 +113,71 @@ def losses(rows: list[dict[str, float]]) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_with_one_rank_is_plain_torch(verdicts, plain, stage: int) -> None:
-    assert_same_run(verdicts["ranks 1"][f"zero {stage}"], plain)
+def test_zero_with_one_rank_is_plain_torch(on_one, plain, stage: int) -> None:
+    assert_same_run(on_one[f"zero {stage}"], plain)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_are_one_process(verdicts, plain, stage: int) -> None:
+def test_two_ranks_are_one_process(on_two, plain, stage: int) -> None:
     """Odd counts, uneven lengths, ptx, whitening, adaptive KL: nothing tells how many ranks there were."""
-    assert verdicts["world"] == 2
-    assert [row["episode"] for row in verdicts[f"zero {stage}"]["metrics"]] == [8, 15, 23, 28, 36]
-    assert_same_run(verdicts[f"zero {stage}"], plain)
+    assert on_two["world"] == 2
+    assert [row["episode"] for row in on_two[f"zero {stage}"]["metrics"]] == [8, 15, 23, 28, 36]
+    assert_same_run(on_two[f"zero {stage}"], plain)
 
 
 @pytest.mark.parametrize("name", ["tied", "recomputed", "hydra"])
-def test_two_ranks_are_one_process_in_every_mode(verdicts, folder, name: str) -> None:
+def test_two_ranks_are_one_process_in_every_mode(on_two, folder, name: str) -> None:
     """And where they run blocks again in the backward, one that does not is still the same."""
-    assert_same_run(verdicts[name], alone(folder, name))
+    assert_same_run(on_two[name], alone(folder, name))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_sharded_checkpoint_resumes_to_the_bit(verdicts, stage: int) -> None:
-    assert verdicts[f"resumed {stage}"]["equal"]
+def test_sharded_checkpoint_resumes_to_the_bit(on_two, stage: int) -> None:
+    assert on_two[f"resumed {stage}"]["equal"]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_to_one(verdicts, folder, stage: int) -> None:
+def test_two_ranks_to_one(on_two, folder, stage: int) -> None:
     engine = driver.engine_of(driver.config_of(folder, None))
     engine.restore(folder / f"zero-{stage}")
     got = driver.steps(engine, driver.NEXT)
-    assert losses(got) == pytest.approx(losses(verdicts[f"resumed {stage}"]["next"]), abs=BETWEEN)
+    assert losses(got) == pytest.approx(losses(on_two[f"resumed {stage}"]["next"]), abs=BETWEEN)
 
 
-def test_one_rank_to_two(verdicts, plain) -> None:
-    assert losses(verdicts["from one process"]) == pytest.approx(losses(plain["next"]), abs=BETWEEN)
+def test_one_rank_to_two(on_two, plain) -> None:
+    assert losses(on_two["from one process"]) == pytest.approx(losses(plain["next"]), abs=BETWEEN)
 
 
-def test_weights_are_gathered_once_for_a_rollout(verdicts) -> None:
+def test_weights_are_gathered_once_for_a_rollout(on_two) -> None:
     """Inside the phase no hook is left that could gather or release a weight as tokens are decoded."""
-    found = verdicts["gathered"]
+    found = on_two["gathered"]
     assert found["inside"] == [0, True]
     assert found["before"] == found["after"]
     assert found["before"][0] > 0
     assert not found["before"][1]
 
 
-def test_cut_policy_is_exported_in_shards(verdicts) -> None:
-    assert verdicts["export"]["equal"]
-    assert verdicts["export"]["files"] > 3
+def test_cut_policy_is_exported_in_shards(on_two) -> None:
+    assert on_two["export"]["equal"]
+    assert on_two["export"]["files"] > 3
 
 
-def test_cut_adapters_are_exported_layer_by_layer(verdicts) -> None:
-    found = verdicts["lora export"]
+def test_cut_adapters_are_exported_layer_by_layer(on_two) -> None:
+    found = on_two["lora export"]
     assert max(found["gaps"]) < CLOSE
     assert found["adapters"] == found["trained"] > 0
     assert found["whole"] < 2 * found["largest"] < found["all"] / 3
 
 
-def test_fewer_prompts_than_ranks(verdicts) -> None:
-    assert all(row["rollout/length"] >= 1 for row in verdicts["one prompt"])
-    assert verdicts["one prompt"][0]["val/num_eos_tokens"] <= 1
+def test_fewer_prompts_than_ranks(on_two) -> None:
+    assert all(row["rollout/length"] >= 1 for row in on_two["one prompt"])
+    assert on_two["one prompt"][0]["val/num_eos_tokens"] <= 1
 
 
-def test_nan_on_one_rank_skips_the_step_on_all(verdicts) -> None:
-    skipped = verdicts["nan"]["skipped"]
-    assert skipped[0] == skipped[1] == verdicts["nan"]["in metrics"] == 1
-    assert abs(verdicts["nan"]["after"]) < 10
+def test_nan_on_one_rank_skips_the_step_on_all(on_two) -> None:
+    skipped = on_two["nan"]["skipped"]
+    assert skipped[0] == skipped[1] == on_two["nan"]["in metrics"] == 1
+    assert abs(on_two["nan"]["after"]) < 10
 
 
 @pytest.mark.parametrize(
@@ -182,28 +192,38 @@ def test_nan_on_one_rank_skips_the_step_on_all(verdicts) -> None:
         ("disk", "MB needed, 0 MB free"),
     ],
 )
-def test_bad_input_is_named_on_every_rank(verdicts, attempt: str, wanted: str) -> None:
-    said = verdicts["refused"][attempt]
+def test_bad_input_is_named_on_every_rank(on_two, attempt: str, wanted: str) -> None:
+    said = on_two.on_all(f"refused: {attempt}")
     assert len(said) == 2
     assert all(wanted in words for words in said), said
 
 
-@pytest.mark.slow
-def test_every_variant_is_one_process(folder) -> None:
-    """Modes, offloading, frozen models cut or not, hpZ's second copies; bfloat16 to its own rounding."""
+@pytest.fixture(scope="module")
+def on_two_more(folder) -> Cases:
     ended(start("more", str(folder), ranks=2))
-    found = json.loads((folder / "more.json").read_text(encoding="utf-8"))
-    for resumed in ("resumed 2", "resumed 3", "resumed hpz"):
-        assert found.pop(resumed), resumed
-    for case, got in found.items():
-        name = case.rpartition(" ")[0]
-        want = alone(folder, name)
-        if name != "bfloat16":
-            assert_same_run(got, want)
-        else:  # the second step's tokens are drawn from weights that differ by bfloat16's rounding
-            first, same = got["metrics"][0], want["metrics"][0]
-            assert losses([first]) == pytest.approx(losses([same]), rel=BFLOAT16, abs=BFLOAT16)
-            assert first["policy/grad_norm"] == pytest.approx(same["policy/grad_norm"], rel=BFLOAT16)
+    return Cases(folder / "more.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in driver.MORE if not case.startswith("bfloat16")])
+def test_every_variant_is_one_process(on_two_more, folder, case: str) -> None:
+    """Modes, offloading, frozen models cut or not, hpZ's second copies."""
+    assert_same_run(on_two_more[case], alone(folder, case[:-2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in driver.MORE if case.startswith("bfloat16")])
+def test_bfloat16_is_one_process_to_its_own_rounding(on_two_more, folder, case: str) -> None:
+    """The second step's tokens are drawn from weights that differ by bfloat16's rounding, so the first is compared."""
+    first, same = (run["metrics"][0] for run in (on_two_more[case], alone(folder, case[:-2])))
+    assert losses([first]) == pytest.approx(losses([same]), rel=BFLOAT16, abs=BFLOAT16)
+    assert first["policy/grad_norm"] == pytest.approx(same["policy/grad_norm"], rel=BFLOAT16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["resumed 2", "resumed 3", "resumed hpz"])
+def test_16_bit_weights_and_second_copies_resume_to_the_bit(on_two_more, case: str) -> None:
+    assert on_two_more.on_all(case) == [True, True]
 
 
 def alone(folder: Path, name: str) -> dict[str, Any]:
@@ -227,7 +247,7 @@ def steps_of(run: Path) -> list[int]:
     return [row["step"] for row in rows if row["step"]]
 
 
-def test_killed_rank_is_named_and_torchrun_goes_on_to_the_bit(verdicts, folder) -> None:
+def test_killed_rank_is_named_and_torchrun_goes_on_to_the_bit(on_two, folder) -> None:
     said = ended(start("job", str(folder), "restarted", "update", ranks=2, options=("--max-restarts=1",)))
     assert "rank: 1" in said  # torchrun's words: it is quicker than our own watch
     assert weights_of(folder / "restarted") == weights_of(folder / "alone")
@@ -236,7 +256,7 @@ def test_killed_rank_is_named_and_torchrun_goes_on_to_the_bit(verdicts, folder) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["rollout", "update", "save"])
-def test_killed_job_ends_soon_and_resumes_to_the_bit(verdicts, folder, moment: str) -> None:
+def test_killed_job_ends_soon_and_resumes_to_the_bit(on_two, folder, moment: str) -> None:
     """Without a launcher that looks after its workers: two processes with the variables set, as under srun."""
     name = f"killed-{moment}"
     victim = 0 if moment == "save" else 1
@@ -268,7 +288,7 @@ def bare_ranks(folder: Path, name: str, moment: str) -> list[subprocess.Popen[st
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_rank_checkpoints_all(verdicts, folder) -> None:
+def test_sigterm_on_one_rank_checkpoints_all(on_two, folder) -> None:
     ended(start("job", str(folder), "termed", "term-update", ranks=2))
     assert not (folder / "termed" / "policy").exists()
     ended(start("job", str(folder), "termed", "never", "--resume", ranks=2))
