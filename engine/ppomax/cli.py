@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppomax.command.folders import folder_of, taken, training_config
-from ppomax.command.launch import parsed_together, watched, without_local_rank
+from ppomax.command.folders import folder_of, pop_flag, training_config
+from ppomax.command.launch import parse_on_all_ranks, watched, without_local_rank
 from ppomax.command.options import RUN_FLAGS, Options, stage_presets
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, save_config, to_dict
 from ppomax.config.launcher import started_ranks
@@ -29,7 +29,7 @@ from ppomax.config.stages import BuildDefaultConfig, RewardModelConfig, SftConfi
 def train(argv: list[str]) -> None:
     """train a policy by PPO-max; with no flags, the model that ships with ppomax"""
     with watched(argv) as watch:
-        config = parsed_together(lambda words: training_config("train", TrainConfig, words), argv)
+        config = parse_on_all_ranks(lambda words: training_config("train", TrainConfig, words), argv)
         if watch is not None:
             watch.silence = config.sharding.silence
         _train(config)
@@ -81,7 +81,7 @@ def plan(argv: list[str]) -> None:
         show_comparison(start_logging())
         return
     config = Options("plan", TrainConfig, RUN_FLAGS).parse(rest)
-    name = taken(rest, "--config")[1] or "default"
+    name = pop_flag(rest, "--config")[1] or "default"
     if not run_plan(flags, config, f"ppomax plan {name}", start_logging()):
         raise SystemExit(3)
 
@@ -104,7 +104,7 @@ def reward_model(argv: list[str]) -> None:
 
 def build_default(argv: list[str]) -> None:
     """rebuild the model that ships with ppomax from raw labelled text (--steps N: N steps in each of its stages)"""
-    argv, steps = taken(argv, "--steps")
+    argv, steps = pop_flag(argv, "--steps")
     for knob in ("--lm_steps", "--sft_steps", "--reward_steps"):
         argv = [*argv, knob, steps] if steps else argv
     config = training_config("build-default", BuildDefaultConfig, argv)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from ppomax.recipe.moments import RunningMoments
-from ppomax.recipe.rewards import KLController, RewardError, checked_scores, load_function, shape_scores
+from ppomax.recipe.rewards import KLController, RewardError, finite_scores, load_function, shape_scores
 
 from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
 
@@ -72,7 +72,7 @@ def test_load_function(tmp_path) -> None:
 
 def test_checked_scores_pass_through() -> None:
     x = torch.randn(4)
-    assert checked_scores(x, 4, "x") is x
+    assert finite_scores(x, 4, "x") is x
 
 
 @pytest.mark.parametrize(

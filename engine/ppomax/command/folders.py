@@ -64,7 +64,7 @@ def check_fresh(out: Path) -> None:
 
 def resumed_folder(argv: list[str]) -> Path:
     """The folder that --resume goes on in. ConfigError: none is named, or it is not there."""
-    out = taken(taken(argv, "--run.out")[0], "--out")[1] or taken(argv, "--run.out")[1]
+    out = pop_flag(pop_flag(argv, "--run.out")[0], "--out")[1] or pop_flag(argv, "--run.out")[1]
     if out is None:
         runs = sorted(Path("runs").glob("*/config.yaml"))
         newest = f"; the newest is {runs[-1].parent}" if runs else ""
@@ -89,7 +89,7 @@ def check_resume(now: dict[str, Any], saved: dict[str, Any]) -> None:
         raise ConfigError(f"--resume: {named}{more}; leave that out, or start anew in another --out")
 
 
-def taken(argv: list[str], flag: str) -> tuple[list[str], str | None]:
+def pop_flag(argv: list[str], flag: str) -> tuple[list[str], str | None]:
     """`argv` without `flag` and its value, and that value (None: it is not there)."""
     rest, value = list(argv), None
     for i, word in enumerate(argv):

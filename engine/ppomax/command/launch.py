@@ -62,14 +62,14 @@ def _lost_a_rank(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(w in str(error) for w in ("onnection", "NCCL", "gloo", "imed out"))
 
 
-def parsed_together(parse: Callable[[list[str]], TrainConfig], argv: list[str]) -> TrainConfig:
+def parse_on_all_ranks(parse: Callable[[list[str]], TrainConfig], argv: list[str]) -> TrainConfig:
     """`parse(argv)` on every rank, with rank 0's folder. ConfigError on all ranks if one could not, or if they
     differ."""
     if started_ranks() == 1 or {"-h", "--help"} & set(argv):
         return parse(argv)
     from ppomax.sharding import ranks
 
-    store, config = ranks.job_store(), None
+    store, config = ranks.launcher_store(), None
     if restarts():
         if not store.check([OUT_KEY]):
             raise ConfigError("the launcher started the job anew, but its folder is not known any more; give --out")

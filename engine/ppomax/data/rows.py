@@ -64,7 +64,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
                     yield from _numbered(json.loads(line + lines.read()), str(path))
                     return
                 if line.strip():
-                    yield _checked(f"{path}:{number}", json.loads(line))
+                    yield _named_row(f"{path}:{number}", json.loads(line))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{number}: not JSON ({error}); one object a line is wanted") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -106,10 +106,10 @@ def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
 
 def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(rows, 1):
-        yield _checked(f"{name}:{number}", row)
+        yield _named_row(f"{name}:{number}", row)
 
 
-def _checked(where: str, row: Any) -> tuple[str, Row]:
+def _named_row(where: str, row: Any) -> tuple[str, Row]:
     if isinstance(row, str):
         row = {"prompt": row, "text": row}
     if not isinstance(row, Mapping):

@@ -129,7 +129,7 @@ def rollout(job: Job) -> dict[str, int]:
         "KV cache": cache,
         "packed weights": packed_weight_bytes(job.policy, job.dtype) if job.cpu else 0,
         **_larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
-        "gathered": _whole_policy(job),
+        "gathered": _gathered_policy(job),
         "trunk states": _trunk_states(job),
     }
 
@@ -151,7 +151,7 @@ def scoring(job: Job) -> dict[str, int]:
     forwards = [_held(job, config, rows, length).forward for config, _ in own]
     return {
         **_larger({"activations": max(forwards)}, {"logits": chunk_bytes(policy.vocab, job) + 2 * _picked(job)}),
-        "gathered": _whole_policy(job) + max(_live_layers(job, r) for r in roles(job) if r.name != "policy"),
+        "gathered": _gathered_policy(job) + max(_live_layers(job, r) for r in roles(job) if r.name != "policy"),
         "trunk states": _trunk_states(job),
     }
 
@@ -243,7 +243,7 @@ def _gradient(job: Job, role: Role) -> int:
     return role.trained * job.width // (job.ranks if job.zero_stage == 2 else 1)
 
 
-def _whole_policy(job: Job) -> int:
+def _gathered_policy(job: Job) -> int:
     return sizes_of(job.policy, "causal_lm").params * job.width if job.zero_stage == 3 else 0
 
 

@@ -28,7 +28,7 @@ def show(plan: Plan, console: Any, *, title: str = "") -> None:
     console.print(memory_table(plan))
     if plan.times:
         console.print(time_table(plan))
-    for line in verdict(plan):
+    for line in fit_lines(plan):
         console.print(line, highlight=False, markup=False)
 
 
@@ -66,7 +66,7 @@ def time_table(plan: Plan) -> Any:
     return table
 
 
-def verdict(plan: Plan) -> list[str]:
+def fit_lines(plan: Plan) -> list[str]:
     """Whether it fits, what would help, and what the figures rest on."""
     job = plan.job
     lines = [

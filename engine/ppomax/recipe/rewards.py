@@ -50,7 +50,7 @@ class ModelReward:
             which = with_stand_in(micro, rollout.cu_seqlens).to(scores.device)
             at, cu = spans(rollout.cu_seqlens, which)
             scores[which] = float(len(micro) > 0) * call(self.model, RewardModel.scores, rollout.tokens[at], cu)
-        return checked_scores(ranks.sum(scores), len(scores), "the reward model")
+        return finite_scores(ranks.sum(scores), len(scores), "the reward model")
 
 
 class FunctionReward:
@@ -83,10 +83,10 @@ def call_reward(
         scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").flatten()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(f"{name} must return one number for each response, got {given!r:.80}") from error
-    return checked_scores(scores, len(responses), name)
+    return finite_scores(scores, len(responses), name)
 
 
-def checked_scores(scores: Tensor, count: int, name: str) -> Tensor:
+def finite_scores(scores: Tensor, count: int, name: str) -> Tensor:
     """`scores` if there are `count` finite ones; RewardError names the source and the first bad entry otherwise."""
     if len(scores) != count:
         raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; return exactly one number each")

@@ -50,7 +50,7 @@ def page(runs: Sequence[Run]) -> str:
     if any("objective/scores" in run.rows[0] for run in runs):
         parts += [
             sections.glance(runs),
-            sections.verdict(runs),
+            sections.outcome_section(runs),
             sections.section("Stability", sections.panels(runs, sections.STABILITY)),
             sections.score_histograms(runs),
             sections.section("Learning", sections.panels(runs, sections.LEARNING)),

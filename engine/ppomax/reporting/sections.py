@@ -97,7 +97,7 @@ def gain(run: Run) -> str:
     return f"{(run.end['objective/scores'] - run.start['objective/scores']) / spread:+.2f}"
 
 
-def verdict(runs: Sequence[Run]) -> str:
+def outcome_section(runs: Sequence[Run]) -> str:
     """What went wrong, in which metric first."""
     parts = []
     for run in runs:

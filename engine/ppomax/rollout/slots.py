@@ -131,7 +131,7 @@ class Slots:
             self.queue.pop()
             if new:
                 prefill += len(prompt.tokens)
-            self._place(prompt, index, need, came)
+            self._give_slot(prompt, index, need, came)
         self.living.extend(came.sequences)
         return came
 
@@ -145,7 +145,7 @@ class Slots:
             self.arena.give_back(prompt.pages)
             prompt.pages, prompt.hidden, prompt.trunk = [], None, None
 
-    def _place(self, prompt: Prompt, index: int, need: Need, came: Admission) -> None:
+    def _give_slot(self, prompt: Prompt, index: int, need: Need, came: Admission) -> None:
         sequence = Sequence(index, prompt, self.free.pop(), self.arena.take(need.own))
         if not prompt.started:
             prompt.started, prompt.pages = True, self.arena.take(need.prompt)

@@ -23,7 +23,7 @@ from ppomax.config import TrainConfig, build
 from ppomax.models import Critic, load_tokenizer
 from ppomax.saving.folder import FORMAT, CheckpointError, atomic_folder, check_space, unwritten, verify
 from ppomax.saving.random_state import python_random_state, random_state, restore_random_state
-from ppomax.saving.tensor_files import TensorFile, size_of, write_tensors, write_together
+from ppomax.saving.tensor_files import TensorFile, size_of, write_gathered, write_tensors
 from ppomax.sharding import Lazy, Trained, ranks
 
 STATE, RNG = "engine.json", "rng.safetensors"
@@ -63,7 +63,7 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
                 check_space(path.parent, sum(size_of(x) for x in tensors))
             except OSError as error:
                 raise unwritten(path, error) from error
-    write_together(tensors, lambda stream: _write(path, trained, files, stream, written))
+    write_gathered(tensors, lambda stream: _write(path, trained, files, stream, written))
     return path
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppomax.models.adapters import has_adapters, merged_weights
 from ppomax.saving.beside import beside
 from ppomax.saving.model_folder import save_model
-from ppomax.saving.tensor_files import shards, size_of, write_tensors, write_together
+from ppomax.saving.tensor_files import shards, size_of, write_gathered, write_tensors
 from ppomax.sharding import Lazy, Trained, ranks
 
 SHARD_BYTES = 4 << 30
@@ -57,7 +57,7 @@ def export_policy(engine: HasPolicy, path: str | Path, *, shard_bytes: int = SHA
             if engine.tokenizer is not None:
                 engine.tokenizer.save_pretrained(folder)
 
-    write_together([*weights.values(), *adapters.values()], write)
+    write_gathered([*weights.values(), *adapters.values()], write)
     return path
 
 

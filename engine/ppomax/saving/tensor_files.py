@@ -2,7 +2,7 @@
 
 A file is an 8-byte length, a JSON header that gives each tensor's type, shape and place, and the bytes. Names, types
 and shapes are known beforehand (`Lazy`), so the header can go first and each tensor be made whole, written, and
-dropped. Under several ranks all of them make tensors whole together and rank 0 writes (`write_together`)."""
+dropped. Under several ranks all of them make tensors whole together and rank 0 writes (`write_gathered`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def size_of(x: Lazy) -> int:
     return x.shape.numel() * x.dtype.itemsize
 
 
-def write_together(tensors: Iterable[Lazy], write: Callable[[Iterator[Tensor]], None]) -> None:
+def write_gathered(tensors: Iterable[Lazy], write: Callable[[Iterator[Tensor]], None]) -> None:
     """Rank 0's `write` takes the tensors from a stream; each is made whole, by all ranks, as it is taken. Every rank
     calls, with tensors in the same order; what is raised on rank 0 is raised on all."""
     stream = (x.get() for x in tensors)

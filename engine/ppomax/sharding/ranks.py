@@ -52,7 +52,7 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
     backend, wait = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's own store outlives a restart, and the addresses of dead ranks are still in it: hence the prefix.
-        store = dist.PrefixStore(f"ppomax/start-{restarts()}", job_store())
+        store = dist.PrefixStore(f"ppomax/start-{restarts()}", launcher_store())
         dist.init_process_group(
             backend, timeout=wait, store=store, rank=int(os.environ["RANK"]), world_size=started_ranks()
         )
@@ -60,7 +60,7 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
         dist.init_process_group(backend, timeout=wait)
 
 
-def job_store() -> dist.Store:
+def launcher_store() -> dist.Store:
     """A connection of our own to the store that the launcher or rank 0 keeps."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=5))

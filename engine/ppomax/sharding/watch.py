@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ppomax.config.launcher import restarts
 from ppomax.sharding import ranks
-from ppomax.sharding.ranks import job_store
+from ppomax.sharding.ranks import launcher_store
 
 PERIOD = 2.0
 GRACE = 10.0
@@ -42,7 +42,7 @@ class Watch:
         """Begin to give and look for signs of life."""
         if ranks.world_size() == 1:
             return
-        self.rank, self.store = ranks.rank(), job_store()
+        self.rank, self.store = ranks.rank(), launcher_store()
         self._set(f"who/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self.count, self.seen = [0] * ranks.world_size(), [time.monotonic()] * ranks.world_size()
         self.thread.start()
