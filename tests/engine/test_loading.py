@@ -46,7 +46,7 @@ def checkpoints(tmp_path_factory) -> Path:
 def on_ranks(folder: Path, out: Path, *cases: str) -> Cases:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command += ["-m", "tests.engine.loading_driver", str(folder), str(out), *cases]
-    # glibc keeps up to 64 MB of what was freed once its threshold has grown: held fixed, resident memory is the loader's
+    # glibc keeps up to 64 MB of what was freed once its threshold has grown; fixed, resident memory is the loader's
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
