@@ -137,8 +137,19 @@ def number(op: str, name: str, x: float, low: float, high: float, *, open_low: b
         raise ValueError(f"{op}: {name} must be {wanted}, got {x}")
 
 
+def stored(op: str, *given: object) -> None:
+    """That no tensor's storage was freed: torch's own operations crash on one, and an address of zero would pass for an
+    argument that was left out. Inside the computation only (while tracing there are no storages)."""
+    for x in given:
+        if isinstance(x, Tensor) and not x.data_ptr() and x.numel():
+            raise ValueError(
+                f"{op}: a tensor of shape {tuple(x.shape)} has no storage; it was freed, by FSDP or resize_(0)"
+            )
+
+
 def fractions(op: str, name: str, x: Tensor) -> None:
     """Values of a tensor in [0, 1]; read on a CPU only, and inside the computation (while tracing there are none)."""
+    stored(op, x)
     if x.device.type == "cpu" and not bool(((x >= 0.0) & (x <= 1.0)).all()):
         at = int((~((x >= 0.0) & (x <= 1.0))).nonzero()[0])
         raise ValueError(f"{op}: {name} must be in [0, 1], got {float(x[at])} at {at}; clamp it")

@@ -43,6 +43,8 @@ def blocks(chunk: int, n: int, weight: Tensor, invariant: bool) -> tuple[int, in
     """Tokens and vocabulary entries per GEMM. `chunk` > 0: as many tokens and whole rows. In 16 bit rows stay whole
     too: sums over tiles would round hidden's gradient once a tile."""
     vocab = weight.shape[0]
+    if chunk < 0:
+        raise ValueError(f"chunk must be 0 (the default) or more, got {chunk}")
     if chunk or invariant or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return even_chunk(chunk or default_chunk(vocab, weight.device.type), n, invariant), vocab
     tokens = even_chunk(TILE_TOKENS, n, False)
@@ -90,6 +92,8 @@ def joined(parts: list[tuple[Tensor, Tensor, Tensor]], labels: list[Tensor]) -> 
 def kept_rows(keep: Tensor, kept: int) -> tuple[Tensor | None, int]:
     """Indices of the rows that count (None if all do) and how many. `kept` >= 0 says how many without asking a GPU."""
     n = int(keep.sum()) if kept < 0 else kept
+    if n > keep.shape[0]:
+        raise ValueError(f"kept must be at most N = {keep.shape[0]}, got {kept}")
     if n == keep.shape[0]:
         return None, n
     if kept >= 0 and keep.device.type == "cuda":

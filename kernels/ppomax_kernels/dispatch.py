@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 Table = Mapping[str, Callable[..., Any]]
 
@@ -14,7 +15,12 @@ RUNS_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 def pick(op: str, impl: str, device: torch.device, table: Table) -> str:
     """The name in `table` that runs on `device`: `impl` itself, or the best one if `impl` is "auto". Never "ref"
-    unasked."""
+    unasked. RuntimeError under a transform that kernels cannot follow."""
+    if impl != "ref" and transformed():
+        raise RuntimeError(
+            f"{op}: kernels have reverse-mode gradients alone, not under forward-mode derivatives or a transform of "
+            "torch.func (vmap, jvp, grad, hessian ...); pass impl='ref' there, which is made of torch's own ops"
+        )
     kind = device.type
     if impl == "auto":
         for name in AUTO.get(kind, ()):
@@ -31,6 +37,14 @@ def pick(op: str, impl: str, device: torch.device, table: Table) -> str:
         f"{op}: impl={impl!r} runs on {RUNS_ON[impl].upper()} tensors, got tensors on {device}; move them, or pass "
         "impl='auto'" + (" (under TRITON_INTERPRET=1 Triton kernels run on a CPU, slowly)" if impl == "triton" else "")
     )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, or a level of forward-mode derivatives is open: a kernel would see
+    the plain values behind their tensors, and give derivatives of zero in silence."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def triton_interprets() -> bool:

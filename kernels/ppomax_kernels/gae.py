@@ -7,7 +7,7 @@ in fp32, so memory-bound. No whitening here."""
 
 from torch import Tensor, float32
 
-from . import checks
+from . import checks, raw
 from .backends import native, reference
 from .dispatch import Table, late, pick
 from .library import primitive
@@ -31,6 +31,17 @@ def _forward(
     bootstrap: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    raw.place("gae", impl, rewards, values, cu_seqlens, mask, lams, bootstrap)
+    padded = cu_seqlens is None
+    if rewards.ndim != 1 + padded or any(x is not None and x.shape != rewards.shape for x in (values, mask)):
+        raise ValueError(
+            "gae: rewards, values and mask must be of one shape, (B, T) without cu_seqlens, (N,) with, got "
+            f"{tuple(rewards.shape)} and {tuple(values.shape)}"
+        )
+    if rewards.shape[-1] > 1 and any(x is not None and x.stride(-1) != 1 for x in (rewards, values, mask)):
+        raise ValueError("gae: the last dimension of rewards, values and mask must be contiguous")
+    raw.mask("gae", mask)
+    raw.each("gae", len(rewards) if cu_seqlens is None else raw.sequences("gae", cu_seqlens), lams, bootstrap)
     if lams is not None:
         checks.fractions("gae", "lam", lams)
     return FORWARD[impl](rewards, values, cu_seqlens, mask, gamma, lam, lams, bootstrap)  # type: ignore[no-any-return]

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, raw
 from .backends import native, reference
 from .dispatch import Table, late, pick
-from .library import differentiable, primitive
+from .library import differentiable, first_derivative, primitive
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -28,6 +27,8 @@ BACKWARD: Table = {
 
 
 def _forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, impl: str) -> Tensor:
+    raw.place("kl_penalty", impl, logprobs, ref_logprobs)
+    raw.alike("kl_penalty", logprobs, ref_logprobs)
     return FORWARD[impl](logprobs, ref_logprobs, estimator)  # type: ignore[no-any-return]
 
 
@@ -36,6 +37,9 @@ def _forward_shapes(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, impl
 
 
 def _backward(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str, impl: str) -> Tensor:
+    raw.place("kl_penalty", impl, logprobs, ref_logprobs, dkl)
+    raw.alike("kl_penalty", logprobs, ref_logprobs, dkl)
+    raw.typed("kl_penalty", torch.float32, dkl)
     return BACKWARD[impl](dkl, logprobs, ref_logprobs, estimator)  # type: ignore[no-any-return]
 
 
@@ -55,7 +59,7 @@ class _KLPenalty(torch.autograd.Function):
         return kl_penalty_fwd(logprobs, ref_logprobs, estimator, impl)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor | None, ...]:
         logprobs, ref_logprobs = ctx.saved_tensors
         d = kl_penalty_bwd(dkl.contiguous(), logprobs, ref_logprobs, *ctx.choice)

@@ -13,11 +13,14 @@ one after the other, and is put together again before the function is called. Ke
 import inspect
 import typing
 from collections.abc import Callable, Sequence
+from functools import wraps
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import stored
 
 LIB = torch.library.Library("ppomax", "DEF")
 SCHEMA_TYPES = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
@@ -26,14 +29,26 @@ Group = tuple[Callable[..., Any] | None, int, int]
 """A parameter's NamedTuple (None: it is a plain one) and the stretch of flat arguments that it takes."""
 
 
-def primitive(name: str, compute: Callable[..., Any], shapes: Callable[..., Any], results: str) -> Any:
+def primitive(
+    name: str, compute: Callable[..., Any], shapes: Callable[..., Any], results: str, *, by_torch: bool = False
+) -> Any:
     """Register `compute` under `name` with its shape rule, which takes the same arguments; returns the callable op,
-    which takes them flat. results: what the schema says of them, such as "(Tensor loss, Tensor metrics)"."""
+    which takes them flat. results: what the schema says of them, such as "(Tensor loss, Tensor metrics)". by_torch: it
+    reads its arguments by torch's own operations too, which need storages to be there."""
     arguments, groups = schema_of(compute)
     LIB.define(f"{name}({arguments}) -> {results}")
-    LIB.impl(name, regrouped(compute, groups), "CompositeExplicitAutograd")
+    run = regrouped(compute, groups)
+    LIB.impl(name, _after_looking(name, run) if by_torch else run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ppomax::{name}", regrouped(shapes, groups), lib=LIB)
     return getattr(torch.ops.ppomax, name).default
+
+
+def _after_looking(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def looked_at(*flat: Any) -> Any:
+        stored(name, *flat)
+        return run(*flat)
+
+    return looked_at
 
 
 def differentiable(name: str, compose: Callable[..., Any], results: str) -> Any:
@@ -42,6 +57,25 @@ def differentiable(name: str, compose: Callable[..., Any], results: str) -> Any:
     LIB.define(f"{name}({arguments}) -> {results}")
     LIB.impl(name, regrouped(compose, groups), "CompositeImplicitAutograd")
     return getattr(torch.ops.ppomax, name).default
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that cannot itself be differentiated, and says so when it is: torch's own once_differentiable gives a
+    constant where the incoming gradient is one, and a second derivative of zero in silence."""
+
+    @wraps(backward)
+    def once(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+            found = found if isinstance(found, tuple) else (found,)
+        words = b"a kernel of ppomax has first derivatives alone; pass impl='ref' for second ones"
+        refusing = torch._C._functions.DelayedError(words, len(found))
+        leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in found]
+        return refusing(*leaves)
+
+    return once
 
 
 def schema_of(function: Callable[..., Any]) -> tuple[str, list[Group]]:

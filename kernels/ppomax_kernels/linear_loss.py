@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import chunks
 from .chunks import Gradients, Logits, Rows
+from .library import first_derivative
 from .terms import Head, LinearInputs, Need, Walk
 from .token_logprobs import BACKWARD, FORWARD
 from .vocab_shard import VocabShard
@@ -84,7 +84,7 @@ class ReadyGradients(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, dloss: Tensor | None, dmetrics: None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(

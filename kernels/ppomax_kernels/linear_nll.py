@@ -5,7 +5,7 @@ the ptx term of PPO."""
 import torch
 from torch import Tensor
 
-from . import chunks
+from . import chunks, raw
 from .backends import reference
 from .chunks import Rows, kept_rows
 from .dispatch import pick
@@ -31,6 +31,9 @@ def _forward(
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, labels = inputs.hidden, inputs.labels
+    raw.linear("linear_nll", impl, inputs)
+    raw.place("linear_nll", impl, hidden, divisor.normalizer)
+    raw.number("linear_nll", divisor.normalizer)
     chunks.check_labels("linear_nll", labels, inputs.weight, head.ignore_index, shard)
     kept = kept_rows(labels != head.ignore_index, walk.kept)
     total = divisor.normalizer
@@ -56,7 +59,11 @@ def _shapes(
 
 
 linear_nll_fwd = primitive(
-    "linear_nll_fwd", _forward, _shapes, "(Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)"
+    "linear_nll_fwd",
+    _forward,
+    _shapes,
+    "(Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    by_torch=True,
 )
 
 

@@ -7,7 +7,7 @@ save."""
 import torch
 from torch import Tensor
 
-from . import checks, chunks
+from . import checks, chunks, raw
 from .backends import reference
 from .chunks import Rows, kept_rows
 from .dispatch import pick
@@ -30,8 +30,13 @@ def _forward(
     *,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    labels = inputs.labels
-    chunks.check_labels("linear_ppo_loss", labels, inputs.weight, head.ignore_index, shard)
+    op, labels = "linear_ppo_loss", inputs.labels
+    raw.linear(op, impl, inputs)
+    raw.place(op, impl, labels, *tokens, terms.normalizer)
+    raw.each(op, len(labels), *tokens)
+    raw.mask(op, tokens.mask)
+    raw.number(op, terms.normalizer)
+    chunks.check_labels(op, labels, inputs.weight, head.ignore_index, shard)
     keep = labels != head.ignore_index
     kept = kept_rows(keep if tokens.mask is None else keep & tokens.mask.bool(), walk.kept)
     if terms.normalizer is None and terms.norm_value == 0.0:
@@ -73,6 +78,7 @@ linear_ppo_loss_fwd = primitive(
     _forward,
     _shapes,
     "(Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    by_torch=True,
 )
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import chunks
+from . import chunks, raw
 from .backends import reference
 from .chunks import NONE_IGNORED as NONE
 from .chunks import Gradients, Logits, Tile
 from .dispatch import pick
-from .library import differentiable, primitive, split
+from .library import differentiable, first_derivative, primitive, split
 from .linear_loss import gradient_shapes, wants_gradient
 from .terms import Head, LinearInputs, Need, SavedRows, Upstream, Walk
 from .token_logprobs import BACKWARD, FORWARD
@@ -30,6 +29,7 @@ def rows_forward(
     chunks.check_labels("linear_token_logprobs", labels, weight, head.ignore_index, shard)
     n_all = hidden.shape[0]
     f32 = torch.float32
+    raw.linear("linear_token_logprobs", impl, inputs)
     index, n = chunks.kept_rows(labels != head.ignore_index, walk.kept)
     chunk, tile = chunks.blocks(walk.chunk, n, weight, walk.invariant)
     logits = Logits(weight, bias, chunk, n, walk.invariant, tile)
@@ -64,6 +64,12 @@ def rows_backward(
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, labels, bias = inputs
+    op, a_row = "linear_token_logprobs", (*upstream, saved.lse, None if upstream.dentropy is None else saved.entropy)
+    raw.linear(op, impl, inputs)
+    raw.place(op, impl, labels, *a_row)
+    raw.typed(op, torch.float32, *a_row)
+    if any(x is not None and x.shape != labels.shape for x in a_row):
+        raise ValueError(f"{op}: lse, entropy and gradients must have the shape {tuple(labels.shape)} of labels")
     index, n = chunks.kept_rows(labels != head.ignore_index, walk.kept)
     chunk, tile = chunks.blocks(walk.chunk, n, weight, walk.invariant)
     grads = Gradients(hidden, weight, need, n)
@@ -108,10 +114,10 @@ def _backward_shapes(
 
 
 linear_token_logprobs_fwd = primitive(
-    "linear_token_logprobs_fwd", rows_forward, _forward_shapes, "(Tensor, Tensor, Tensor)"
+    "linear_token_logprobs_fwd", rows_forward, _forward_shapes, "(Tensor, Tensor, Tensor)", by_torch=True
 )
 linear_token_logprobs_bwd = primitive(
-    "linear_token_logprobs_bwd", rows_backward, _backward_shapes, "(Tensor, Tensor, Tensor)"
+    "linear_token_logprobs_bwd", rows_backward, _backward_shapes, "(Tensor, Tensor, Tensor)", by_torch=True
 )
 
 
@@ -142,7 +148,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return logprobs, ent, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
         inputs, saved = split(ctx.saved_tensors, LinearInputs, SavedRows)
         if saved.entropy.numel() != saved.lse.numel():

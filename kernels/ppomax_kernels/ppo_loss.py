@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, raw
 from .backends import native, reference
 from .dispatch import Table, late, pick
 from .kl_penalty import ESTIMATORS
-from .library import primitive, split
+from .library import first_derivative, primitive, split
 from .metrics import POLICY_METRICS, Metrics
 from .terms import Divisor, PolicyTokens, PpoTerms
 
@@ -32,6 +31,10 @@ FORWARD: Table = {
 def _forward(
     logprobs: Tensor, tokens: PolicyTokens, entropy: Tensor | None, terms: PpoTerms, need_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raw.place("ppo_loss", impl, logprobs, *tokens, entropy, terms.normalizer)
+    raw.alike("ppo_loss", logprobs, *tokens, entropy)
+    raw.mask("ppo_loss", tokens.mask)
+    raw.number("ppo_loss", terms.normalizer)
     return FORWARD[impl](logprobs, tokens, entropy, terms, need_grad)  # type: ignore[no-any-return]
 
 
@@ -66,7 +69,7 @@ class _PPOLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, dloss: Tensor | None, dmetrics: None) -> tuple[Tensor | None, ...]:
         d, scale, mask = ctx.saved_tensors
         nothing = (None,) * ctx.inputs

@@ -8,7 +8,7 @@ few times (they stay in cache), writes 20 B a row."""
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, raw
 from .backends import reference
 from .dispatch import Table, late, pick
 from .library import primitive
@@ -23,6 +23,10 @@ FORWARD: Table = {
 def _forward(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raw.place("sample", impl, logits, seeds, positions)
+    raw.rows("sample", logits, seeds)
+    raw.each("sample", len(logits), seeds, positions)
+    raw.typed("sample", torch.int64, positions)
     return FORWARD[impl](logits, seeds, positions, temperature, top_k, top_p)  # type: ignore[no-any-return]
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, raw
 from .backends import native, reference
 from .dispatch import Table, late, pick
-from .library import differentiable, primitive
+from .library import differentiable, first_derivative, primitive
 
 FORWARD: Table = {
     "cpu": native.token_logprobs_cpu,
@@ -33,6 +32,8 @@ BACKWARD: Table = {
 def _forward(
     logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    raw.place("token_logprobs", impl, logits, labels)
+    raw.rows("token_logprobs", logits, labels)
     return FORWARD[impl](logits, labels, temperature, softcap, entropy, ignore_index)  # type: ignore[no-any-return]
 
 
@@ -59,6 +60,13 @@ def _backward(
     ignore_index: int,
     impl: str,
 ) -> Tensor:
+    op, wanted = "token_logprobs", (dlogprobs, dentropy, lse, entropy if dentropy is not None else None)
+    raw.place(op, impl, logits, labels, *wanted)
+    raw.rows(op, logits, labels)
+    raw.typed(op, torch.float32, *wanted)
+    raw.alike(op, lse, *wanted[3:])
+    if any(x is not None and x.shape != labels.shape for x in wanted):
+        raise ValueError(f"{op}: lse, entropy and gradients must have the shape {tuple(labels.shape)} of labels")
     return BACKWARD[impl](dlogprobs, dentropy, logits, labels, lse, entropy, temperature, softcap, ignore_index)  # type: ignore[no-any-return]
 
 
@@ -90,7 +98,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, ent, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
         logits, labels, lse, entropy = ctx.saved_tensors
         if entropy.numel() != lse.numel():

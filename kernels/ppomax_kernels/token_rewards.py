@@ -5,7 +5,7 @@ The score is added as it comes: normalise and clip it before, so that the penalt
 
 from torch import Tensor, float32
 
-from . import checks
+from . import checks, raw
 from .backends import native, reference
 from .dispatch import Table, late, pick
 from .kl_penalty import ESTIMATORS
@@ -27,6 +27,11 @@ def _forward(
     estimator: str,
     impl: str,
 ) -> Tensor:
+    op = "token_rewards"
+    raw.place(op, impl, logprobs, scores, ref_logprobs, cu_seqlens)
+    raw.alike(op, logprobs, ref_logprobs)
+    raw.each(op, raw.sequences(op, cu_seqlens), scores)
+    raw.each(op, logprobs.numel(), logprobs)
     return FORWARD[impl](scores, logprobs, ref_logprobs, cu_seqlens, kl_coef, estimator)  # type: ignore[no-any-return]
 
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, raw
 from .backends import native, reference
 from .dispatch import Table, late, pick
-from .library import primitive
+from .library import first_derivative, primitive
 from .metrics import VALUE_METRICS, Metrics
 from .ppo_loss import divisor_of
 
@@ -36,6 +35,10 @@ def _forward(
     need_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raw.place("value_loss", impl, values, old_values, returns, mask, normalizer)
+    raw.alike("value_loss", values, old_values, returns, mask)
+    raw.mask("value_loss", mask)
+    raw.number("value_loss", normalizer)
     return FORWARD[impl](values, old_values, returns, mask, normalizer, norm_value, clip, need_grad)  # type: ignore[no-any-return]
 
 
@@ -87,7 +90,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, dloss: Tensor | None, dmetrics: None) -> tuple[Tensor | None, ...]:
         d, scale = ctx.saved_tensors
         nothing = (None,) * 7

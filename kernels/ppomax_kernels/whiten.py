@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, raw
 from .backends import native, reference
 from .dispatch import Table, late, pick
 from .library import primitive
@@ -31,6 +31,9 @@ FORWARD = MOMENTS
 
 
 def _moments(x: Tensor, mask: Tensor | None, impl: str) -> Tensor:
+    raw.place("whiten", impl, x, mask)
+    raw.alike("whiten", x, mask)
+    raw.mask("whiten", mask)
     return MOMENTS[impl](x, mask)  # type: ignore[no-any-return]
 
 
@@ -39,6 +42,11 @@ def _moments_shapes(x: Tensor, mask: Tensor | None, impl: str) -> Tensor:
 
 
 def _apply(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float, impl: str) -> Tensor:
+    raw.place("whiten", impl, x, mask, moments)
+    raw.alike("whiten", x, mask)
+    raw.mask("whiten", mask)
+    raw.each("whiten", 3, moments)
+    raw.typed("whiten", torch.float64, moments)
     return APPLY[impl](x, mask, moments, shift_mean, eps)  # type: ignore[no-any-return]
 
 

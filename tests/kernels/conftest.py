@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from .backends import NAMES, Backend
+from .sanitized import use_built
+
+use_built()
 
 
 @pytest.fixture(scope="module", params=NAMES)

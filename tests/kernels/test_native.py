@@ -2,8 +2,13 @@
 threads, and a library that is not there."""
 
 import os
+import platform
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import ppomax_kernels as K
 import pytest
@@ -79,3 +84,35 @@ def test_a_missing_library_says_where_it_was_looked_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(abi, "LIBRARY", "libnowhere.so")
     with pytest.raises(RuntimeError, match=r"impl='cpu' needs the compiled library.*libnowhere\.so.*pip install"):
         abi.library_path()
+
+
+def swept(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-m", *command],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if "triton" in command else "0"},
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_no_call_of_a_raw_op_crashes_however_wrong_it_is() -> None:
+    """A cheap look; the same sweep under the address sanitizer sees what does not crash."""
+    said = swept("tests.kernels.raw_sweep")
+    assert all(f"{op}" in said for op in ("gae", "token_logprobs_bwd", "linear_ppo_loss_fwd", "whiten", "sample"))
+
+
+@pytest.mark.slow
+def test_no_call_of_a_raw_op_crashes_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton", reason="triton: not installed")
+    assert "whiten" in swept("tests.kernels.raw_sweep", "triton")
+
+
+@pytest.mark.slow
+def test_kernels_and_raw_ops_are_clean_under_the_sanitizers() -> None:
+    if platform.system() != "Linux" or shutil.which("cmake") is None:
+        pytest.skip("sanitizers: Linux with cmake is wanted")
+    assert swept("tests.kernels.sanitized").endswith("clean\n")

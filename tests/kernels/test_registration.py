@@ -196,7 +196,7 @@ def test_double_backward_raises(call: Call, op: str) -> None:
         pytest.skip("ref: plain torch, differentiable twice")
     loss, wanted = loss_of(call)
     d = torch.autograd.grad(loss, wanted, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"first derivatives alone|not have been used"):
         torch.autograd.grad(sum(x.sum() for x in d), wanted)
 
 

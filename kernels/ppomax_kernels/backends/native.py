@@ -8,7 +8,7 @@ from .. import checks
 from ..metrics import POLICY_METRICS, VALUE_METRICS
 from ..terms import PolicyTokens, PpoTerms
 from .abi import BAD_LABEL, BAD_LOGITS, BAD_SEQLENS, DTYPES, ESTIMATORS, library, refuse
-from .native_arguments import array, at, match, match_rows, match_sequences, new_like, upstream
+from .native_arguments import array, at, new_like, upstream
 
 POLICY, VALUE = len(POLICY_METRICS), len(VALUE_METRICS)
 
@@ -16,7 +16,6 @@ POLICY, VALUE = len(POLICY_METRICS), len(VALUE_METRICS)
 def token_logprobs_cpu(
     logits: Tensor, labels: Tensor, temperature: float, softcap: float, entropy: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    match_rows("token_logprobs", logits, labels)
     shape, strides, vocab = labels.shape, logits.stride(), logits.shape[-1]
     outer, inner, outer_stride, inner_stride = checks.rows("token_logprobs", "logits", shape, strides[:-1])
     _, _, labels_outer, labels_inner = checks.rows("token_logprobs", "labels", shape, labels.stride())
@@ -47,14 +46,6 @@ def token_logprobs_backward_cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     op, shape, vocab = "token_logprobs", labels.shape, logits.shape[-1]
-    match_rows(op, logits, labels)
-    match(op, lse, entropy if dentropy is not None else None)
-    if lse.shape != shape or any(x is not None and x.shape != shape for x in (dlogprobs, dentropy)):
-        raise ValueError(f"{op}: lse and gradients must have the shape {tuple(shape)} of labels")
-    if out is not None:
-        if out.dtype != logits.dtype:
-            raise ValueError(f"{op}: out must be {logits.dtype} like logits, got {out.dtype}")
-        match(op, out, None if out.shape == logits.shape else logits)
     outer, inner, outer_stride, inner_stride = checks.rows(op, "logits", shape, logits.stride()[:-1])
     _, _, labels_outer, labels_inner = checks.rows(op, "labels", shape, labels.stride())
     dlogprobs, dl_outer, dl_inner = upstream(op, "dlogprobs", dlogprobs)
@@ -74,7 +65,6 @@ def token_logprobs_backward_cpu(
 
 
 def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    match("kl_penalty", logprobs, ref_logprobs)
     kl = new_like(logprobs)
     status = library().ppomax_kl_penalty_cpu(
         logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype],
@@ -86,7 +76,6 @@ def kl_penalty_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Te
 
 
 def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    match("kl_penalty", logprobs, ref_logprobs, dkl)
     dlogprobs = new_like(logprobs)
     status = library().ppomax_kl_penalty_backward_cpu(
         dkl.data_ptr(), logprobs.data_ptr(), DTYPES[logprobs.dtype], ref_logprobs.data_ptr(),
@@ -100,8 +89,6 @@ def kl_penalty_backward_cpu(dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor,
 def token_rewards_cpu(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, kl_coef: float, estimator: str
 ) -> Tensor:
-    match("token_rewards", logprobs, ref_logprobs)
-    match_sequences("token_rewards", cu_seqlens, scores)
     tokens = logprobs.shape[0]
     rewards = new_like(logprobs)
     status = library().ppomax_token_rewards_cpu(
@@ -126,21 +113,10 @@ def gae_cpu(
     lams: Tensor | None,
     bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    shape, row, value_row = rewards.shape, rewards.stride(), values.stride()
+    row, value_row = rewards.stride(), values.stride()
     mask_row = row if mask is None else mask.stride()
-    strided = (row[-1] != 1 or value_row[-1] != 1 or mask_row[-1] != 1) and shape[-1] > 1
-    if values.shape != shape or (mask is not None and mask.shape != shape) or strided or not rewards.is_cpu:
-        raise ValueError(f"gae: tensors must have one shape {tuple(shape)}, the last dimension contiguous, on the CPU")
-    tokens, padded = shape[-1], cu_seqlens is None
-    if cu_seqlens is None:
-        sequences = shape[0]
-        if (lams is not None and lams.numel() != sequences) or (
-            bootstrap is not None and bootstrap.numel() != sequences
-        ):
-            raise ValueError(f"gae: lam and bootstrap must have one number for each of the {sequences} sequences")
-    else:
-        match_sequences("gae", cu_seqlens, lams, bootstrap)
-        sequences = cu_seqlens.shape[0] - 1
+    tokens, padded = rewards.shape[-1], cu_seqlens is None
+    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     advantages, returns = new_like(rewards), new_like(rewards)
     status = library().ppomax_gae_cpu(
         rewards.data_ptr(), DTYPES[rewards.dtype], row[0] if padded else 0,
@@ -157,7 +133,6 @@ def gae_cpu(
 
 
 def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
-    match("whiten", x, mask)
     moments = empty(3, dtype=torch.float64)
     status = library().ppomax_moments_cpu(*array(x), at(mask), x.numel(), moments.data_ptr(), get_num_threads())
     if status:
@@ -166,7 +141,6 @@ def moments_cpu(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def whiten_cpu(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
-    match("whiten", x, mask)
     y = new_like(x)
     status = library().ppomax_whiten_cpu(
         *array(x), at(mask), y.numel(), moments.data_ptr(), shift_mean, eps, y.data_ptr(), get_num_threads()
@@ -181,7 +155,6 @@ def ppo_loss_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     old_logprobs, advantages, mask, is_weights, ref_logprobs = tokens
     normalizer, norm_value, clip_low, clip_high, dual_clip, kl_coef, estimator, ent_coef = terms
-    match("ppo_loss", logprobs, old_logprobs, advantages, mask, is_weights, ref_logprobs, entropy)
     loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(POLICY, dtype=float32)
     dlogprobs = new_like(logprobs) if need_grad else empty(0, dtype=float32)
     status = library().ppomax_ppo_loss_cpu(
@@ -205,7 +178,6 @@ def value_loss_cpu(
     clip: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    match("value_loss", values, old_values, returns, mask)
     loss, scale, metrics = empty((), dtype=float32), empty((), dtype=float32), empty(VALUE, dtype=float32)
     dvalues = new_like(values) if need_grad else empty(0, dtype=float32)
     status = library().ppomax_value_loss_cpu(
@@ -222,8 +194,6 @@ def sample_cpu(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
-    match_rows("sample", logits, seeds)
-    match("sample", seeds, positions)
     token = empty(rows, dtype=torch.int64)
     logprob, plain_logprob, entropy = empty(rows, dtype=float32), empty(rows, dtype=float32), empty(rows, dtype=float32)
     status = library().ppomax_sample_cpu(
