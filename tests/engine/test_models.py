@@ -1,5 +1,7 @@
 """models.py: packed equals padded equals one by one; the head equals the model's logits; critics and reward models."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -18,7 +20,12 @@ from ppomax.models import (
 )
 from ppomax.recipe.batch import pack
 from ppomax.saving.model_folder import save_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from .tiny_text import tiny_llama, tiny_tokenizer
 
@@ -121,7 +128,7 @@ def test_a_head_that_is_not_linear_is_refused():
             torch.zeros(129, dtype=torch.int64),
             torch.tensor([0, 129], dtype=torch.int32),
             ValueError,
-            "the model's window is 128",
+            "over the model's window of 128 tokens",
         ),
     ],
 )
@@ -142,6 +149,76 @@ def test_dropout_is_off_after_loading():
     model = load_policy(model).train()
     tokens, cu_seqlens = pack(SEQUENCES)
     assert torch.equal(packed_hidden(model, tokens, cu_seqlens), packed_hidden(model, tokens, cu_seqlens))
+
+
+def test_what_is_saved_has_the_dropout_that_came(tmp_path):
+    policy = load_policy(family("GPT2"))
+    assert policy.config.attn_pdrop == 0
+    save_model(policy, None, tmp_path / "policy")
+    save_model(make_reward_model(policy), None, tmp_path / "reward")
+    for name in ("policy", "reward"):
+        saved = json.loads((tmp_path / name / "config.json").read_text())
+        assert (saved["attn_pdrop"], saved["resid_pdrop"]) == (0.1, 0.1)
+    assert policy.config.attn_pdrop == 0
+
+
+def test_the_pad_token_s_row_is_trained_too():
+    """A tokenizer whose pad is its EOS would otherwise keep EOS from being learned as an input."""
+    policy = tiny_llama(50, tied=False)
+    assert policy.model.embed_tokens.padding_idx == 0
+    policy = load_policy(policy)
+    tokens, cu_seqlens = torch.tensor([1, 0, 3]), torch.tensor([0, 3], dtype=torch.int32)
+    packed_hidden(policy, tokens, cu_seqlens).square().sum().backward()
+    assert policy.model.embed_tokens.weight.grad[0].abs().sum() > 0
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
+    "longrope": {"long_factor": [4.0, 3.0, 2.5, 8.0], "short_factor": [1.0, 1.1, 1.0, 1.2],
+                 "original_max_position_embeddings": 16},
+    "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "proportional": {"factor": 2.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
+
+def rope_model(kind):
+    torch.manual_seed(0)
+    special = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(**special, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         max_position_embeddings=32,
+                         rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]})  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.ndim == 2):
+            weight.mul_(0.25 / weight.std())
+    return model
+
+
+def test_every_rope_of_transformers_is_probed():
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    assert set(ROPE_INIT_FUNCTIONS) <= set(ROPES)
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("lengths", [(3, 9), (3, 15, 16), (4, 17), (20, 25), (5, 31, 40)])
+def test_a_sequence_does_not_depend_on_its_neighbours_or_is_refused(kind, lengths):
+    """Short, long and crossing ones, against each sequence alone in a fresh model."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(3, 50, (n,), generator=generator).tolist() for n in lengths]
+    tokens, cu_seqlens = pack(sequences)
+    window = 16 if kind == "longrope" else 32
+    if max(lengths) > window:
+        with pytest.raises(ValueError, match="over the model's window"):
+            packed_hidden(rope_model(kind), tokens, cu_seqlens)
+        return
+    got = packed_hidden(rope_model(kind), tokens, cu_seqlens)
+    for sequence, part in zip(sequences, got.split(list(lengths)), strict=True):
+        alone = rope_model(kind).model(input_ids=torch.tensor([sequence]), use_cache=False).last_hidden_state[0]
+        assert error(part, alone) < CLOSE
 
 
 def test_reward_model_reads_the_last_token_and_critic_every_token():

@@ -10,15 +10,16 @@ from ppomax.models.critic import Critic, RewardModel, load_reward_model, make_cr
 from ppomax.models.head import Head, check_head, head_of
 from ppomax.models.packed import packed_forward, packed_hidden
 from ppomax.models.policy import load_policy
-from ppomax.models.sources import ModelSource, load_tokenizer, pick_device
+from ppomax.models.sources import ModelSource, load_tokenizer, pick_device, use_threads
 from ppomax.models.trunk import (
     base_of,
     blocks_name,
     blocks_of,
-    disable_dropout,
     embedding_weight,
     freeze,
+    train_as_scored,
     window_of,
+    window_words,
     with_blocks,
 )
 
@@ -31,7 +32,6 @@ __all__ = [
     "blocks_name",
     "blocks_of",
     "check_head",
-    "disable_dropout",
     "embedding_weight",
     "freeze",
     "head_of",
@@ -43,6 +43,9 @@ __all__ = [
     "packed_forward",
     "packed_hidden",
     "pick_device",
+    "train_as_scored",
+    "use_threads",
     "window_of",
+    "window_words",
     "with_blocks",
 ]

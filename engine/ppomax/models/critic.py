@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
+from ppomax.models.files import model_config
 from ppomax.models.packed import packed_hidden
 from ppomax.models.partitioned import load_partitioned
 from ppomax.models.policy import load_policy
 from ppomax.models.score_head import draw_score_head
-from ppomax.models.sources import ModelSource, local_or_hub
-from ppomax.models.trunk import base_of, blocks_name, blocks_of, disable_dropout, with_blocks
+from ppomax.models.sources import ModelSource, read_whole
+from ppomax.models.trunk import base_of, blocks_name, blocks_of, train_as_scored, with_blocks
 
 
 def load_reward_model(
@@ -40,19 +40,16 @@ def load_reward_model(
         return source.to(dtype)  # type: ignore[arg-type]
     if isinstance(source, PreTrainedModel):
         return RewardModel(source.to(dtype))  # type: ignore[arg-type]
-    path = local_or_hub(source)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = model_config(source, trust_remote_code=trust_remote_code)
     if config.num_labels != 1:
         raise ValueError(
-            f"load_reward_model: {path} has num_labels = {config.num_labels}, a reward model has 1 "
+            f"load_reward_model: {source} has num_labels = {config.num_labels}, a reward model has 1 "
             "(a `score` head with one output); train one with `ppomax reward-model`"
         )
     if zero is not None:
-        return RewardModel(load_partitioned(path, dtype, "sequence_classification", settings=zero))
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
-    )
-    return RewardModel(model)
+        return RewardModel(load_partitioned(source, dtype, "sequence_classification", settings=zero))
+    auto = AutoModelForSequenceClassification
+    return RewardModel(read_whole(auto, source, dtype, trust_remote_code=trust_remote_code, **options))
 
 
 class Critic(nn.Module):
@@ -70,7 +67,7 @@ class Critic(nn.Module):
                 f"{type(model).__name__} has no `score` head with one output; load it by "
                 "AutoModelForSequenceClassification with num_labels=1, or build one by make_critic(policy)"
             )
-        disable_dropout(model)
+        train_as_scored(model)
         self.model = model
 
     @property
@@ -119,11 +116,11 @@ def make_critic(
         if hasattr(source, "score"):
             return Critic(copy.deepcopy(source).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
         return Critic(_score_model_of(source, seed).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
-    architectures = AutoConfig.from_pretrained(local_or_hub(source)).architectures or []
+    architectures = model_config(source).architectures or []
     scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
     if zero is not None:
         options: dict[str, Any] = {"settings": zero, "new_head": not scorer, "seed": seed}
-        model = load_partitioned(local_or_hub(source), dtype, "sequence_classification", **options)
+        model = load_partitioned(source, dtype, "sequence_classification", **options)
         return Critic(model).requires_grad_(True)
     if scorer:
         return Critic(load_reward_model(source, dtype).model).requires_grad_(True)
@@ -163,6 +160,7 @@ def _score_model_of(policy: PreTrainedModel, seed: int) -> PreTrainedModel:
             f"{type(model).__name__} names its head otherwise than `score`; critics need a decoder-only model"
         )
     model.base_model.load_state_dict(policy.base_model.state_dict())
+    model._dropout_given = dict(getattr(policy, "_dropout_given", {}))
     draw_score_head(model.score.weight, seed)
     if model.score.bias is not None:
         torch.nn.init.zeros_(model.score.bias)

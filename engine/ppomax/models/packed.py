@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ppomax.models.trunk import base_of, window_of
+from ppomax.models.trunk import base_of, window_of, window_words
 
 
 def packed_hidden(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, *, layout: str = "auto") -> Tensor:
@@ -55,8 +55,8 @@ def packed_forward(
     longest = int(lengths.max())
     if longest > window_of(config):
         raise ValueError(
-            f"packed_hidden: the longest sequence has {longest} tokens, the model's window is {window_of(config)} "
-            "(config.max_position_embeddings); shorten prompts or responses"
+            f"packed_hidden: the longest sequence has {longest} tokens, over {window_words(config)}; shorten prompts "
+            "or responses"
         )
     if layout == "auto":
         layout = "packed" if "flash" in str(config._attn_implementation) else "padded"

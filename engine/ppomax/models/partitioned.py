@@ -10,44 +10,39 @@ names)."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedModel,
 )
 
+from ppomax.models.files import (
+    LoadingError,
+    TensorPlace,
+    compare_names,
+    compare_shape,
+    model_config,
+    model_folder,
+    tensor_files,
+)
 from ppomax.models.score_head import draw_score_head
+from ppomax.models.sources import say_left_out
+from ppomax.sharding.zero_engine import library
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["causal_lm", "sequence_classification"]
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-class LoadingError(ValueError):
-    """A checkpoint whose files or names do not make the model that its config describes."""
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where a tensor lies."""
-
-    file: Path
-    name: str
 
 
 def load_partitioned(
@@ -94,60 +89,26 @@ def gathered(what: nn.Module | nn.Parameter) -> Iterator[None]:
 # ---- files and names ------------------------------------------------------------------------------------------------
 
 
-def tensor_files(path: str | Path) -> dict[str, TensorPlace]:
-    """Every tensor of a checkpoint folder and the file that holds it. LoadingError: a file is missing, is not
-    safetensors, or lacks a tensor that the index places in it."""
-    folder = Path(path)
-    if (folder / INDEX).is_file():
-        placed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        absent = sorted({file for file in placed.values() if not (folder / file).is_file()})
-        if absent:
-            raise LoadingError(
-                f"{folder}: {absent[0]} is missing{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, though "
-                f"{INDEX} places tensors in it; fetch the whole checkpoint again"
-            )
-    elif (folder / SINGLE).is_file():
-        placed = dict.fromkeys(_names_in(folder / SINGLE), SINGLE)
-    else:
-        raise LoadingError(f"{folder} holds neither {SINGLE} nor {INDEX}; save the model with safe_serialization")
-    there = {file: set(_names_in(folder / file)) for file in sorted(set(placed.values()))}
-    lost = [name for name, file in placed.items() if name not in there[file]]
-    if lost:
-        raise LoadingError(f"{folder}: {INDEX} places {lost[0]} in {placed[lost[0]]}, which does not hold it")
-    return {name: TensorPlace(folder / file, name) for name, file in placed.items()}
-
-
-def _names_in(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise LoadingError(f"{file} is cut short or is not a safetensors file: {error}") from error
-
-
 def prepare(
     path: str | Path, dtype: torch.dtype, kind: Kind = "causal_lm", new_head: bool = False
 ) -> tuple[PreTrainedModel, dict[str, TensorPlace | None]]:
     """The module without weights, and where each of its parameters lies (None: it is new). LoadingError if files and
     names do not fit."""
-    folder = _local_folder(path)
-    model, found = _empty_model(folder, dtype, kind), tensor_files(folder)
+    folder = model_folder(path)
+    config, found = model_config(folder), tensor_files(folder)
+    model = _empty_model(config, folder, dtype, kind)
     places: dict[str, TensorPlace | None] = {}
     used: set[str] = set()
+    missing: list[str] = []
     for names in _aliases(model):
         spellings = [s for name in names for s in _spellings(name, model.base_model_prefix)]
         source = next((found[s] for s in spellings if s in found), None)
         if source is None and not (new_head and names[0].startswith("score.")):
-            raise LoadingError(
-                f"{folder}: no tensor for {names[0]} of {type(model).__name__} ({len(found)} tensors are there, "
-                f"{next(iter(found), 'none')} first); name a checkpoint of this architecture"
-            )
+            missing.append(names[0])
         places[names[0]] = source
         used.update(s for s in spellings if s in found)
+    say_left_out(folder, model, compare_names(folder, model, found, missing, found.keys() - used))
     _compare(model, places, folder, dtype)
-    extra = [name for name in found if name not in used]
-    if extra:
-        log.warning("%s: %d tensors are not part of %s: %s ...", folder, len(extra), type(model).__name__, extra[0])
     return model, places
 
 
@@ -158,25 +119,11 @@ def _compare(model: PreTrainedModel, places: dict[str, TensorPlace | None], fold
         if source is None:
             continue
         part = file.get_slice(source.name)
-        shape = tuple(part.get_shape())
         types.add(part.get_dtype())
-        if shape != tuple(wanted[name].shape):
-            raise LoadingError(
-                f"{folder}: {source.name} is {shape} in {source.file.name}, {type(model).__name__} wants "
-                f"{tuple(wanted[name].shape)}; its config.json and its weights are of two models"
-            )
+        compare_shape(folder, type(model).__name__, source, tuple(part.get_shape()), tuple(wanted[name].shape))
     other = types - {{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]}
     if other:
         log.info("%s: weights are cast from %s to %s", folder, " and ".join(sorted(other)), str(dtype)[6:])
-
-
-def _local_folder(path: str | Path) -> Path:
-    """The folder itself, or that of a hub name's newest snapshot, fetched if need be."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"]))
 
 
 def _aliases(model: nn.Module) -> Iterator[list[str]]:
@@ -206,8 +153,7 @@ class _LargeEmpty(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _empty_model(folder: Path, dtype: torch.dtype, kind: Kind) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
+def _empty_model(config: Any, folder: Path, dtype: torch.dtype, kind: Kind) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM
     if kind == "sequence_classification":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
@@ -252,10 +198,10 @@ def _compute_device() -> torch.device:
 
 def _cut(p: nn.Parameter, first: nn.Parameter | None, settings: dict[str, Any]) -> nn.Parameter:
     """Have ZeRO-3 cut `p`; returns the first parameter so cut, whose settings all others take."""
-    import deepspeed
-    from deepspeed.utils import groups
-
     if first is None:
+        deepspeed = library()
+        from deepspeed.utils import groups
+
         holder = nn.Module()
         holder.p = p
         hpz = settings["zero_optimization"].get("zero_hpz_partition_size", 1) > 1

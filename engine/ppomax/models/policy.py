@@ -14,8 +14,8 @@ from transformers import (
 
 from ppomax.models.head import check_head
 from ppomax.models.partitioned import gathered, load_partitioned
-from ppomax.models.sources import ModelSource, local_or_hub
-from ppomax.models.trunk import disable_dropout
+from ppomax.models.sources import ModelSource, read_whole
+from ppomax.models.trunk import train_as_scored
 
 
 def load_policy(
@@ -35,14 +35,12 @@ def load_policy(
     if isinstance(source, PreTrainedModel):
         model = source.to(dtype)  # type: ignore[arg-type]
     elif zero is not None:
-        model = load_partitioned(local_or_hub(source), dtype, settings=zero)
+        model = load_partitioned(source, dtype, settings=zero)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            local_or_hub(source), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
-        )
+        model = read_whole(AutoModelForCausalLM, source, dtype, trust_remote_code=trust_remote_code, **options)
     if model.config.is_encoder_decoder:
         raise ValueError(f"load_policy: {type(model).__name__} is an encoder-decoder; a decoder-only model is wanted")
-    disable_dropout(model)
+    train_as_scored(model)
     with gathered(model):
         check_head(model)
     return model

@@ -2,42 +2,93 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ppomax.models.files import (
+    LoadingError,
+    compare_names,
+    compare_shape,
+    model_config,
+    model_folder,
+    said,
+    tensor_files,
 )
+
+log = logging.getLogger(__name__)
 
 ModelSource = str | Path | PreTrainedModel
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """AutoTokenizer.from_pretrained(path); data.check_tokenizer says whether it is fit for PPO."""
-    return AutoTokenizer.from_pretrained(local_or_hub(path), trust_remote_code=trust_remote_code)
-
-
-def local_or_hub(path: str | Path) -> str:
-    """A folder that exists, or a hub name (owner/name); anything else is a mistyped path and is named as such."""
-    text = str(path)
-    if Path(text).is_dir():
-        if not (Path(text) / "config.json").is_file() and not (Path(text) / "tokenizer_config.json").is_file():
-            raise FileNotFoundError(
-                f"{text} holds neither config.json nor tokenizer_config.json; give a HF model folder"
-            )
-        return text
-    looks_like_hub_name = text.count("/") <= 1 and not text.startswith((".", "/", "~"))
-    if not looks_like_hub_name:
-        raise FileNotFoundError(
-            f"no model folder {text}; give a folder with config.json and model.safetensors, or a hub name"
+def read_whole(
+    auto: Any, source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """`auto.from_pretrained(source)`, from safetensors alone, with every tensor that the model needs found in the
+    files: LoadingError where one is missing, has another shape, or has no place in the model. `options` go to
+    from_pretrained."""
+    folder = model_folder(source, trust_remote_code=trust_remote_code)
+    model_config(folder, trust_remote_code=trust_remote_code)
+    found = tensor_files(folder)
+    try:
+        model, info = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
         )
-    return text
+    except (OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # whatever a wrong value sets off in transformers
+        raise LoadingError(f"{folder}: transformers makes no model of it: {said(error)}") from error
+    for name, shape, wanted in info["mismatched_keys"]:
+        compare_shape(folder, type(model).__name__, found[name], tuple(shape), tuple(wanted))
+    left = compare_names(folder, model, found, sorted(info["missing_keys"]), info["unexpected_keys"])
+    say_left_out(folder, model, left)
+    return model  # type: ignore[no-any-return]
+
+
+def say_left_out(folder: Path, model: PreTrainedModel, names: list[str]) -> None:
+    """Log the tensors of the files that the model does without."""
+    if names:
+        log.warning("%s: %d tensors are not part of %s: %s ...", folder, len(names), type(model).__name__, names[0])
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """AutoTokenizer.from_pretrained(path); data.check_tokenizer says whether it is fit for PPO. LoadingError: its
+    files are damaged."""
+    folder = model_folder(path, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a damaged file sets off in transformers and tokenizers
+        raise LoadingError(f"{folder} holds no tokenizer that transformers can read: {said(error)}") from error
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU if there is one."""
+    """`auto`: the GPU if there is one. ValueError: torch knows no such device, or it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # RuntimeError, AssertionError and others, by back end
+        raise ValueError(f"run.device: {name!r} cannot be used here ({said(error)}); give auto, cpu or cuda") from error
+    return device
+
+
+def use_threads(count: int) -> None:
+    """Have torch compute with `count` CPU threads; 0 leaves it as it is. ValueError: there are not as many CPUs."""
+    there = os.cpu_count() or 1
+    if count > there:
+        raise ValueError(f"threads: {count} were asked for on a machine with {there} CPUs; give at most {there}")
+    if count:
+        torch.set_num_threads(count)

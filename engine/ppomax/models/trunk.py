@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,8 +58,25 @@ def with_blocks(config: Any, part: slice) -> Any:
 
 
 def window_of(config: Any) -> float:
-    """Most tokens of a sequence (config.max_position_embeddings); infinity where the configuration names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """Most tokens of a sequence: config.max_position_embeddings, infinity where the configuration names no limit. Under
+    LongRoPE its original window: beyond that the family turns all positions of a forward by other factors, those of
+    shorter sequences beside it too, so that a log-prob would depend on its neighbours."""
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    windows = [getattr(text, "max_position_embeddings", None)]
+    for rope in (ropes, *ropes.values()):  # of all layers, or of each type of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            original = rope.get("original_max_position_embeddings")
+            windows.append(original or getattr(text, "original_max_position_embeddings", None))
+    return min((w for w in windows if w), default=math.inf)
+
+
+def window_words(config: Any) -> str:
+    """The window for an error message, and where it is from."""
+    text, window = config.get_text_config(), window_of(config)
+    whole = getattr(text, "max_position_embeddings", None)
+    source = "config.max_position_embeddings" if window == whole else f"LongRoPE's original one; {whole} is not served"
+    return f"the model's window of {window} tokens ({source})"
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
@@ -70,15 +89,35 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero, in modules and in the config (where attention dropout lives)."""
+def train_as_scored(model: PreTrainedModel) -> None:
+    """Have a forward in training be the one of evaluation, and train all of the embedding: every dropout probability is
+    0, in modules and in the config (where attention dropout lives), and no row is left out as `padding_idx`, which may
+    be the EOS token's. `config_as_given` gives the config's own values back."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    config = getattr(model, "config", None)
+    given: dict[str, float] = getattr(model, "_dropout_given", {})
     for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
-        if isinstance(getattr(config, name, None), float):
-            setattr(config, name, 0.0)
+        if isinstance(value := getattr(model.config, name, None), float):
+            given.setdefault(name, value)
+            setattr(model.config, name, 0.0)
+    model._dropout_given = given  # type: ignore[assignment]
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
+
+
+@contextmanager
+def config_as_given(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's config has the dropout that it came with: what is saved is the user's."""
+    given: dict[str, float] = getattr(model, "_dropout_given", {})
+    for name, value in given.items():
+        setattr(model.config, name, value)
+    try:
+        yield
+    finally:
+        for name in given:
+            setattr(model.config, name, 0.0)

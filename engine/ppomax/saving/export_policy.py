@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.models.adapters import has_adapters, merged_weights
+from ppomax.models.trunk import config_as_given
 from ppomax.saving.beside import beside
+from ppomax.saving.engine_state import refuse_not_finite
 from ppomax.saving.model_folder import save_model
 from ppomax.saving.tensor_files import shards, size_of, write_gathered, write_tensors
 from ppomax.sharding import Lazy, Trained, ranks
@@ -34,8 +36,10 @@ class HasPolicy(Protocol):
 def export_policy(engine: HasPolicy, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the policy as a HF directory that AutoModelForCausalLM loads, its tokenizer included if there is one, and
     return the path; a folder of that name is replaced. Adapters are merged in, and lie beside the weights in `adapter`,
-    in PEFT's format. Every rank calls; rank 0 writes, in files of at most `shard_bytes`."""
+    in PEFT's format. Every rank calls; rank 0 writes, in files of at most `shard_bytes`. CheckpointError: a weight is
+    not finite."""
     path, policy = Path(path), engine.policy
+    refuse_not_finite({"policy": policy})
     weights, adapters = policy.all_weights(), dict[str, Lazy]()
     if has_adapters(policy.module):
         weights, adapters = merged_weights(policy.module, weights)
@@ -74,7 +78,8 @@ def _write_weights(folder: Path, weights: dict[str, Lazy], parts: list[list[str]
 
 
 def _write_configs(folder: Path, policy: PreTrainedModel) -> None:
-    config = copy.deepcopy(policy.config)
+    with config_as_given(policy):
+        config = copy.deepcopy(policy.config)
     config.architectures, config.dtype = [type(policy).__name__], policy.dtype  # as save_pretrained does
     config.save_pretrained(folder)
     if policy.generation_config is not None:

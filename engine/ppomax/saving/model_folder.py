@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.models import Critic
+from ppomax.models.trunk import config_as_given
 from ppomax.saving.beside import beside
 
 
@@ -17,7 +18,7 @@ def save_model(model: PreTrainedModel | Critic, tokenizer: PreTrainedTokenizerBa
     A folder of that name is replaced, and is never half a model."""
     path = Path(path)
     hf = model.model if isinstance(model, Critic) else model
-    with beside(path) as part:
+    with beside(path) as part, config_as_given(hf):
         hf.save_pretrained(part, safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
