@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.config import TrainConfig, to_dict
+from ppomax.data import encode_prompt
 from ppomax.models import (
     Critic,
     RewardModel,
@@ -59,6 +60,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ModelSource = str | Path | PreTrainedModel
+Prompt = Sequence[int] | str | Sequence[Mapping[str, str]]
+"""Token ids, text, or a chat: messages with `role` and `content`."""
 
 
 class StepResult(NamedTuple):
@@ -167,8 +170,8 @@ class Engine:
         if self.reward_model is not None:
             self.reward = ModelReward(freeze_model(self.reward_model, config.sharding))
 
-    def rollout(self, prompts: Sequence[Sequence[int] | str]) -> Rollout:
-        """One scored response to each prompt (token ids, or text if there is a tokenizer). Counts the buffer and its
+    def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
+        """One scored response to each prompt (token ids; text or a chat with a tokenizer). Counts the buffer and its
         episodes, which name the random streams of the next ones."""
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
         uids = range(self.episodes, self.episodes + len(ids))
@@ -212,7 +215,7 @@ class Engine:
         self.controller.update(float((roll.logprobs - roll.ref_logprobs).mean()), len(roll.finished))
         return metrics
 
-    def step(self, prompts: Sequence[Sequence[int] | str]) -> StepResult:
+    def step(self, prompts: Sequence[Prompt]) -> StepResult:
         """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too."""
         times = [time.perf_counter()]
         roll = self.rollout(prompts)
@@ -234,7 +237,7 @@ class Engine:
         )
         return StepResult(metrics, experience.scores)
 
-    def preview(self, prompts: Sequence[Sequence[int] | str]) -> tuple[Rollout, Tensor]:
+    def preview(self, prompts: Sequence[Prompt]) -> tuple[Rollout, Tensor]:
         """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing
         counted."""
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
@@ -247,8 +250,8 @@ class Engine:
 
     def restore(self, path: str | Path) -> dict[str, Any]:
         """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other
-        models."""
-        state, extra = restore_state(Path(path), self._trained, self.fingerprints)
+        models, unless config.run.accept_changes."""
+        state, extra = restore_state(Path(path), self._trained, self.fingerprints, self.config.run.accept_changes)
         self.set_state(state)
         return extra
 
@@ -309,12 +312,13 @@ class Engine:
             self._announced = kind
             log.info(sizes.sentence())
 
-    def _ids(self, prompt: Sequence[int] | str) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
+    def _ids(self, prompt: Prompt) -> list[int]:
+        text = isinstance(prompt, str)
+        if not text and not any(isinstance(x, Mapping) for x in prompt[:1]):
+            return list(cast("Sequence[int]", prompt))
         if self.tokenizer is None:
             raise ValueError("Engine: text prompts need a tokenizer; pass tokenizer=, or prompts as token ids")
-        return list(self.tokenizer(prompt)["input_ids"])
+        return encode_prompt(cast("Any", prompt), self.tokenizer)
 
     def _language_model(self, source: ModelSource, zero: dict[str, Any] | None) -> PreTrainedModel:
         model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, zero=zero)

@@ -5,12 +5,21 @@ import json
 import logging
 
 import pytest
-from ppomax.data import DataError, check_same_vocabulary, check_tokenizer, load_pairs, load_prompts, load_texts
+from ppomax.data import (
+    DataError,
+    check_same_vocabulary,
+    check_tokenizer,
+    end_ids,
+    load_pairs,
+    load_prompts,
+    load_texts,
+)
 from ppomax.data.rows import read_rows
 from ppomax.default.texts import train_tokenizer
+from ppomax.models.checks import eos_ids_of
 from transformers import PreTrainedTokenizerFast
 
-from .tiny_text import CHAT_TEMPLATE, TEXTS, tiny_tokenizer
+from .tiny_text import CHAT_TEMPLATE, TEXTS, tiny_llama, tiny_tokenizer
 
 BOS, EOS = 1, 2
 
@@ -58,7 +67,7 @@ def test_rows_are_named_by_file_and_line(tmp_path):
     [
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: not JSON"),
         ("list.jsonl", b"3\n", r"list\.jsonl:1: a row must be an object"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999)[:-12], "cut short or damaged"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999, mtime=0)[:-12], "cut short or damaged"),
         ("not.jsonl.gz", b"plain", "cut short or damaged"),
         ("latin.jsonl", '{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
         ("bad.parquet", b"PAR?", "not a readable Parquet file"),
@@ -186,7 +195,8 @@ def test_whole_texts_compare_after_bos_alone_and_cut_ones_have_no_eos(tokenizer)
         ({"chosen": "a", "rejected": "a"}, "equal sides"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty prompt"),
         ({"chosen": "a", "rejected": ""}, "empty rejected"),
-        ({"chosen": "a", "rejected": None}, "`rejected` is NoneType"),
+        ({"chosen": "a", "rejected": None}, "column 'rejected' is null"),
+        ({"chosen": "a", "rejected": 3}, "`rejected` is int"),
         ({"chosen": "the film " * 20, "rejected": "a"}, "pair over the limit"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "prompts differ"),
         ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: d"}, "empty response"),
@@ -271,18 +281,22 @@ def test_row_without_text_columns_is_an_error(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("special", "message"),
+    "special",
     [
-        ({"pad_token": "<pad>"}, "no EOS token"),
-        ({"eos_token": "</s>"}, "no pad token"),
-        ({"eos_token": "</s>", "pad_token": "</s>"}, "pad and EOS are the same token"),
+        {"eos_token": "</s>"},
+        {"eos_token": "</s>", "pad_token": "</s>"},
     ],
 )
-def test_unfit_tokenizers_are_refused_with_the_mend(special, message):
+def test_a_pad_token_is_not_needed_since_nothing_pads(special):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special)
-    with pytest.raises(DataError, match=message):
+    assert load_prompts([{"prompt": "a"}], tokenizer, 8)[0] == load_prompts([{"prompt": "a"}], tiny_tokenizer(), 8)[0]
+
+
+def test_a_tokenizer_without_an_end_is_refused_with_the_mend():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="<pad>")
+    with pytest.raises(DataError, match="no EOS token"):
         check_tokenizer(tokenizer)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="no EOS token"):
         load_prompts([{"prompt": "a"}], tokenizer, 8)
 
 
@@ -290,3 +304,134 @@ def test_different_vocabularies_are_refused(tokenizer):
     check_same_vocabulary(tokenizer, tiny_tokenizer())
     with pytest.raises(DataError, match="different vocabularies"):
         check_same_vocabulary(tokenizer, train_tokenizer(TEXTS, 300))
+
+
+# ---- data means what its author meant -------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER = {"role": "user", "content": "the film"}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def byte_level(special, template=None, bos=None, **names):
+    """Every string has its tokens, without loss; `bos` is added to plain strings."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    if bos:
+        pairs = [(bos, made.token_to_id(bos))]
+        made.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=pairs)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def chatml():
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return byte_level(special, CHATML, eos_token="<|endoftext|>")
+
+
+def test_a_rendered_prompt_gets_no_second_bos():
+    template = "{{bos_token}}{% for m in messages %}<|h|>{{m['role']}}{{m['content']}}<|eot|>{% endfor %}"
+    tokenizer = byte_level(["<|bos|>", "<|h|>", "<|eot|>"], template, bos="<|bos|>", eos_token="<|eot|>")
+    rendered = tokenizer.apply_chat_template([USER], tokenize=False)
+    (ids,), _ = load_prompts([{"prompt": rendered}], tokenizer, 64)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    (chat,), _ = load_prompts([{"prompt": [USER]}], tokenizer, 64)
+    assert ids == chat[: len(ids)]
+
+
+def test_a_shared_turn_comes_once(chatml):
+    (want,), _ = load_pairs([{"chosen": [USER, said("good")], "rejected": [USER, said("bad")]}], chatml, 99)
+    whole = {"prompt": [USER], "chosen": [USER, said("good")], "rejected": [USER, said("bad")]}
+    rest = {"prompt": [USER], "chosen": [said("good")], "rejected": [said("bad")]}
+    for row in (whole, rest):
+        assert load_pairs([row], chatml, 99)[0] == [want]
+    other = {"role": "user", "content": "another"}
+    with pytest.raises(DataError, match="list:1: prompt and dialogue do not join"):
+        load_pairs([{**whole, "prompt": [other]}], chatml, 99)
+
+
+def test_a_turn_ends_with_the_token_that_the_template_closes_it_with(chatml):
+    """So that reward data, SFT data and the policy see the same end; here EOS is another token."""
+    close = chatml.convert_tokens_to_ids("<|im_end|>")
+    assert end_ids(chatml) == {chatml.eos_token_id, close}
+    (text,), _ = load_texts([{"messages": [USER, said("good")]}], chatml, 99)
+    assert text.tokens[-1] == close
+    assert chatml.eos_token_id not in text.tokens
+    assert end_ids(byte_level(["<pad>", "</s>"], eos_token="</s>")) == {1}
+    plain = byte_level(["</s>"], "{% for m in messages %}{{m['content']}}\n{% endfor %}", eos_token="</s>")
+    (text,), _ = load_texts([{"messages": [USER, said("good")]}], plain, 99)
+    assert text.tokens[-1] == plain.eos_token_id == 0
+
+
+def test_responses_stop_at_the_union_of_what_model_and_data_end_with(chatml, caplog):
+    model = tiny_llama(320)
+    model.generation_config.eos_token_id = [5, 6]
+    with caplog.at_level(logging.INFO):
+        assert eos_ids_of(model, chatml) == sorted({5, 6} | end_ids(chatml))
+    assert "does not name" in caplog.text
+    model.generation_config.eos_token_id = sorted(end_ids(chatml))
+    caplog.clear()
+    assert eos_ids_of(model, chatml) == sorted(end_ids(chatml))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"prompt": "a", "response": "the <s>old</s> film sat"}], "text after the end token"),
+        ([{"text": "a</s>b"}], "text after the end token"),
+        ([{"prompt": "a", "response": "x\ud800"}], "cannot be tokenised"),
+        ([{"messages": []}], "empty chat"),
+        ([{"messages": "hello"}], "malformed chat"),
+        ([{"messages": [USER, "x"]}], "malformed chat"),
+        ([{"messages": [said("x")]}], "chat without a prompt"),
+        ([{"messages": [USER, said(" ")]}], "empty response"),
+        ([{"messages": [USER, USER]}], "chat does not end with the assistant"),
+        ([{"messages": [{"role": "judge", "content": "x"}, said("y")]}], "the chat template refuses it"),
+        ([{"text": "a", "complete": "no"}], "`complete` is no truth value"),
+    ],
+)
+def test_rows_that_cannot_mean_what_they_say_are_named_and_counted(rows, reason):
+    template = "{% if messages[0].role == 'judge' %}{{ raise_exception('who?') }}{% endif %}" + CHAT_TEMPLATE
+    tokenizer = byte_level(["<pad>", "<s>", "</s>"], template, eos_token="</s>")
+    with pytest.raises(DataError, match=f"list:1: {reason}"):
+        load_texts(rows, tokenizer, 99)
+    good = {"text": "the film"}
+    texts, counts = load_texts([*rows, good], tokenizer, 99, bad_rows="drop")
+    assert len(texts) == 1
+    assert counts.reasons == {reason: 1}
+
+
+@pytest.mark.parametrize("margin", ["NaN", "Infinity", '"much"', "true", "[1]"])
+def test_a_margin_is_a_finite_number(tmp_path, tokenizer, margin):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "good", "rejected": "bad", "margin": ' + margin + "}\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: `margin` is no finite number"):
+        load_pairs(path, tokenizer, 99)
+
+
+def test_a_null_column_is_absent(tokenizer):
+    row = {"prompt": "a", "chosen": "good", "rejected": "bad"}
+    nulls = dict.fromkeys(("margin", "complete", "note"))
+    assert load_pairs([{**row, **nulls}], tokenizer, 99)[0] == load_pairs([row], tokenizer, 99)[0]
+    assert (
+        load_texts([{"text": "good", "messages": None}], tokenizer, 99)[0]
+        == load_texts([{"text": "good"}], tokenizer, 99)[0]
+    )
+    with pytest.raises(DataError, match="list:1: column 'prompt' is null"):
+        load_prompts([{"prompt": None}], tokenizer, 9)

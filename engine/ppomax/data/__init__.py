@@ -1,6 +1,6 @@
 """Data: rows from files, data sets or memory, as token ids in the one format that every stage trains on."""
 
-from ppomax.data.encode import check_same_vocabulary, check_tokenizer, encode_prompt, encode_response
+from ppomax.data.encode import check_same_vocabulary, check_tokenizer, encode_prompt, encode_response, end_ids
 from ppomax.data.load import Counts, Pair, Text, load_pairs, load_prompts, load_texts
 from ppomax.data.rows import DataError
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_tokenizer",
     "encode_prompt",
     "encode_response",
+    "end_ids",
     "load_pairs",
     "load_prompts",
     "load_texts",

@@ -4,7 +4,7 @@ is the same as when the policy wrote the response."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from ppomax.data.rows import DataError, Row
 Tokenizer = PreTrainedTokenizerBase
 
 
-class BadRow(Exception):
+class BadRow(DataError):
     """A row that cannot be used: the `reason` it is counted under, and the mend."""
 
     def __init__(self, reason: str, mend: str):
@@ -23,24 +23,29 @@ class BadRow(Exception):
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise DataError unless the tokenizer has an EOS and a pad token, not the same (a pad that is EOS hides ends)."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
+    """Raise DataError unless the tokenizer has an EOS token. A pad token is not needed: nothing here pads with one."""
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"{name}: the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token to the "
-            "token that the model was trained to end with and save the tokenizer"
+            f"{tokenizer.name_or_path or type(tokenizer).__name__}: the tokenizer has no EOS token, so no response "
+            "could end; set tokenizer.eos_token to the token that the model was trained to end with and save the "
+            "tokenizer"
         )
-    mend = (
-        "add one by tokenizer.add_special_tokens({'pad_token': '<pad>'}), then model.resize_token_embeddings("
-        "len(tokenizer)), and save both; or name an unused reserved token"
-    )
-    if tokenizer.pad_token_id is None:
-        raise DataError(f"{name}: the tokenizer has no pad token; {mend}")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise DataError(
-            f"{name}: pad and EOS are the same token {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
-            f"so masks would hide real ends; {mend}"
-        )
+
+
+def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that responses in this tokenizer's data end with: its EOS, and the special token by which its chat
+    template closes an assistant's turn, where that is another one. Empty without an EOS token."""
+    eos = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    if not getattr(tokenizer, "chat_template", None):
+        return frozenset(eos)
+    word = "ppomax"
+    turns = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
+    try:
+        closing = _render(turns, tokenizer, generation=False).rpartition(word)[2]
+    except DataError:  # a template that refuses so plain a chat will be heard of when a row is rendered
+        return frozenset(eos)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return frozenset(eos | set(_ids(closing, tokenizer)[:1]) & special)
 
 
 def check_same_vocabulary(policy: Tokenizer, reward_model: Tokenizer) -> None:
@@ -57,55 +62,96 @@ def check_same_vocabulary(policy: Tokenizer, reward_model: Tokenizer) -> None:
 
 
 def is_chat(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    """Whether `value` is a list of messages, and no string."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _render(messages: Sequence[Row], tokenizer: Tokenizer, *, generation: bool) -> str:
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise BadRow("malformed chat", "each message needs `role` and `content` strings")
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{tokenizer.name_or_path}: chats need a chat template, and this tokenizer has none; set "
             "tokenizer.chat_template or give plain strings"
         )
-    return str(
-        tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=generation)
+    plain = [dict(m) for m in messages]
+    try:
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation))
+    except Exception as error:  # by whatever the template does
+        raise BadRow(
+            "the chat template refuses it", f"{type(error).__name__}: {error}; look at the roles and their order"
+        ) from error
+
+
+def _checked_chat(messages: Any) -> Sequence[Row]:
+    good = is_chat(messages) and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
     )
+    if not good:
+        raise BadRow("malformed chat", "a list of messages with `role` and `content` strings is wanted")
+    if not messages:
+        raise BadRow("empty chat", "remove the row or fill it")
+    return messages  # type: ignore[no-any-return]
+
+
+def _ids(text: str, tokenizer: Tokenizer, *, special: bool = False) -> list[int]:
+    try:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    except Exception as error:  # a lone surrogate, for one
+        raise BadRow(
+            "cannot be tokenised", f"{type(error).__name__}: {error}; mend the text, which is not Unicode"
+        ) from error
 
 
 def encode_prompt(prompt: str | Sequence[Row], tokenizer: Tokenizer) -> list[int]:
-    """Prompt string or chat -> ids, with BOS where the tokenizer adds one and without a closing EOS."""
+    """Prompt string or chat -> ids, with BOS once where the tokenizer adds one, and without a closing EOS. A string
+    that was rendered from a chat, BOS and all, gives what the chat gives. BadRow for what cannot be one."""
     if is_chat(prompt):
-        text = _render(cast("Sequence[Row]", prompt), tokenizer, generation=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-    while ids and ids[-1] == tokenizer.eos_token_id and len(ids) > (tokenizer.bos_token_id == tokenizer.eos_token_id):
+        chat = _checked_chat(prompt)
+        return _ids(_render(chat, tokenizer, generation=True), tokenizer)
+    text = cast("str", prompt)
+    ids, bos = _ids(text, tokenizer, special=True), tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
+        ids = ids[1:]
+    while ids and ids[-1] == tokenizer.eos_token_id and len(ids) > (bos == tokenizer.eos_token_id):
         ids.pop()
     return ids
 
 
-def encode_response(response: str, tokenizer: Tokenizer) -> list[int]:
-    """Response string -> ids closed by one EOS, no BOS."""
-    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id in ids:  # a chat template closes the turn itself; what follows (a newline) is not sampled
-        return ids[: ids.index(tokenizer.eos_token_id) + 1]
-    return [*ids, tokenizer.eos_token_id]
+def encode_response(response: str, tokenizer: Tokenizer, ends: frozenset[int] = frozenset()) -> list[int]:
+    """Response string -> ids closed by one EOS, no BOS. `ends`: tokens that close it as well as EOS, as a chat's turn
+    is closed. What follows may be white space or special tokens, which are not sampled; BadRow if it is text."""
+    ids = _ids(response, tokenizer)
+    closing = ends | {tokenizer.eos_token_id}
+    at = next((i for i, token in enumerate(ids) if token in closing), None)
+    if at is None:
+        return [*ids, tokenizer.eos_token_id]
+    lost = str(tokenizer.decode(ids[at + 1 :], skip_special_tokens=True)).strip()
+    if lost:
+        raise BadRow(
+            "text after the end token",
+            f"{tokenizer.convert_ids_to_tokens(ids[at])!r} stands inside the response, and {lost[:40]!r} after it; "
+            "remove or rewrite it",
+        )
+    return ids[: at + 1]
 
 
-def encode_chat(messages: Sequence[Row], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """A chat that ends with the assistant -> (prompt ids, response ids), cut where generation would begin."""
-    if not messages or messages[-1].get("role") != "assistant":
+def encode_chat(messages: Any, tokenizer: Tokenizer, ends: frozenset[int]) -> tuple[list[int], list[int]]:
+    """A chat that ends with the assistant -> (prompt ids, response ids), cut where generation would begin; `ends` as
+    `end_ids` gives them."""
+    messages = _checked_chat(messages)
+    if messages[-1]["role"] != "assistant":
         raise BadRow("chat does not end with the assistant", "the last message must be the response")
+    if len(messages) == 1:
+        raise BadRow("chat without a prompt", "a turn must come before the assistant's")
+    if not messages[-1]["content"].strip():
+        raise BadRow("empty response", "remove the row or fill it")
     whole = _render(messages, tokenizer, generation=False)
     prompt = _render(messages[:-1], tokenizer, generation=True)
     if not whole.startswith(prompt):  # some templates drop the generation marker from finished turns
         prompt = _render(messages[:-1], tokenizer, generation=False)
     if not whole.startswith(prompt):
         raise BadRow("chat template rewrites the prompt", "the rendered chat must begin with its rendered prompt")
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return list(prompt_ids), encode_response(whole[len(prompt) :], tokenizer)
+    return _ids(prompt, tokenizer), encode_response(whole[len(prompt) :], tokenizer, ends)
 
 
 def text_of(row: Row, column: str) -> str:

@@ -11,8 +11,9 @@ is that of encode.py."""
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from ppomax.data.encode import (
     encode_chat,
     encode_prompt,
     encode_response,
+    end_ids,
     is_chat,
     text_of,
 )
@@ -80,6 +82,15 @@ class Counts:
         if self.kept == 0:
             raise DataError(f"{self.name}: no usable row among {self.read} ({reasons})")
         return self
+
+
+def _without_nulls(row: Row, columns: Sequence[str]) -> Row:
+    """The row without its null columns, which are absent ones; BadRow if one of `columns` is null."""
+    given = {name: value for name, value in row.items() if value is not None}
+    null = [column for column in columns if column not in given]
+    if null:
+        raise BadRow(f"column {null[0]!r} is null", "remove the row or fill it")
+    return given
 
 
 def _need(row: Row, columns: Sequence[str], where: str) -> None:
@@ -142,10 +153,11 @@ def load_pairs(
     that is scored). Other bad rows: equal sides, empty prompt or response, prompts that differ.
     """
     check_tokenizer(tokenizer)
+    ends = end_ids(tokenizer)
 
     def encode(row: Row) -> Pair:
-        prompt, chosen, rejected = _split_pair(row, tokenizer)
-        if not row.get("complete", True):
+        prompt, chosen, rejected = _split_pair(row, tokenizer, ends)
+        if not _is_complete(row):
             chosen, rejected = chosen[:-1], rejected[:-1]
         if chosen == rejected:
             raise BadRow("equal sides", "chosen and rejected are the same; remove the row")
@@ -155,7 +167,7 @@ def load_pairs(
                 "pair over the limit",
                 f"it has {longest} tokens, the limit is {max_tokens}; raise max_tokens or drop such rows",
             )
-        return Pair(prompt, chosen, rejected, float(row.get("margin") or 0.0))
+        return Pair(prompt, chosen, rejected, _margin(row))
 
     counts = Counts(f"pairs of {_name(source)}")
     return _load(source, ("chosen", "rejected"), encode, counts, bad_rows, {}, split), counts.close()
@@ -180,10 +192,11 @@ def load_texts(
     check_tokenizer(tokenizer)
     if max_tokens < 2:
         raise DataError(f"load_texts: max_tokens must be at least 2, got {max_tokens}")
+    ends = end_ids(tokenizer)
 
     def encode(row: Row) -> list[Text]:
-        prompt, response = _split_text(row, tokenizer)
-        if not row.get("complete", True):
+        prompt, response = _split_text(row, tokenizer, ends)
+        if not _is_complete(row):
             response = response[:-1]
         tokens = prompt + response
         start = max(1, len(prompt)) if mask_prompt else 1
@@ -224,7 +237,7 @@ def _load(
         counts.read += 1
         _need(row, columns, where)
         try:
-            kept.append(encode(row))
+            kept.append(encode(_without_nulls(row, columns)))
             counts.kept += 1
         except BadRow as bad:
             if policy.get(bad.reason, bad_rows) == "error":
@@ -233,20 +246,36 @@ def _load(
     return kept
 
 
-def _split_pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+def _is_complete(row: Row) -> bool:
+    complete = row.get("complete", True)
+    if not isinstance(complete, bool):
+        raise BadRow("`complete` is no truth value", f"true or false is wanted, got {complete!r:.40}")
+    return complete
+
+
+def _margin(row: Row) -> float:
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise BadRow("`margin` is no finite number", f"got {margin!r:.40}; it is in units of the score")
+    return float(margin)
+
+
+def _split_pair(row: Row, tokenizer: Tokenizer, ends: frozenset[int]) -> tuple[list[int], list[int], list[int]]:
     sides = [row["chosen"], row["rejected"]]
     if sides[0] == sides[1]:
         raise BadRow("equal sides", "chosen and rejected are the same; remove the row")
     if all(is_chat(side) for side in sides):
         shared = list(row["prompt"]) if is_chat(row.get("prompt")) else []
-        (prompt, chosen), (other, rejected) = (encode_chat([*shared, *side], tokenizer) for side in sides)
+        (prompt, chosen), (other, rejected) = (
+            encode_chat(_joined_chat(shared, list(side)), tokenizer, ends) for side in sides
+        )
         if prompt != other:
             raise BadRow("prompts differ", "both sides must answer the same dialogue")
         return prompt, chosen, rejected
     texts = [text_of(row, "chosen"), text_of(row, "rejected")]
     if is_chat(row.get("prompt")):
         (prompt, chosen), (_, rejected) = (
-            encode_chat([*row["prompt"], {"role": "assistant", "content": text}], tokenizer) for text in texts
+            encode_chat([*row["prompt"], {"role": "assistant", "content": text}], tokenizer, ends) for text in texts
         )
         return prompt, chosen, rejected
     if "prompt" in row:
@@ -261,6 +290,19 @@ def _split_pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int], l
     return encode_prompt(start, tokenizer), chosen, rejected
 
 
+def _joined_chat(shared: list[Any], side: list[Any]) -> list[Any]:
+    """The dialogue of a `prompt` chat and one side: the side's own turns follow, or the side is the whole dialogue."""
+    if side[: len(shared)] == shared:
+        return side
+    roles = [m.get("role") if isinstance(m, Mapping) else None for m in (*shared[-1:], *side[:1])]
+    if len(roles) == 2 and roles[0] == roles[1]:
+        raise BadRow(
+            "prompt and dialogue do not join",
+            f"`prompt` ends with a turn of {roles[0]!r} and the side begins with another; give the dialogue once",
+        )
+    return shared + side
+
+
 def _split_hh(text: str) -> tuple[str, str]:
     """Dialogue -> (everything up to and with the last "\\n\\nAssistant:", what follows)."""
     prompt, marker, response = text.rpartition(HH_ASSISTANT)
@@ -271,13 +313,14 @@ def _split_hh(text: str) -> tuple[str, str]:
     return prompt + marker, response
 
 
-def _split_text(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _split_text(row: Row, tokenizer: Tokenizer, ends: frozenset[int]) -> tuple[list[int], list[int]]:
     if "messages" in row:
-        return encode_chat(row["messages"], tokenizer)
+        return encode_chat(row["messages"], tokenizer, ends)
     if "response" in row and "prompt" in row:
+        response = text_of(row, "response")
         if is_chat(row["prompt"]):
-            return encode_chat([*row["prompt"], {"role": "assistant", "content": text_of(row, "response")}], tokenizer)
-        return encode_prompt(text_of(row, "prompt"), tokenizer), encode_response(text_of(row, "response"), tokenizer)
+            return encode_chat([*row["prompt"], {"role": "assistant", "content": response}], tokenizer, ends)
+        return encode_prompt(text_of(row, "prompt"), tokenizer), encode_response(response, tokenizer)
     if "text" in row:
         return encode_prompt("", tokenizer), encode_response(text_of(row, "text"), tokenizer)
     raise DataError(f"a text row needs `text`, `prompt` + `response`, or `messages`; this one has {sorted(row)}")

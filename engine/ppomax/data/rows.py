@@ -84,7 +84,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}:{number}", row
+                yield _named_row(f"{path}:{number}", row)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from error
 

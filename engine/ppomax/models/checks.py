@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppomax.data import end_ids
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.critic import Critic
-from ppomax.models.trunk import window_of
+from ppomax.models.trunk import window_of, window_words
+
+log = logging.getLogger(__name__)
 
 
 def eos_ids_of(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Tokens that end a response: of the generation config, the model config, or the tokenizer, whichever says
-    first."""
-    for owner in (policy.generation_config, policy.config, tokenizer):
+    """Tokens that end a response: what the generation config names, or else the model's, and what the tokenizer's data
+    end with (see data.end_ids). ValueError: there are none."""
+    ends: set[int] = set()
+    for owner in (policy.generation_config, policy.config):
         eos = getattr(owner, "eos_token_id", None)
-        if eos is not None:
-            return list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
-    raise ValueError(
-        "Engine: neither model nor tokenizer has an EOS token, so no response could end; "
-        "set eos_token_id in the policy's config"
-    )
+        if eos is not None and not ends:
+            ends = set(eos) if isinstance(eos, (list, tuple)) else {int(eos)}
+    taught = end_ids(tokenizer) if tokenizer is not None else frozenset()
+    if ends and taught - ends:
+        log.info(
+            "responses end at the tokenizer's own end tokens %s too, which the model's configuration does not name",
+            sorted(taught - ends),
+        )
+    if not ends | taught:
+        raise ValueError(
+            "Engine: neither model nor tokenizer has an EOS token, so no response could end; "
+            "set eos_token_id in the policy's config"
+        )
+    return sorted(ends | taught)
 
 
 def check_vocabularies(policy: PreTrainedModel, *others: nn.Module | None) -> None:
@@ -62,8 +75,7 @@ def check_prompts(prompts: list[list[int]], policy: PreTrainedModel, max_new_tok
         if len(prompt) + max_new_tokens > window:
             raise ValueError(
                 f"Engine: prompt {i} has {len(prompt)} tokens; with rollout.max_new_tokens={max_new_tokens} that is "
-                "over the "
-                f"model's window of {window}; shorten it or lower rollout.max_new_tokens"
+                f"over {window_words(policy.config)}; shorten it or lower rollout.max_new_tokens"
             )
         if min(prompt) < 0 or max(prompt) >= rows:
             raise ValueError(

@@ -15,6 +15,7 @@ from ppomax.config.stages import GenerateConfig
 def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO | None = None) -> list[str]:
     """Write prompt and response of each sequence to `sink` (standard output), the first one as it comes; returns the
     responses' texts. A last line tells tokens and tokens a second."""
+    from ppomax.data import encode_prompt
     from ppomax.models import load_policy, load_tokenizer, pick_device
     from ppomax.models.checks import eos_ids_of
     from ppomax.rollout import Sampling, decode
@@ -25,7 +26,8 @@ def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO 
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     model = load_policy(path, dtype_of(path, config), trust_remote_code=config.trust_remote_code)
     model = model.to(pick_device(config.device)).eval()  # type: ignore[arg-type]
-    ids = [_encode(tokenizer, text, config.chat) for text in texts for _ in range(config.samples)]
+    turns: list[Any] = [[{"role": "user", "content": text}] if config.chat else text for text in texts]
+    ids = [encode_prompt(turn, tokenizer) for turn in turns for _ in range(config.samples)]
     titles = [text for text in texts for _ in range(config.samples)]
     shown = Shown(titles, tokenizer, sink)
     began = time.perf_counter()
@@ -112,14 +114,6 @@ def dtype_of(path: str, config: GenerateConfig) -> Any:
 
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    from transformers import AutoConfig
+    from ppomax.models.files import model_config
 
-    return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).dtype or torch.float32
-
-
-def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    if not chat:
-        return list(tokenizer.encode(text))
-    turn = [{"role": "user", "content": text}]
-    made = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer.encode(str(made), add_special_tokens=False))
+    return model_config(path, trust_remote_code=config.trust_remote_code).dtype or torch.float32

@@ -22,7 +22,9 @@ from ppomax.config.mapping import to_dict
 from ppomax.config.stages import SftConfig
 from ppomax.data import Text, load_texts
 from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden
+from ppomax.models.checks import eos_ids_of
 from ppomax.recipe.batch import pack
+from ppomax.saving.lock import claimed
 from ppomax.saving.model_folder import save_model
 from ppomax.stages.supervised_loop import BatchOrder, chunks, run_loop
 
@@ -83,7 +85,11 @@ def mean_nll(model: PreTrainedModel, texts: Sequence[Text], batch_tokens: int, *
 def train_sft(config: SftConfig) -> Path:
     """Train, write metrics.jsonl and the model as a HF directory; returns that directory (`run.out`/model)."""
     out = Path(config.run.out or "runs/sft")
-    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out, config):
+        return _train(config, out)
+
+
+def _train(config: SftConfig, out: Path) -> Path:
     identity = to_dict(config) | {"run": {"seed": config.run.seed}}
     tokenizer = load_tokenizer(config.tokenizer or config.model)
 
@@ -118,4 +124,6 @@ def train_sft(config: SftConfig) -> Path:
         return {"eval_nll": nll, "eval_perplexity": math.exp(nll)}
 
     run_loop(model, loss_of, config.optim, config.run, out, identity, evaluate, eval_every=config.eval_every)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = eos_ids_of(model, tokenizer)  # what was taught, so that it is stopped at
     return save_model(model, tokenizer, out / "model")
