@@ -1,9 +1,13 @@
 """Win / tie / lose: scores, a Python function, and an endpoint that is a local HTTP server."""
 
+import contextlib
+import itertools
 import json
 import math
 import re
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -124,7 +128,7 @@ def test_the_classifier_judges_whole_texts_and_gives_the_shares_called_positive(
     ("body", "said"),
     [
         ("raise KeyError('x')", "raised KeyError"),
-        ("return [1.0]", "gave 1 scores for 12"),
+        ("return [1.0]", r"shape \(1,\) for 12 responses"),
         ("return [float('nan')] * 12", "nan"),
         ("return ['a'] * 12", "one number for each"),
     ],
@@ -288,6 +292,54 @@ def test_a_lasting_failure_is_counted_and_an_unreadable_reply_too(caplog):
 def test_a_refusal_stops_at_once_and_says_why(status, said):
     with Server(lambda question: (status, said)) as server, pytest.raises(JudgeError, match=f"{status}.*"):
         ask(server)
+
+
+class Raw:
+    """A server on 127.0.0.1 that reads a request's first bytes and then writes `pieces`, `pause` seconds apart."""
+
+    def __init__(self, pieces, pause=0.0):
+        self.pieces, self.pause, self.sent = pieces, pause, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._answer, args=(self.socket.accept()[0],), daemon=True).start()
+
+    def _answer(self, client):
+        with contextlib.suppress(OSError), client:
+            client.recv(65536)
+            for piece in self.pieces():
+                client.sendall(piece)
+                self.sent += len(piece)
+                time.sleep(self.pause)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "pause", "said"),
+    [
+        (lambda: [HEAD + b'Content-Length: 500\r\n\r\n{"choices": ['], 0, "cut short|ConnectionReset"),
+        (lambda: [b"HTTP/1.1 200 OK"], 0, "RemoteDisconnected|JSONDecodeError|BadStatusLine|ConnectionReset"),
+        (lambda: [b"hello\r\n\r\n"], 0, "BadStatusLine|ConnectionReset"),
+        (lambda: itertools.chain([HEAD + b"\r\n"], itertools.repeat(b" " * 65536)), 0, "longer than"),
+        (lambda: itertools.chain([HEAD + b"\r\n"], itertools.repeat(b" ")), 0.05, "no whole answer within 0.5 s"),
+        (lambda: itertools.chain([HEAD], itertools.repeat(b"X")), 0.05, "no whole answer within 0.5 s"),
+        (lambda: itertools.repeat(b"", 1000), 0.05, "TimeoutError"),
+    ],
+    ids=["cut body", "cut head", "no http", "endless body", "dripping body", "dripping head", "silence"],
+)
+def test_an_answer_that_never_is_whole_is_named_in_time_and_in_little_room(pieces, pause, said):
+    server = Raw(pieces, pause)
+    judge = EndpointJudge(server.url, "m", "length", timeout=0.5, retries=0)
+    (judged,) = judge(["p"], ["a"], ["b"])
+    assert judged.verdict is None
+    assert re.search(said, judged.detail["reply"]), judged.detail
+    assert server.sent < 64 << 20
 
 
 def test_no_verdict_at_all_is_an_error(job):

@@ -2,12 +2,21 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict
 
 import pytest
 import torch
+from ppomax.config import KLConfig
 from ppomax.recipe.moments import RunningMoments
-from ppomax.recipe.rewards import KLController, RewardError, finite_scores, load_function, shape_scores
+from ppomax.recipe.rewards import (
+    KLController,
+    RewardError,
+    call_reward,
+    finite_scores,
+    load_function,
+    shape_scores,
+)
 
 from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
 
@@ -37,11 +46,18 @@ def test_function_reward_sees_texts_and_its_scores_arrive() -> None:
     ("function", "message"),
     [
         (lambda p, r: 1 / 0, "reward function <lambda> raised ZeroDivisionError"),
-        (lambda p, r: [1.0] * (len(r) - 1), "gave 7 scores for 8 responses"),
+        (lambda p, r: [1.0] * (len(r) - 1), r"gave scores of shape \(7,\) for 8 responses"),
         (lambda p, r: [1.0] * (len(r) - 1) + [math.nan], "gave nan for response 7"),
         (lambda p, r: [math.inf] * len(r), "gave inf for response 0"),
         (lambda p, r: ["good"] * len(r), "must return one number for each response"),
         (lambda p, r: None, "must return one number for each response"),
+        (lambda p, r: 1.0, r"shape \(\) for 8 responses"),
+        (lambda p, r: [[1.0]] * len(r), r"shape \(8, 1\) for 8 responses"),
+        (lambda p, r: torch.zeros(len(r), 2), r"shape \(8, 2\) for 8 responses"),
+        (lambda p, r: iter([1.0] * len(r)), "must return one number for each response"),
+        (lambda p, r: sys.exit(0), r"raised SystemExit: 0 \(.*test_rewards\.py:\d+\)"),
+        (lambda p, r: json.loads("{"), r"raised JSONDecodeError: .* \(.*test_rewards\.py:\d+\)"),
+        (lambda p, r: (_ for _ in ()).throw(KeyError("x")), r"raised KeyError: 'x' \(.*test_rewards\.py:\d+\)"),
     ],
 )
 def test_bad_reward_functions_are_named(function, message: str) -> None:
@@ -70,9 +86,38 @@ def test_load_function(tmp_path) -> None:
             load_function(spec)
 
 
+@pytest.mark.parametrize("body", ["import sys; sys.exit(0)", "def f(:", "f = 3", "raise ValueError('no')", "1 / 0"])
+def test_a_module_that_fails_is_named(tmp_path, body: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(body + "\n", encoding="utf-8")
+    with pytest.raises(RewardError, match=r"reward\.function"):
+        load_function(f"{path}:f")
+
+
 def test_checked_scores_pass_through() -> None:
     x = torch.randn(4)
-    assert finite_scores(x, 4, "x") is x
+    assert finite_scores(x, "x") is x
+
+
+def test_a_score_that_is_not_finite_is_named_with_its_prompt() -> None:
+    with pytest.raises(RewardError, match=r"gave nan for response 1, to the prompt 'what' \(1 of 2"):
+        call_reward(lambda p, r: [0.0, math.nan], ["who", "what"], ["a", "b"])
+
+
+def test_a_reward_function_cannot_change_what_others_read() -> None:
+    given = ["a", "b"]
+    call_reward(lambda p, r: [float(len(r.pop())), 1.0], ["x", "y"], given)
+    assert given == ["a", "b"]
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.0])
+def test_the_adaptive_coefficient_stays_above_zero_however_many_sequences(kl: float) -> None:
+    controller = KLController(KLConfig(controller="adaptive", coef=0.1, target=0.05, horizon=10))
+    for sequences in (1, 10, 100, 100_000):
+        before = controller.coef
+        controller.update(kl, sequences)
+        assert 0.8 <= controller.coef / before <= 1.2
+        assert controller.coef > 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -50,7 +51,7 @@ class ModelReward:
             which = with_stand_in(micro, rollout.cu_seqlens).to(scores.device)
             at, cu = spans(rollout.cu_seqlens, which)
             scores[which] = float(len(micro) > 0) * call(self.model, RewardModel.scores, rollout.tokens[at], cu)
-        return finite_scores(ranks.sum(scores), len(scores), "the reward model")
+        return finite_scores(ranks.sum(scores), "the reward model")
 
 
 class FunctionReward:
@@ -72,28 +73,42 @@ class FunctionReward:
 def call_reward(
     function: Callable[[list[str], list[str]], Sequence[float]], prompts: list[str], responses: list[str]
 ) -> Tensor:
-    """`function(prompts, responses)` as (n,) float32 scores on the CPU, one for each response. RewardError: it raised,
-    or gave something else than finite numbers."""
+    """`function(prompts, responses)` as (n,) float32 scores on the CPU, one for each response. RewardError: it raised
+    (or called sys.exit), or gave something else than n finite numbers."""
     name = f"the reward function {getattr(function, '__name__', repr(function))}"
     try:
-        given = function(prompts, responses)
-    except Exception as error:
-        raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+        given = function(list(prompts), list(responses))
+    except (Exception, SystemExit) as error:  # SystemExit would end training as if it were done
+        raise RewardError(f"{name} raised {raised_where(error, function)}") from error
     try:
-        scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
+        scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
+    except Exception as error:  # by whatever types the function gave
         raise RewardError(f"{name} must return one number for each response, got {given!r:.80}") from error
-    return finite_scores(scores, len(responses), name)
+    if scores.shape != (len(responses),):
+        raise RewardError(
+            f"{name} gave scores of shape {tuple(scores.shape)} for {len(responses)} responses; return exactly one "
+            f"number each, shape ({len(responses)},)"
+        )
+    return finite_scores(scores, name, prompts)
 
 
-def finite_scores(scores: Tensor, count: int, name: str) -> Tensor:
-    """`scores` if there are `count` finite ones; RewardError names the source and the first bad entry otherwise."""
-    if len(scores) != count:
-        raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; return exactly one number each")
+def raised_where(error: BaseException, function: Any) -> str:
+    """`ValueError: words (file.py:12)`: the last line of the function's own file that the error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = getattr(getattr(function, "__code__", None), "co_filename", None)
+    at = next((f for f in reversed(frames) if f.filename == own), frames[-1])
+    return f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})"
+
+
+def finite_scores(scores: Tensor, name: str, prompts: Sequence[str] | None = None) -> Tensor:
+    """`scores` if all are finite; RewardError names the source and the first bad entry, with its prompt if given."""
     bad = (~torch.isfinite(scores)).nonzero()
     if len(bad):
         i = int(bad[0, 0])
-        raise RewardError(f"{name} gave {float(scores[i])} for response {i} ({len(bad)} of {count} are not finite)")
+        prompt = "" if prompts is None else f", to the prompt {prompts[i]!r:.80}"
+        raise RewardError(
+            f"{name} gave {float(scores[i])} for response {i}{prompt} ({len(bad)} of {len(scores)} are not finite)"
+        )
     return scores
 
 
@@ -111,13 +126,17 @@ def load_function(spec: str) -> Callable[..., Any]:
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
-        return getattr(module, name)  # type: ignore[no-any-return]
-    except (ImportError, OSError, AttributeError) as error:
-        raise RewardError(f"reward.function={spec!r} cannot be loaded: {error}") from error
+        function = getattr(module, name)
+    except (Exception, SystemExit) as error:  # whatever that file does
+        raise RewardError(f"reward.function={spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise RewardError(f"reward.function={spec!r} is no function, but {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
 
 
 class KLController:
-    """The KL coefficient of the reward: fixed, or steered to a target (Ziegler et al., arXiv 1909.08593)."""
+    """The KL coefficient of the reward: fixed, or steered to a target (Ziegler et al., arXiv 1909.08593), by at most a
+    fifth a buffer, as there, however many sequences it holds: so it stays above zero."""
 
     def __init__(self, config: KLConfig):
         self.config, self.coef = config, config.coef
@@ -126,7 +145,7 @@ class KLController:
         """kl: mean per token, nats, of the buffer that was just used; sequences: how many it held."""
         if self.config.controller == "adaptive":
             error = min(max(kl / self.config.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * sequences / self.config.horizon
+            self.coef *= 1 + error * min(sequences / self.config.horizon, 1)
 
 
 def shape_scores(scores: Tensor, finished: Tensor, moments: RunningMoments, config: RewardConfig) -> Tensor:

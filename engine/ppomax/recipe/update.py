@@ -10,6 +10,7 @@ Every mean is divided by a global count before the backward, so micro-batches an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ from ppomax.recipe.batch import (
 from ppomax.recipe.scoring import scaled, state_hidden, state_values
 from ppomax.sharding import Trained, ranks
 
+log = logging.getLogger(__name__)
+
 NextTexts = Callable[[int], list[Text]]
 """n -> the next n texts of the ptx term."""
 
@@ -59,6 +62,10 @@ class Health:
         """Count one optimiser step; Diverged once `limit` in a row were bad."""
         self.in_a_row = 0 if good else self.in_a_row + 1
         self.skipped += not good
+        if not good:
+            log.warning(
+                "an optimiser step had a NaN or infinite loss or gradient and was skipped (%d so far)", self.skipped
+            )
         if self.in_a_row >= limit:
             raise Diverged(
                 f"{self.in_a_row} optimiser steps in a row had a NaN or infinite loss or gradient and were skipped; "

@@ -6,16 +6,20 @@ it, so that a leaning towards the first place cancels."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
 import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +29,9 @@ Verdict = Literal["win", "tie", "lose"]
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses that may pass by themselves, and are tried again."""
+
+ANSWER_BYTES = 1 << 20
+"""Of the longest answer that is read; a verdict has some hundreds."""
 
 QUESTION = """You compare two continuations of one prompt. Criterion: {criterion}
 
@@ -115,29 +122,76 @@ class EndpointJudge:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
                 return self._post(body)
-            except urllib.error.HTTPError as error:
-                if error.code not in PASSING:
-                    said = " ".join(error.read(300).decode("utf-8", "replace").split())
-                    raise JudgeError(
-                        f"endpoint {self.url} answered {error.code} {error.reason}: {said or 'no text'}; look at "
-                        "the address, the model's name and the key"
-                    ) from error
-                problem = error
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-            ) as error:  # no connection, or no chat completion
-                problem = error
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+                problem = error  # no connection, no whole answer, or no chat completion
         return problem
 
     def _post(self, body: bytes) -> str:
+        """The reply's text. TimeoutError, whatever came until then, after `timeout` seconds; JudgeError if the endpoint
+        refuses the question."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as answer:
-            return str(json.load(answer)["choices"][0]["message"]["content"])
+        with cut_off_after(self.timeout) as handler:
+            try:
+                with urllib.request.build_opener(NoRedirect, handler).open(request, timeout=self.timeout) as answer:
+                    text = answer.read(ANSWER_BYTES + 1)
+                    promised = answer.headers.get("Content-Length", "")
+            except urllib.error.HTTPError as error:
+                if error.code in PASSING:
+                    raise
+                said = " ".join(error.read(300).decode("utf-8", "replace").split())
+                raise JudgeError(
+                    f"endpoint {self.url} answered {error.code} {error.reason}: {said or 'no text'}; look at "
+                    "the address, the model's name and the key"
+                ) from error
+        if len(text) > ANSWER_BYTES:
+            raise ValueError(f"the answer is longer than {ANSWER_BYTES} bytes")
+        if promised.isdigit() and len(text) < int(promised):
+            raise ValueError(f"the answer was cut short, {len(text)} of {promised} bytes came")
+        return str(json.loads(text)["choices"][0]["message"]["content"])
+
+
+@contextmanager
+def cut_off_after(seconds: float) -> Iterator[urllib.request.BaseHandler]:
+    """A handler for one request, whose connection is shut when the time is up: TimeoutError then. A socket's own
+    timeout starts anew with each byte, so that a server which drips them would never be too late."""
+    sockets: list[socket.socket] = []
+    late = threading.Event()
+
+    def noted(kind: type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
+        class Noted(kind):  # type: ignore[valid-type, misc]
+            def connect(self) -> None:
+                super().connect()
+                sockets.append(self.sock)
+
+        return Noted
+
+    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        def http_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(noted(http.client.HTTPConnection), request)  # type: ignore[arg-type]
+
+        def https_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(noted(http.client.HTTPSConnection), request)  # type: ignore[arg-type]
+
+    def cut() -> None:
+        late.set()
+        for opened in sockets:
+            with suppress(OSError):  # closed already
+                opened.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield Handler()
+        if late.is_set():  # what was read until then looked like an end
+            raise TimeoutError(f"no whole answer within {seconds:g} s")
+    except (OSError, http.client.HTTPException) as error:
+        if late.is_set() and not isinstance(error, TimeoutError):
+            raise TimeoutError(f"no whole answer within {seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
