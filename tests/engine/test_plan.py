@@ -21,6 +21,8 @@ from ppomax.planning.trace import held, live_bytes, sizes_of
 from ppomax.rollout import Sampling, decode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
+from .families import FAMILIES, family
+
 WITHIN = 0.15
 """Between planned and measured peaks."""
 SIZES = {
@@ -59,7 +61,7 @@ def measured(
     `again`: with gradient checkpointing."""
     knobs = {
         "batch": {"rollout_size": sequences, "minibatch_size": minibatch, "micro_tokens": micro},
-        "rollout": {"max_new_tokens": response, "min_new_tokens": response},
+        "rollout": {"max_new_tokens": response, "min_new_tokens": response, "allow_biased_sampling": True},
         "ptx": {"coef": 0.0},
         "model": {"dtype": dtype, "gradient_checkpointing": again},
         "run": {"device": "cpu"},
@@ -302,7 +304,7 @@ def test_the_default_run_fits_and_is_planned_on_this_machine():
 
 
 def test_unknown_models_and_flags_are_named(capsys, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with pytest.raises(ConfigError, match=r"holds neither config\.json"):
         shape_of(str(tmp_path))
     for argv, words in (
         (["--gpus", "0"], "--gpus must be above 0"),
@@ -389,3 +391,40 @@ def test_comparison_shows_both_figures(capsys):
     ours, plan = rows[0].ours()
     assert ours > 0
     assert plan.fits
+
+
+# ---- every family ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_a_saved_folder_of_every_family_is_planned_whatever_its_depth(tmp_path, name, depth):
+    """transformers writes a type for each block into the configuration, so that their number must fit."""
+    model = family(name)
+    model.save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    key = "n_layer" if "n_layer" in found else "num_hidden_layers"
+    if "layer_types" in found:
+        found["layer_types"] = [found["layer_types"][i % 3] for i in range(depth)]
+    (tmp_path / "config.json").write_text(json.dumps({**found, key: depth}))
+    shape = shape_of(str(tmp_path))
+    assert sizes_of(shape, "causal_lm").layers == depth
+    deep = held(shape, "float32", 2, 8, depth, None)
+    assert deep.saved > 0
+    knobs = {"model.policy": str(tmp_path), "reward.function": "math:sqrt", "data.prompts": "x", "ptx.coef": 0,
+             "model.critic": "policy", "rollout.max_new_tokens": 8, "data.max_prompt_tokens": 8}  # fmt: skip
+    room = 64 << 30
+    job, _ = job_of(load_config(overrides=knobs), ranks=1, memory=room, host_memory=room, cpu=True)
+    assert 0 < make_plan(job, advise=False, notes=[]).peak < room
+
+
+def test_a_failed_estimate_stops_no_run_that_ignores_the_plan(monkeypatch):
+    def fails(config):
+        raise TypeError("no such block")
+
+    monkeypatch.setattr("ppomax.planning.plan.plan_here", fails)
+    with pytest.raises(
+        ConfigError, match=r"the estimate failed \(TypeError: no such block\); set run.ignore_plan=true"
+    ):
+        plan_line(load_config())
+    assert "plan: none, the estimate failed" in plan_line(load_config(overrides={"run.ignore_plan": True}))

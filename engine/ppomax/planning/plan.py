@@ -166,22 +166,19 @@ def job_of(
 
 def shape_of(source: str) -> str:
     """The HF configuration of a model folder or hub name, as JSON; those that ship with ppomax need no network."""
+    from ppomax.models.files import LoadingError, model_config, read_json
+
     folder = Path(source)
     shipped = SHAPE_DIR / f"{source.replace('/', '--')}.json"
-    found = folder / "config.json" if folder.is_dir() else shipped
-    if found.is_file():
-        return json.dumps(json.loads(found.read_text(encoding="utf-8")), sort_keys=True)
-    if folder.is_dir():
-        raise ConfigError(f"plan: {folder} has no config.json; name a folder in Hugging Face's layout")
+    if shipped.is_file() and not folder.is_dir():
+        return json.dumps(read_json(shipped), sort_keys=True)
     try:
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(source).to_json_string(use_diff=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"plan: the architecture of {source} cannot be read (no such folder, none that ships with ppomax, and "
-            f"the hub gives none: {str(error).splitlines()[0]}); name a folder that holds its config.json"
-        ) from error
+        if folder.is_dir():
+            model_config(folder)
+            return json.dumps(read_json(folder / "config.json"), sort_keys=True)
+        return model_config(source).to_json_string(use_diff=False)  # type: ignore[no-any-return]
+    except (OSError, LoadingError) as error:
+        raise ConfigError(f"plan: the architecture of {source} cannot be read: {error}") from error
 
 
 def plan_here(config: TrainConfig) -> Plan:
@@ -202,7 +199,15 @@ def plan_line(config: TrainConfig) -> str:
     `run.ignore_plan` is off."""
     if config.model.trust_remote_code:
         return "plan: none for models that bring code of their own"
-    plan = plan_here(config)
+    try:
+        plan = plan_here(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # an architecture that the estimate cannot run
+        words = f"plan: none, the estimate failed ({type(error).__name__}: {' '.join(str(error).split()):.200})"
+        if config.run.ignore_plan:
+            return words
+        raise ConfigError(f"{words}; set run.ignore_plan=true to start without one") from error
     if not config.run.ignore_plan:
         refuse_if_too_large(plan)
     room = gib(plan.job.memory) + (" a rank" if plan.job.ranks > 1 else "")

@@ -107,7 +107,7 @@ def held(
     depth = _hf_config(config, None).num_hidden_layers
     whole = trained >= depth
     depths = [depth] if depth <= TRACED_DEPTHS[1] else list(TRACED_DEPTHS)
-    shape = _trunk_only(config)
+    shape = _trunk_only(config, max(depths))
     run = [
         _trace(shape, dtype, sequences, length, d, whole or targets is not None, targets, recomputed) for d in depths
     ]
@@ -217,11 +217,20 @@ def prefill_tokens() -> int:
     return PREFILL_TOKENS
 
 
-def _trunk_only(config: str) -> str:
-    """The same for all models whose blocks are alike, so that policy and critic are run once."""
+def _trunk_only(config: str, most: int) -> str:
+    """The same for all models whose blocks are alike, so that policy and critic are run once: cut to `most` blocks, in
+    every list that has one entry a block too."""
     apart = ("architectures", "id2label", "label2id", "num_labels", "score_offset", "transformers_version", "dtype")
-    depth = ("num_hidden_layers", "n_layer", "num_layers")
-    return json.dumps({k: v for k, v in sorted(json.loads(config).items()) if k not in (*apart, *depth)})
+    knobs = {k: v for k, v in sorted(json.loads(config).items()) if k not in apart}
+    depths = [knobs[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(knobs.get(k), int)]
+    if not depths or depths[0] <= most:
+        return json.dumps(knobs)
+    for key, value in knobs.items():
+        if key in ("num_hidden_layers", "n_layer", "num_layers"):
+            knobs[key] = most
+        elif isinstance(value, list) and len(value) == depths[0]:
+            knobs[key] = value[:most]
+    return json.dumps(knobs)
 
 
 def _hf_config(config: str, depth: int | None) -> Any:
@@ -234,7 +243,7 @@ def _hf_config(config: str, depth: int | None) -> Any:
     hf = AutoConfig.for_model(knobs.pop("model_type"), **knobs)
     if depth is not None:
         hf = with_blocks(hf, slice(0, depth))
-    hf._attn_implementation = ATTENTION if depth else "sdpa"
+    hf._attn_implementation = ATTENTION if depth else "eager"  # which every family has; it is not run
     return hf
 
 
