@@ -18,7 +18,7 @@ from typing import Any
 from ppomax.command.folders import folder_of, pop_flag, training_config
 from ppomax.command.launch import parse_on_all_ranks, watched, without_local_rank
 from ppomax.command.options import RUN_FLAGS, Options, stage_presets
-from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, save_config, to_dict
+from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, to_dict
 from ppomax.config.launcher import started_ranks
 from ppomax.config.mapping import flat, nearest, read_yaml
 from ppomax.config.stages import BuildDefaultConfig, RewardModelConfig, SftConfig
@@ -32,16 +32,20 @@ def train(argv: list[str]) -> None:
         config = parse_on_all_ranks(lambda words: training_config("train", TrainConfig, words), argv)
         if watch is not None:
             watch.silence = config.sharding.silence
-        _train(config)
+        stopped = _train(config)
+    if stopped is not None:
+        raise stopped
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig) -> Exception | None:
+    """Plan, train, report; what a signal left undone, if one came."""
     from ppomax.planning.plan import plan_line
     from ppomax.reporting.monitor import METRICS, RunMonitor
     from ppomax.reporting.page import closing_words, write_report
     from ppomax.saving.jsonl import read_rows
     from ppomax.sharding import ranks
     from ppomax.stages.ppo import train_ppo
+    from ppomax.stages.signals import Stopped
 
     out = Path(str(config.run.out))
     console = start_logging(quiet=ranks.rank() > 0)
@@ -52,18 +56,23 @@ def _train(config: TrainConfig) -> None:
         if ranks.rank() == 0:
             console.print(plan_line(config), highlight=False, markup=False)
     monitor = RunMonitor(out, config, console)
-    train_ppo(config, monitor)
+    stopped: Stopped | None = None
+    try:
+        train_ppo(config, monitor)
+    except Stopped as raised:
+        stopped = raised
     if ranks.rank():
-        return
+        return stopped
     if monitor.halt:
         console.print(f"ended by the collapse alarm ({monitor.halt}); {out / 'alarms.jsonl'} says why", highlight=False)
-    elif not (out / "policy").is_dir():
+    elif stopped is not None:
         console.print(f"interrupted; go on with: ppomax train --resume --out {out}", highlight=False)
     if any(row["step"] for row in read_rows(out / METRICS)):
         console.print(closing_words(out), highlight=False, markup=False)
         console.print(f"report: {write_report([out])}", highlight=False)
-    if (out / "policy").is_dir():
+    if stopped is None:
         console.print(f"policy: {out / 'policy'}  (AutoModelForCausalLM.from_pretrained loads it)", highlight=False)
+    return stopped
 
 
 def plan(argv: list[str]) -> None:
@@ -177,11 +186,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def stage(name: str, config: Any, run: Callable[[Any], Path]) -> None:
-    """Run a stage; its configuration goes to config.yaml in the run's folder."""
+    """Run a stage in its folder."""
     out, console = folder_of(config), start_logging()
     console.print(f"[bold]ppomax {name}[/]  folder {out}", highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
     console.print(f"written: {run(config)}", highlight=False)
 
 
@@ -241,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(status := getattr(error, "status", None), int):  # ended by a signal, its checkpoint written
+            print(f"ppomax: {error}", file=sys.stderr)
+            return status
         print(f"ppomax: error: {one_line(error)}", file=sys.stderr)
         return 2 if expected(error) else 1
     return 0

@@ -22,6 +22,7 @@ from ppomax.config import load_config
 from ppomax.rollout import decode as decode_module  # noqa: F401  (loads the rollout package)
 from ppomax.saving import beside, engine_state, folder
 from ppomax.stages import ppo
+from ppomax.stages.signals import Stopped
 
 from tests.engine.tiny import SMALL, tiny_assets
 
@@ -54,9 +55,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "in critic pre-training": lambda: on_call(sharding.Trained, "step", 3),
     "in a save, first file": lambda: on_call(engine_state, "write_tensors", 6, after=True),
     "in a save, before the manifest": lambda: on_call(folder, "sha256", 9),
-    "in a save, before the rename": lambda: on_call(beside.os, "replace", 3),
-    "in a save, after the rename": lambda: on_call(beside.os, "replace", 3, after=True),
-    "while old checkpoints are deleted": lambda: on_call(beside.os, "replace", 4, after=True),
+    "in a save, before the rename": lambda: on_call(beside.os, "replace", 4),
+    "in a save, after the rename": lambda: on_call(beside.os, "replace", 4, after=True),
+    "while old checkpoints are deleted": lambda: on_call(beside.os, "replace", 5, after=True),
     "by SIGTERM": lambda: on_call(ppo.Engine, "rollout", 4, signal.SIGTERM),
     "by Ctrl-C": lambda: on_call(ppo.Engine, "rollout", 4, signal.SIGINT),
 }
@@ -74,6 +75,8 @@ def child(work: Callable[[], None], delay: float | None = None) -> int:
             warnings.simplefilter("ignore")
             work()
             status = 0
+        except Stopped as stopped:
+            status = stopped.status
         finally:
             os._exit(status)
     if delay is not None:

@@ -168,7 +168,12 @@ def planned(folder: Path, cases: tuple[tuple[int, str, dict[str, object]], ...] 
         knobs: dict[str, object] = {"model__policy": shape, "model__reward_model": shape, "model__dtype": dtype}
         knobs |= {"run__device": "cpu"}
         knobs |= {"batch__rollout_size": 16, "batch__minibatch_size": 8, "batch__micro_tokens": 96, "impl": "auto"}
-        knobs |= {"rollout__max_new_tokens": 8, "rollout__min_new_tokens": 8, "data__max_prompt_tokens": 16}
+        knobs |= {
+            "rollout__max_new_tokens": 8,
+            "rollout__min_new_tokens": 8,
+            "rollout__allow_biased_sampling": True,
+            "data__max_prompt_tokens": 16,
+        }
         knobs |= {"sharding__zero_stage": stage, "sharding__deepspeed": str(file) if stage else None}
         config = small_config(**{**knobs, **more})
         job, _ = job_of(config, ranks=2, memory=1 << 40, host_memory=1 << 40, cpu=True)

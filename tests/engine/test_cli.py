@@ -1,6 +1,8 @@
 """The command line: layers, flags, folders, resume, and what each mistake is told."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +191,64 @@ def test_a_folder_with_a_run_and_a_resume_with_other_knobs_are_refused(no_pictur
     assert "kl.coef is 0.5 here" in told  # asked for by the knob, not the short flag
     assert "no folder nowhere" in refused(capsys, "train", "--resume", "--out", "nowhere")
     assert "--resume needs --out DIR" in refused(capsys, "train", "--resume")
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--config", "job.yaml", "--run.resume=true"]])
+def test_a_resume_where_nothing_was_begun_is_refused(job, capsys, flags):
+    """A folder that a kill left before the configuration was in it, for one."""
+    Path("run").mkdir()
+    told = refused(capsys, "train", "--out", "run", *flags)
+    assert "run holds no config.yaml, so no run was begun there; leave --resume out" in told
+
+
+def test_a_run_killed_while_its_models_load_goes_on_as_the_same_job(no_pictures, job, capsys, monkeypatch):
+    def killed(*unused):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ppomax.stages.ppo.PpoLoop.__init__", killed)
+        assert main(["train", "--config", str(job), "--out", "run", "--seed", "7"]) == 130
+    assert sorted(p.name for p in Path("run").iterdir()) == [".lock", "config.yaml"]
+    assert main(["train", "--resume", "--out", "run"]) == 0
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["run"]["seed"] == 7
+    assert main(["train", "--config", str(job), "--out", "alone", "--seed", "7"]) == 0
+    assert Path("run/policy/model.safetensors").read_bytes() == Path("alone/policy/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupted_run_says_so_by_its_status_and_the_last_step_is_exported(
+    job, capsys, monkeypatch, number, status, at
+):
+    from ppomax.engine import Engine
+
+    plain, steps = Engine.update, []
+
+    def signalled(engine, experience):
+        steps.append(1)
+        if len(steps) == at:
+            os.kill(os.getpid(), number)
+        return plain(engine, experience)
+
+    monkeypatch.setattr(Engine, "update", signalled)
+    done = at == 2
+    assert main(["train", "--config", str(job), "--out", "run"]) == (0 if done else status)
+    said = capsys.readouterr()
+    assert "report: run/report.html" in said.out
+    assert (Path("run") / "policy").is_dir() == done
+    assert ("interrupted; go on with: ppomax train --resume --out run" in said.out) != done
+    assert ("stopped after step 1; checkpoint written" in said.err) != done
+
+
+def test_two_processes_do_not_write_in_one_folder(job, capsys):
+    other = [sys.executable, "-c", "import sys, pathlib; from ppomax.saving.lock import claimed\n"
+             "with claimed(pathlib.Path('run')): print('mine', flush=True); sys.stdin.read()"]  # fmt: skip
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "mine\n"
+        told = refused(capsys, "train", "--config", str(job), "--out", "run")
+        assert f"run is being written by process {process.pid} on " in told
+        process.kill()
+    assert main(["train", "--config", str(job), "--out", "run", "--steps", "1"]) == 0  # the lock died with its owner
 
 
 def test_without_out_a_dated_folder_under_runs(no_pictures, job):

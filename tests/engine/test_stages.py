@@ -25,6 +25,7 @@ from ppomax.stages.reward_model import (
     train_reward_model,
 )
 from ppomax.stages.sft import SftConfig, batch_nll, mean_nll, train_sft
+from ppomax.stages.signals import Stopped
 from ppomax.stages.supervised_loop import BatchOrder, run_loop
 from safetensors.torch import load_file
 
@@ -285,7 +286,7 @@ def test_sigterm_checkpoints_and_leaves_and_resume_ends_the_run(start, tmp_path,
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", with_signal)
-        with pytest.raises(SystemExit, match="SIGTERM after step 6; go on with --resume"):
+        with pytest.raises(Stopped, match="SIGTERM after step 6; go on with --resume"):
             train_sft(sft_config(start, tmp_path, "stopped"))
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "stopped" / "checkpoints" / "step-000006").is_dir()

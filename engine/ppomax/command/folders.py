@@ -34,7 +34,7 @@ def training_config(command: str, cls: type[C], argv: list[str]) -> C:
         name = config.preset if command == "train" else command
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(dated(name))))
     if asked or (has_run and config.run.resume):
-        check_resume(to_dict(config), saved_config(folder_of(config)) or {})
+        check_resume(to_dict(config), saved_config(folder_of(config)))
     else:
         check_fresh(folder_of(config))
     return config  # type: ignore[no-any-return]
@@ -74,9 +74,16 @@ def resumed_folder(argv: list[str]) -> Path:
     return Path(out)
 
 
-def saved_config(out: Path) -> dict[str, Any] | None:
-    """The configuration that the run in `out` was started with; None if it left none."""
-    return read_yaml(out / "config.yaml") if (out / "config.yaml").is_file() else None
+def saved_config(out: Path) -> dict[str, Any]:
+    """The configuration that the run in `out` was started with. ConfigError: nothing was begun there."""
+    if not has_begun(out):
+        raise ConfigError(f"--resume: {out} holds no config.yaml, so no run was begun there; leave --resume out")
+    return read_yaml(out / "config.yaml")
+
+
+def has_begun(out: Path) -> bool:
+    """Whether `out` is the folder of a run: its configuration is the first thing that a run writes."""
+    return (out / "config.yaml").is_file()
 
 
 def check_resume(now: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ppomax.config import ConfigError, TrainConfig
+from ppomax.command.folders import has_begun
+from ppomax.config import TrainConfig
 from ppomax.config.launcher import restarts, started_ranks
 
 if TYPE_CHECKING:
@@ -49,7 +50,11 @@ def watched(argv: list[str]) -> Iterator[Watch | None]:
         yield watch
         ranks.shut_down()
     except Exception as error:
-        if _lost_a_rank(error):
+        if "imed out" in str(error):
+            error = TimeoutError(
+                f"waited sharding.timeout for another rank, which hangs or is slower than that: {error}"
+            )
+        elif _lost_a_rank(error):
             time.sleep(watch.silence + ANSWER_SECONDS)  # the watch knows by then who it was, and ends this process
         watch.failed(str(error))
         raise
@@ -59,22 +64,20 @@ def watched(argv: list[str]) -> Iterator[Watch | None]:
 
 def _lost_a_rank(error: Exception) -> bool:
     """Whether an exchange between ranks broke off."""
-    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("onnection", "NCCL", "gloo", "imed out"))
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("onnection", "NCCL", "gloo"))
 
 
 def parse_on_all_ranks(parse: Callable[[list[str]], TrainConfig], argv: list[str]) -> TrainConfig:
-    """`parse(argv)` on every rank, with rank 0's folder. ConfigError on all ranks if one could not, or if they
+    """`parse(argv)` on every rank, with rank 0's folder. Raises on all ranks if one could not, or if they
     differ."""
     if started_ranks() == 1 or {"-h", "--help"} & set(argv):
         return parse(argv)
     from ppomax.sharding import ranks
 
     store, config = ranks.launcher_store(), None
-    if restarts():
-        if not store.check([OUT_KEY]):
-            raise ConfigError("the launcher started the job anew, but its folder is not known any more; give --out")
+    if restarts() and store.check([OUT_KEY]):  # else the job had not come as far as its folder, and begins anew
         out = store.get(OUT_KEY).decode()
-        argv = [*argv, "--out", out, *(["--resume"] if Path(out).is_dir() and "--resume" not in argv else [])]
+        argv = [*argv, "--out", out, *(["--resume"] if has_begun(Path(out)) and "--resume" not in argv else [])]
     with ranks.fail_together():
         config = parse(argv) if ranks.rank() == 0 else None
     out = ranks.broadcast(str(config.run.out) if config else "")

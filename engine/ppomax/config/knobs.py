@@ -100,7 +100,8 @@ class RolloutConfig:
     max_new_tokens: int = 48
     """Response limit in tokens, EOS included; a response cut here is `truncated`."""
     min_new_tokens: int = 0
-    """EOS is forbidden before this many tokens are out; 0 allows an empty response (EOS alone)."""
+    """EOS is forbidden before this many tokens are out; 0 allows an empty response (EOS alone). Above 0 it needs
+    `allow_biased_sampling` in training."""
     temperature: float = 1.0
     """Sampling temperature. Scoring and training divide logits by the same number, so ratio and KL are those of one
     distribution."""
@@ -109,7 +110,8 @@ class RolloutConfig:
     top_p: float = 1.0
     """Sample from the smallest set with this mass; 1: all. Needs `allow_biased_sampling` in training."""
     allow_biased_sampling: bool = False
-    """Consent to top_k or top_p in training, where ratios and KL then are not those of the sampling distribution."""
+    """Consent to top_k, top_p or min_new_tokens in training, where ratios and KL then are not those of the sampling
+    distribution."""
     samples_per_prompt: int = 1
     """Responses drawn for each prompt."""
     slots: int = 128
@@ -140,10 +142,11 @@ class RolloutConfig:
             "at least 1, or null for what the slots need",
             self.cache_tokens,
         )
-        if (self.top_k or self.top_p < 1) and not self.allow_biased_sampling:
+        if (self.top_k or self.top_p < 1 or self.min_new_tokens) and not self.allow_biased_sampling:
             raise ConfigError(
-                "config: rollout.top_k / rollout.top_p cut the sampling distribution, so the ratio and the KL would be "
-                "those of another one; leave them off or set rollout.allow_biased_sampling=true"
+                "config: rollout.top_k, rollout.top_p and rollout.min_new_tokens cut the sampling distribution, so the "
+                "ratio and the KL would be those of another one; leave them off or set "
+                "rollout.allow_biased_sampling=true"
             )
 
 
@@ -322,6 +325,7 @@ class PtxConfig:
 
     def __post_init__(self) -> None:
         require(_finite(self.coef) and self.coef >= 0, "ptx.coef", "0 (off) or more", self.coef)
+        require(self.pool >= 1, "ptx.pool", "at least 1", self.pool)
         require(self.batch_size >= 1, "ptx.batch_size", "at least 1", self.batch_size)
         require(self.max_tokens >= 2, "ptx.max_tokens", "at least 2", self.max_tokens)
 
@@ -413,6 +417,9 @@ class RunConfig:
     """CPU threads of torch. 0: leave as it is."""
     ignore_plan: bool = False
     """Start although `ppomax plan` says that the run does not fit the memory that is there."""
+
+    accept_changes: bool = False
+    """Resume although prompts, texts or frozen weights are other ones than the run was begun with."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "run.steps", "at least 1", self.steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from pathlib import Path
@@ -63,10 +64,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write `config` as YAML, every knob resolved."""
+    """Write `config` as YAML, every knob resolved; the file is whole or not there."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    part = Path(path).with_name(f".part-{Path(path).name}")
+    part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    os.replace(part, path)
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -154,9 +157,9 @@ def _coerce_scalar(value: Any, hint: type, name: str) -> Any:
         except (TypeError, ValueError):
             number = math.nan
         require(
-            not math.isnan(number) and (hint is float or number.is_integer()),
+            math.isfinite(number) and (hint is float or number.is_integer()),
             name,
-            "a whole number" if hint is int else "a number",
+            "a whole number" if hint is int else "finite" if math.isinf(number) else "a number",
             value,
         )
         return int(number) if hint is int else number

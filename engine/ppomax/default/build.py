@@ -26,8 +26,9 @@ from ppomax.data import Text, load_pairs, load_prompts, load_texts
 from ppomax.default import texts as files
 from ppomax.default.classifier import train_classifier
 from ppomax.default.model_card import model_card
-from ppomax.models import RewardModel, load_policy, load_reward_model, load_tokenizer
+from ppomax.models import RewardModel, load_policy, load_reward_model, load_tokenizer, use_threads
 from ppomax.rollout import Sampling, decode
+from ppomax.saving.lock import claimed
 from ppomax.saving.model_folder import save_model
 from ppomax.stages.reward_model import centre_scores, evaluate_pairs, score_texts, train_reward_model
 from ppomax.stages.sft import mean_nll, train_sft
@@ -40,7 +41,12 @@ LIMIT_BYTES = 15_000_000
 def build_default(config: BuildDefaultConfig) -> Path:
     """Run every stage and return `<out>/default`. Raises DataError for unusable data, ValueError if the result is too
     large."""
-    torch.set_num_threads(config.threads)
+    with claimed(Path(config.out), config):
+        return _build(config)
+
+
+def _build(config: BuildDefaultConfig) -> Path:
+    use_threads(config.threads)
     work, out = Path(config.out) / "work", Path(config.out) / "default"
     work.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}

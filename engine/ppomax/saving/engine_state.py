@@ -11,6 +11,7 @@ others in their place."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ppomax.config import TrainConfig, build
 from ppomax.models import Critic, load_tokenizer
+from ppomax.models.trunk import config_as_given
 from ppomax.saving.folder import FORMAT, CheckpointError, atomic_folder, check_space, unwritten, verify
 from ppomax.saving.random_state import python_random_state, random_state, restore_random_state
 from ppomax.saving.tensor_files import TensorFile, size_of, write_gathered, write_tensors
 from ppomax.sharding import Lazy, Trained, ranks
+
+log = logging.getLogger(__name__)
 
 STATE, RNG = "engine.json", "rng.safetensors"
 
@@ -35,6 +39,7 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
 
     trained: the models that an optimiser steps, by role; state: everything else that an engine is, plain data (see
     `Engine.state`); extra: what the caller wants back."""
+    refuse_not_finite(trained)
     generators = {
         _of_rank(r, name): x
         for r, found in enumerate(ranks.gather_objects(random_state()))
@@ -67,6 +72,19 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
     return path
 
 
+def refuse_not_finite(trained: dict[str, Trained[Any]]) -> None:
+    """CheckpointError on all ranks if a model has a weight that is NaN or infinite: it is neither to be gone on from
+    nor to be used."""
+    for role, part in trained.items():
+        own = [getattr(p, "ds_tensor", p).detach() for p in part.params]
+        bad = torch.stack([~torch.isfinite(x).all() for x in own if x.numel()] or [torch.tensor(False)]).any()
+        if bool(ranks.max(bad.float().to(own[0].device))):
+            raise CheckpointError(
+                f"the {role} has weights that are not finite, so it is not written; go on from the newest checkpoint "
+                "with lower learning rates"
+            )
+
+
 def _write(
     path: Path,
     trained: dict[str, Trained[Any]],
@@ -81,7 +99,8 @@ def _write(
         for role, part in trained.items():
             model = part.module.model if isinstance(part.module, Critic) else part.module
             if isinstance(model, PreTrainedModel):  # a critic on the policy's trunk has no configuration of its own
-                model.config.save_pretrained(folder / f"{role}_config")
+                with config_as_given(model):
+                    model.config.save_pretrained(folder / f"{role}_config")
         (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
@@ -96,12 +115,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def restore_state(
-    path: Path, trained: dict[str, Trained[Any]], fingerprints: dict[str, str | None]
+    path: Path, trained: dict[str, Trained[Any]], fingerprints: dict[str, str | None], accept_changes: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put weights, optimisers and random states of the checkpoint `path` in place; returns the `state` and `extra` that
-    `save_state` was given. CheckpointError if it is damaged, or of models with other `fingerprints`."""
+    `save_state` was given. CheckpointError if it is damaged, or of models with other `fingerprints`, unless
+    accept_changes."""
     state = read_state(path)
-    compare_fingerprints(state["fingerprints"], fingerprints, path)
+    compare_fingerprints(state["fingerprints"], fingerprints, path, accept_changes)
     for role, part in trained.items():
         part.load(
             TensorFile(path / f"{role}.safetensors"),
@@ -139,14 +159,21 @@ def saved_parts(path: Path, state: dict[str, Any], given: dict[str, Any]) -> dic
     return parts
 
 
-def compare_fingerprints(saved: dict[str, str | None], now: dict[str, str | None], path: Path) -> None:
-    """CheckpointError naming the first model that is not the one `path` was saved with."""
-    for role, print_ in saved.items():
-        if now.get(role) != print_:
+def compare_fingerprints(
+    saved: dict[str, str | None], now: dict[str, str | None], path: Path, accept_changes: bool
+) -> None:
+    """CheckpointError naming the first model or data that is not the one `path` was saved with; with `accept_changes`
+    a warning for each."""
+    for what, print_ in saved.items():
+        if now.get(what) == print_:
+            continue
+        words = f"{path} was saved with another {what}"
+        if not accept_changes:
             raise CheckpointError(
-                f"{path} was saved with another {role}; resume with the models of that run, "
-                "or start anew in another folder"
+                f"{words}; resume with the models and data of that run, start anew in another folder, or set "
+                "run.accept_changes=true to go on with what is here now"
             )
+        log.warning("%s; going on, as run.accept_changes says", words)
 
 
 def _of_rank(number: int, name: str) -> str:

@@ -67,20 +67,17 @@ def verify(path: Path) -> None:
     """CheckpointError unless every file that the manifest names is there with its size and SHA-256."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        listing = manifest["files"].items()
-    except (OSError, ValueError, KeyError) as error:
+        form = manifest.get("format")
+        listing = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has no readable {MANIFEST}, so it is no whole checkpoint ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; use the ppomax that wrote it"
-        )
-    for name, entry in listing:
+    if form != FORMAT:
+        raise CheckpointError(f"{path} has format {form}, this version reads {FORMAT}; use the ppomax that wrote it")
+    for name, size, digest in listing:
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{file} is missing or cut short (wanted {entry['bytes']} bytes); use an earlier checkpoint"
-            )
-        if sha256(file) != entry["sha256"]:
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(f"{file} is missing or cut short (wanted {size} bytes); use an earlier checkpoint")
+        if sha256(file) != digest:
             raise CheckpointError(f"{file} is damaged (its SHA-256 is not the manifest's); use an earlier checkpoint")
 
 
@@ -122,9 +119,15 @@ def prune(root: Path, keep: int) -> None:
         gone = path.with_name(OLD + path.name)
         os.replace(path, gone)  # so that a kill while deleting leaves no half checkpoint under a real name
         shutil.rmtree(gone)
-    for pattern in (PART + "*", OLD + "*"):
-        for leftover in root.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+    clean(root)
+
+
+def clean(root: Path) -> None:
+    """Delete what killed saves and prunes left under `root`."""
+    if ranks.rank() == 0:
+        for pattern in (PART + "*", OLD + "*"):
+            for leftover in root.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

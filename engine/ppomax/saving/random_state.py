@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+
+def seed_all(seed: int) -> None:
+    """Seed torch's, Python's and numpy's generators: the engine draws from none of them, reward functions may."""
+    import numpy
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
 
 
 def random_state() -> dict[str, Tensor]:
-    """torch's generators as uint8 tensors. The engine itself draws from none of them; reward functions may."""
+    """torch's generators as uint8 tensors."""
     state = {"torch_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["torch_cuda"] = torch.cuda.get_rng_state()

@@ -41,8 +41,9 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
     """Join the job's process group if a launcher started several ranks: nccl on GPUs, gloo on CPUs.
 
     `timeout`, in seconds, bounds how long a rank waits for another's work; a rank that is gone is noticed far sooner
-    (watch.py)."""
+    (watch.py). In a group that was joined already it takes effect from here on."""
     if started_ranks() == 1 or dist.is_initialized():
+        wait_at_most(timeout)
         return
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
@@ -58,6 +59,14 @@ def start(device: str = "auto", timeout: float = 3600.0) -> None:
         )
     else:
         dist.init_process_group(backend, timeout=wait)
+
+
+def wait_at_most(seconds: float) -> None:
+    """Bound how long an exchange in any group waits, those included that a library has made with its own default."""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def launcher_store() -> dist.Store:

@@ -28,10 +28,18 @@ class LossModule(nn.Module):
         return function(self.module, *args, **named)
 
 
-def initialize(wrapper: LossModule, settings: dict[str, Any], optimizer: Any = None) -> Any:
-    """DeepSpeed's engine of `wrapper`; without an optimiser the model is frozen."""
+def library() -> Any:
+    """DeepSpeed, without the extension that it would compile on CPUs: it serves inference alone, and is built under a
+    lock file that a process killed meanwhile leaves behind, for which every later one would wait for ever."""
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def initialize(wrapper: LossModule, settings: dict[str, Any], optimizer: Any = None) -> Any:
+    """DeepSpeed's engine of `wrapper`; without an optimiser the model is frozen."""
+    deepspeed = library()
     if not torch.distributed.is_initialized():
         _alone()
     engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import Text, check_same_vocabulary, load_prompts, load_texts
 from ppomax.engine import Engine
-from ppomax.models import load_tokenizer
+from ppomax.models import load_tokenizer, use_threads
+from ppomax.models.fingerprints import fingerprint_rows
 from ppomax.models.modes import start_policy
 from ppomax.recipe.rewards import load_function
 from ppomax.recipe.streams import Purpose
@@ -26,13 +28,16 @@ from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
 from ppomax.rollout import Sampling, decode
 from ppomax.rollout.joined import joined
+from ppomax.saving.engine_state import compare_fingerprints
 from ppomax.saving.export_policy import export_policy
-from ppomax.saving.folder import CheckpointError, newest, prune
+from ppomax.saving.folder import CheckpointError, clean, newest, prune
+from ppomax.saving.lock import claimed
+from ppomax.saving.random_state import seed_all
 from ppomax.sharding import ranks
 from ppomax.sharding.settle import agreed_config
 from ppomax.stages.order import Order
 from ppomax.stages.pretrain_critic import pretrain_critic
-from ppomax.stages.signals import StopRequest, stop_requests
+from ppomax.stages.signals import Stopped, StopRequest, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -56,32 +61,37 @@ class Progress:
 def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
     """Run PPO-max as `config` says; returns the run's folder: checkpoints/, policy/ (HF), config.yaml, metrics.jsonl.
 
-    Without a `monitor`, a RunMonitor. SIGTERM or Ctrl-C end the step under way, write a checkpoint and return."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    Without a `monitor`, a RunMonitor. SIGTERM or Ctrl-C end the step under way, write a checkpoint and raise Stopped,
+    unless that was the last step. ConfigError if another process writes in that folder."""
+    use_threads(config.run.threads)
     ranks.start(config.run.device, config.sharding.timeout)
     config = agreed_config(config)
-    torch.manual_seed(config.run.seed)
-    with ranks.fail_together():
-        out = run_folder(config) if ranks.rank() == 0 else None
-    out = ranks.broadcast(out)
-    assert out is not None
-    loop = PpoLoop(config, out)
-    found = newest(out / "checkpoints") if config.run.resume else None
-    if found:
-        loop.resume(found)
-    if ranks.rank() == 0:
-        save_config(config, out / "config.yaml")
-        monitor = monitor or RunMonitor(out, config)
-    else:
-        monitor = NoMonitor()
-    try:
-        with stop_requests() as stop:
-            loop.pretrain(monitor, stop)
-            loop.train(monitor, stop)
-    finally:
-        monitor.close()
-    if not loop.stopped(stop):
+    seed_all(config.run.seed)
+    with ExitStack() as held:
+        with ranks.fail_together():
+            out = run_folder(config, held) if ranks.rank() == 0 else None
+        out = ranks.broadcast(out)
+        assert out is not None
+        loop = PpoLoop(config, out)
+        ranks.wait_at_most(config.sharding.timeout)
+        found = newest(out / "checkpoints") if config.run.resume else None
+        if found:
+            loop.resume(found)
+            clean(out / "checkpoints")
+        if ranks.rank() == 0:
+            save_config(config, out / "config.yaml")
+            monitor = monitor or RunMonitor(out, config)
+        else:
+            monitor = NoMonitor()
+        try:
+            with stop_requests() as stop:
+                loop.pretrain(monitor, stop)
+                loop.train(monitor, stop)
+        finally:
+            monitor.close()
+        step = loop.progress.step
+        if loop.stopped(stop) and step < config.run.steps:
+            raise Stopped(stop.signal, f"stopped after step {step}; checkpoint written, go on with run.resume=true")
         export_policy(loop.engine, out / "policy")
     return out
 
@@ -116,6 +126,7 @@ class PpoLoop:
         self.order = Order(len(self.prompts), config.run.seed)
         self.texts = self._load_texts() if config.ptx.coef else []
         self.text_order = Order(max(1, len(self.texts)), config.run.seed, Purpose.TEXTS)
+        self.data = self._agreed_data()
 
     def _load_prompts(self, source: str) -> list[list[int]]:
         data = self.config.data
@@ -123,6 +134,21 @@ class PpoLoop:
             source, self.tokenizer, data.max_prompt_tokens, column=data.prompt_column, overlong=data.overlong
         )
         return prompts
+
+    def _agreed_data(self) -> dict[str, str | None]:
+        """Fingerprints of what was read. ConfigError on all ranks if they have read different rows."""
+        read = {
+            "prompts": fingerprint_rows(self.prompts),
+            "ptx texts": fingerprint_rows(t.tokens for t in self.texts) if self.config.ptx.texts else None,
+        }
+        for number, found in enumerate(ranks.gather_objects(read)):
+            odd = [what for what in read if found[what] != read[what]]
+            if odd:
+                raise ConfigError(
+                    f"config: the {odd[0]} that rank {number} read are not those of rank {ranks.rank()}; give all "
+                    "ranks the same files"
+                )
+        return dict(read)
 
     def next_prompts(self) -> list[list[int]]:
         """The prompts of the next buffer, each as often as it is sampled."""
@@ -170,10 +196,6 @@ class PpoLoop:
                 self.save()
         if self.saved_at != (progress.pretrained, progress.step):
             self.save()
-        if stop.asked:
-            log.warning(
-                "stopped by a signal after step %d; checkpoint written, go on with run.resume=true", progress.step
-            )
 
     def stopped(self, stop: StopRequest) -> bool:
         """Whether a signal asked any rank to stop; then all of them do, at the same step."""
@@ -185,14 +207,16 @@ class PpoLoop:
         name = f"step-{self.progress.step:06d}"
         if not self.progress.step:
             name += f"-critic-{self.progress.pretrained:03d}"
-        path = self.engine.save(self.out / "checkpoints" / name, {"progress": asdict(self.progress)})
+        path = self.engine.save(self.out / "checkpoints" / name, {"progress": asdict(self.progress), "data": self.data})
         prune(self.out / "checkpoints", self.config.run.keep_checkpoints)
         self.saved_at = (self.progress.pretrained, self.progress.step)
         return path
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint `path`; knobs that differ from those it was saved with are named in the log."""
-        self.progress = Progress(**self.engine.restore(path)["progress"])
+        extra = self.engine.restore(path)
+        compare_fingerprints(extra["data"], self.data, path, self.config.run.accept_changes)
+        self.progress = Progress(**extra["progress"])
         self.saved_at = (self.progress.pretrained, self.progress.step)
         saved = json.loads((path / "engine.json").read_text(encoding="utf-8"))["config"]
         for knob in differences(saved, to_dict(self.config)):
@@ -230,29 +254,26 @@ class PpoLoop:
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
         mine = ranks.part_of(ptx.pool)
         with start_policy(self.engine.policy, self.engine.reference) as start:
-            rollout = config.rollout
-            sampling = Sampling(
-                rollout.max_new_tokens,
-                seed=config.run.seed,
-                slots=rollout.slots,
-                cache_tokens=rollout.cache_tokens,
-                impl=config.impl,
-            )
+            log.info("sampling %d texts for the ptx term from the start policy", ptx.pool)
+            sampling = Sampling.of(config.rollout, seed=config.run.seed, impl=config.impl)
             own, numbers = [prompts[i] for i in mine], [uids[i] for i in mine]
             given = decode(start, own, numbers, sampling, eos_ids=self.engine.eos_ids)
             given = joined(given, start)
         return [Text(list(p) + r, len(p)) for p, r in zip(prompts, given.tokens, strict=True)]
 
 
-def run_folder(config: TrainConfig) -> Path:
-    """The run's folder, made if need be. ConfigError if it holds another run and `run.resume` is off."""
+def run_folder(config: TrainConfig, held: ExitStack) -> Path:
+    """The run's folder, made if need be, `held` by this process alone; the configuration is the first thing in it.
+    ConfigError if it holds another run and `run.resume` is off."""
     out = Path(config.run.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if not config.run.resume and (out / "checkpoints").is_dir() and any((out / "checkpoints").iterdir()):
         raise ConfigError(
             f"config: run.out={out} holds checkpoints of a run; set run.resume=true to go on with it, or another "
             "run.out"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(claimed(out))
+    if not (out / "config.yaml").is_file():
+        save_config(config, out / "config.yaml")
     return out
 
 

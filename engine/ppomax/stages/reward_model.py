@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from transformers import AutoConfig
 
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import RewardModelConfig
@@ -36,7 +35,9 @@ from ppomax.models import (
     make_reward_model,
     packed_hidden,
 )
+from ppomax.models.files import model_config
 from ppomax.recipe.batch import pack
+from ppomax.saving.lock import claimed
 from ppomax.saving.model_folder import save_model
 from ppomax.stages.sft import autocast, counted_tokens, token_nll
 from ppomax.stages.supervised_loop import BatchOrder, chunks, run_loop
@@ -65,7 +66,7 @@ class RewardTrainee(nn.Module):
     @classmethod
     def load(cls, config: RewardModelConfig) -> RewardTrainee:
         """From a causal LM (trunk, new head) or from an earlier reward model."""
-        architectures = AutoConfig.from_pretrained(config.model).architectures or []
+        architectures = model_config(config.model).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             policy = load_policy(config.model, attn_implementation=config.attention)
             reward_model = make_reward_model(policy, layers=config.layers, seed=config.run.seed)
@@ -210,7 +211,11 @@ def centre_scores(
 def train_reward_model(config: RewardModelConfig) -> Path:
     """Train, evaluate, centre and write metrics.jsonl, held_out.json / .png and the model; returns `run.out`/model."""
     out = Path(config.run.out or "runs/reward-model")
-    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out, config):
+        return _train(config, out)
+
+
+def _train(config: RewardModelConfig, out: Path) -> Path:
     identity = to_dict(config) | {"run": {"seed": config.run.seed}}
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     pairs, _ = load_pairs(config.data, tokenizer, config.max_tokens, bad_rows=config.bad_rows)

@@ -20,6 +20,15 @@ class StopRequest:
     signal: signal.Signals | None = None
 
 
+class Stopped(Exception):
+    """Training was ended by a signal before its last step; its checkpoint is written."""
+
+    def __init__(self, by: signal.Signals | None, words: str):
+        super().__init__(words)
+        self.status = 128 + (by or signal.SIGTERM)  # another rank's signal reads as SIGTERM
+        """Exit status, as a shell gives it: 130 after Ctrl-C, 143 after SIGTERM."""
+
+
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Inside, SIGTERM and Ctrl-C are noted instead of ending the process; a second Ctrl-C interrupts at once. Outside

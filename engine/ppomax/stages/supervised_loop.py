@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, RunConfig
 from ppomax.recipe.streams import Purpose, stream
+from ppomax.saving.engine_state import refuse_not_finite
 from ppomax.saving.folder import CheckpointError, atomic_folder, check_space, newest, prune
 from ppomax.saving.jsonl import append_row, keep_rows
-from ppomax.saving.random_state import random_state
+from ppomax.saving.random_state import python_random_state, random_state, restore_random_state, seed_all
 from ppomax.sharding import Trained
-from ppomax.stages.signals import stop_requests
+from ppomax.stages.signals import Stopped, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,10 @@ def run_loop(
 
     Appends a line of metrics to out/metrics.jsonl every LOG_EVERY steps; checkpoints in out/checkpoints; with
     run.resume goes on from the newest whole one, to the bit. `identity` (the configuration; of `run` only the seed)
-    must be the same then. SIGTERM and Ctrl-C checkpoint and leave by SystemExit. A NaN or infinite loss or gradient
+    must be the same then. SIGTERM and Ctrl-C checkpoint and raise Stopped. A NaN or infinite loss or gradient
     skips the step; run.max_bad_steps in a row stop the run.
     """
+    seed_all(run.seed)
     trained = Trained(module, optim, run.steps)
     bad = _resume(trained, out, identity) if run.resume else _fresh(out)
     with stop_requests() as stop:
@@ -125,7 +127,7 @@ def run_loop(
                 _save(trained, out, identity, bad)
                 prune(out / CHECKPOINTS, run.keep_checkpoints)
             if stop.signal and step < run.steps:
-                raise SystemExit(f"stopped by {stop.signal.name} after step {step}; go on with --resume")
+                raise Stopped(stop.signal, f"stopped by {stop.signal.name} after step {step}; go on with --resume")
     module.eval()
 
 
@@ -148,6 +150,7 @@ def _step(trained: Trained, loss: Tensor, norm: Tensor, bad: int, run: RunConfig
 
 
 def _save(trained: Trained, out: Path, identity: dict[str, Any], bad: int) -> None:
+    refuse_not_finite({"model": trained})
     weights, state = trained.tensors()
     with atomic_folder(out / CHECKPOINTS / f"step-{trained.steps:06d}") as folder:
         check_space(folder, sum(x.numel() * x.element_size() for x in [*weights.values(), *state.values()]))
@@ -156,7 +159,14 @@ def _save(trained: Trained, out: Path, identity: dict[str, Any], bad: int) -> No
                 {key: x.detach().contiguous().cpu() for key, x in tensors.items()}, folder / f"{name}.safetensors"
             )
         (folder / "state.json").write_text(
-            json.dumps({"steps": trained.steps, "skipped_in_a_row": bad, "identity": identity})
+            json.dumps(
+                {
+                    "steps": trained.steps,
+                    "skipped_in_a_row": bad,
+                    "identity": identity,
+                    "random": python_random_state(),
+                }
+            )
         )
 
 
@@ -172,7 +182,7 @@ def _resume(trained: Trained, out: Path, identity: dict[str, Any]) -> int:
             "configuration, or start anew in another folder"
         )
     trained.load(load_file(path / "weights.safetensors"), load_file(path / "optim.safetensors"), state["steps"])
-    torch.set_rng_state(load_file(path / "rng.safetensors")["torch_cpu"])
+    restore_random_state(load_file(path / "rng.safetensors"), state["random"])
     keep_rows(out / METRICS, lambda row: row["step"] <= state["steps"])
     log.info("resumed %s", path)
     return int(state["skipped_in_a_row"])
