@@ -1,7 +1,8 @@
 """`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, generate, report, presets.
 
 Each command reads its flags (options.py), checks the run's folder, and calls one function of stages/. An error is one
-line and exit status 2 (1 for a bug of ours); --debug shows the traceback. No torch before a command starts."""
+line and exit status 2 (1 for a bug of ours); --debug shows the traceback. A run that a signal ended before its last
+step leaves a checkpoint, and exit status 130 (Ctrl-C) or 143 (SIGTERM). No torch before a command starts."""
 
 from __future__ import annotations
 
@@ -259,7 +260,10 @@ def main(argv: list[str] | None = None) -> int:
 def usage() -> str:
     """The commands and what each does."""
     lines = [f"  {name:14} {(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
-    return "usage: ppomax COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`ppomax COMMAND --help` explains each flag."
+    ends = "exit status: 0 done, 2 wrong input, 1 a bug of ppomax, 3 what is planned does not fit,\n"
+    ends += "  130 / 143 ended by Ctrl-C / SIGTERM, a checkpoint written (go on with --resume)"
+    head = "usage: ppomax COMMAND [options]\n\n" + "\n".join(lines)
+    return f"{head}\n\n`ppomax COMMAND --help` explains each flag.\n{ends}"
 
 
 def expected(error: Exception) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppomax.config import TrainConfig, to_dict
+from ppomax.config import PtxConfig, TrainConfig, to_dict
 from ppomax.data import encode_prompt
 from ppomax.models import (
     Critic,
@@ -90,7 +90,8 @@ class Engine:
     critic: a Critic, a model or path to start one from, or None for what `config.model.critic` says.
     reward: reward model, path to one, or f(prompts: list[str], responses: list[str]) -> one number each.
     tokenizer: needed for text prompts and function rewards; read from the policy's path if that is one.
-    texts: n -> the next n token lists for the ptx term; None leaves the term out and needs `ptx.coef: 0`.
+    texts: n -> the next n token lists for the ptx term; None leaves the term out and needs `ptx.coef: 0`. config: None
+    is the default one, its ptx term left out if there are no texts.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         texts: NextTexts | None = None,
     ):
-        self.config = config or TrainConfig()
+        self.config = config or TrainConfig(ptx=PtxConfig(coef=0.0 if texts is None else PtxConfig.coef))
         self.device = pick_device(self.config.run.device)
         self.dtype = DTYPES[self.config.model.dtype]
         self.sources = {

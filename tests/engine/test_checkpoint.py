@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppomax.config import load_config
+from ppomax.config import ConfigError, load_config
 from ppomax.engine import Engine
 from ppomax.models import freeze
 from ppomax.models.fingerprints import fingerprint
 from ppomax.saving import folder
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError, newest, verify
+from ppomax.sharding import ranks
 from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
 
@@ -305,3 +306,45 @@ def test_export_loads_with_auto_classes(tmp_path) -> None:
 def test_no_pickle_in_a_checkpoint(tmp_path) -> None:
     path = tiny_engine().save(tmp_path / "state")
     assert {f.suffix for f in path.rglob("*") if f.is_file()} == {".safetensors", ".json"}
+
+
+# ---- what rivals lost in a resume -----------------------------------------------------------------------------------
+
+
+def test_a_resume_loses_nothing_that_others_lost(tmp_path) -> None:
+    """The reference stays the start model, the critic and both optimisers are the saved ones, and so are the adaptive
+    KL coefficient and the running moments; see test_killed_run_resumes_to_the_bit for the order of the data."""
+    config = small_config(kl__controller="adaptive", kl__horizon=8, kl__target=1e-4)
+    engine = tiny_engine(config)
+    start = {name: p.clone() for name, p in engine.reference.named_parameters()}
+    for seed in range(2):
+        engine.step(prompts(8, seed=seed))
+    engine.save(tmp_path / "state")
+    resumed = tiny_engine(config)
+    resumed.restore(tmp_path / "state")
+    assert resumed.controller.coef == engine.controller.coef != config.kl.coef
+    assert resumed.moments == engine.moments
+    assert resumed.moments.count > 0
+    assert all(torch.equal(p, start[name]) for name, p in resumed.reference.named_parameters())
+    assert any(not torch.equal(p, start[name]) for name, p in resumed.policy.module.named_parameters())
+    for role in ("policy", "critic"):
+        ours, theirs = getattr(engine, role), getattr(resumed, role)
+        assert ours.steps == theirs.steps > 0
+        assert ours.lr == theirs.lr
+        (weights, state), (other_weights, other_state) = ours.tensors(), theirs.tensors()
+        assert any(key.startswith("exp_avg/") for key in state)
+        for a, b in ((weights, other_weights), (state, other_state)):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_prompts_that_differ_between_ranks_are_noticed(tmp_path, monkeypatch) -> None:
+    plain = ranks.gather_objects
+
+    def gathered(x):
+        return [x, {**x, "prompts": "others"}] if isinstance(x, dict) and "ptx texts" in x else plain(x)
+
+    monkeypatch.setattr(ranks, "gather_objects", gathered)
+    knobs = {**tiny_assets(tmp_path), **SMALL, "run.out": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match="the prompts that rank 1 read are not those of rank 0"):
+        train_ppo(load_config(overrides=knobs))

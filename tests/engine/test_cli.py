@@ -392,3 +392,13 @@ for command in ("", *COMMANDS):
 def test_no_help_imports_torch():
     done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_shipped_policy_is_called_default_in_every_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text('{"text": "it is a film"}\n')
+    assert main(["sft", "--model", "default", "--data", "texts.jsonl", "--steps", "1", "--out", "sft"]) == 0
+    Path("pairs.jsonl").write_text('{"prompt": "it is", "chosen": "good", "rejected": "bad"}\n')
+    assert main(["reward-model", "--model", "default", "--data", "pairs.jsonl", "--steps", "1", "--out", "rm"]) == 0
+    exported = json.loads(Path("sft/model/generation_config.json").read_text())
+    assert exported["eos_token_id"] == [2]  # what it was taught to end with

@@ -8,7 +8,7 @@ import ppomax
 import pytest
 import torch
 from ppomax.config import ConfigError, load_config
-from ppomax.data import Text
+from ppomax.data import DataError, Text, load_prompts
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.stages.order import Order
 from ppomax.stages.ppo import differences, train_ppo
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.sampled import decode
 from tests.engine.tiny import BOS, EOS, SMALL, prompts, small_config, tiny_assets, tiny_engine, tiny_policy
+from tests.engine.tiny_text import CHAT_TEMPLATE, tiny_llama
+from tests.engine.tiny_text import tiny_tokenizer as tiny_text_tokenizer
 
 GIVEN = prompts(9)
 
@@ -288,3 +290,21 @@ def test_texts_are_drawn_in_order_of_their_position(names, tmp_path) -> None:
 
     tiny_engine(small_config(ptx__coef=0.1, ptx__batch_size=3, batch__epochs=2), texts=texts).step(prompts(8))
     assert asked == [3] * 4
+
+
+def test_text_and_chats_are_tokenised_as_data_is() -> None:
+    tokenizer = tiny_text_tokenizer(CHAT_TEMPLATE)
+    engine = tiny_engine(
+        small_config(rollout__max_new_tokens=2), policy=tiny_llama(tied=False), reward=lambda p, r: [0.0] * len(r),
+        critic=tiny_llama(tied=False), tokenizer=tokenizer,
+    )  # fmt: skip
+    chat = [{"role": "user", "content": "the film"}]
+    given = ["the film is", f"<s>{'the film is'}", chat]
+    (want,), _ = load_prompts([{"prompt": chat}], tokenizer, 64)
+    (plain,), _ = load_prompts([{"prompt": "the film is"}], tokenizer, 64)
+    asked = [list(p) for p, _ in engine.rollout(given).sequences()]
+    assert asked == [plain, plain, want]
+    with pytest.raises(ValueError, match=r"empty chat|prompt 0 is empty"):
+        engine.rollout([[]])
+    with pytest.raises(DataError, match="malformed chat"):
+        engine.rollout([[{"role": "user"}]])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from ppomax.config import ConfigError, ShardingConfig
-from ppomax.sharding import zero_config
+from ppomax.sharding import zero_config, zero_engine
 
 from tests.engine import rank_driver as driver
 from tests.engine.rank_cases import Cases
@@ -294,6 +294,29 @@ def test_sigterm_on_one_rank_checkpoints_all(on_two, folder) -> None:
     assert not (folder / "termed" / "policy").exists()
     ended(start("job", str(folder), "termed", "never", "--resume", ranks=2))
     assert weights_of(folder / "termed") == weights_of(folder / "alone")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job_within_the_timeout(on_two, folder) -> None:
+    """It goes on giving signs of life, so that only the exchange which it does not come to can tell."""
+    source = (
+        "import os, time\ndef f(p, r):\n    time.sleep(1e6 * (os.environ['RANK'] == '1'))\n    return [0.0] * len(r)\n"
+    )
+    (folder / "hang.py").write_text(source, encoding="utf-8")
+    flags = (f"--reward.function={folder / 'hang.py'}:f", "--model.critic=policy", "--sharding.timeout=15")
+    began = time.monotonic()
+    said = ended(start("job", str(folder), "hangs", "never", *flags, ranks=2), well=False)
+    assert "waited sharding.timeout for another rank" in said
+    assert time.monotonic() - began < 15 + 60
+
+
+def test_deepspeed_compiles_nothing_on_cpus() -> None:
+    """Its build lies behind a lock file that a killed process leaves, for which every later one would wait."""
+    library = zero_engine.library()
+    from deepspeed.comm.torch import build_shm_op
+
+    assert library.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    assert build_shm_op() is None
 
 
 @pytest.mark.slow

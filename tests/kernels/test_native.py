@@ -112,6 +112,7 @@ def test_no_call_of_a_raw_op_crashes_in_triton_s_interpreter() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sanitizers
 def test_kernels_and_raw_ops_are_clean_under_the_sanitizers() -> None:
     if platform.system() != "Linux" or shutil.which("cmake") is None:
         pytest.skip("sanitizers: Linux with cmake is wanted")

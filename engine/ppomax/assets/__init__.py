@@ -6,6 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "default"
+DEFAULT = "default"
+"""The name by which commands know the policy that ships with ppomax."""
+
+
+def named_model(name: str | Path) -> str:
+    """`name` itself, a folder or hub name, or the shipped policy's folder for `default`."""
+    return str(shipped("policy")) if str(name) == DEFAULT else str(name)
 
 
 def shipped(name: str) -> Path:

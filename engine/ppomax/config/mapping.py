@@ -157,7 +157,7 @@ def _coerce_scalar(value: Any, hint: type, name: str) -> Any:
         except (TypeError, ValueError):
             number = math.nan
         require(
-            math.isfinite(number) and (hint is float or number.is_integer()),
+            math.isfinite(number) and (hint is float or (number.is_integer() and abs(number) < 2**63)),
             name,
             "a whole number" if hint is int else "finite" if math.isinf(number) else "a number",
             value,

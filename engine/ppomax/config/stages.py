@@ -14,7 +14,7 @@ class SftConfig:
     """One run of supervised fine-tuning or language modelling."""
 
     model: str
-    """Start weights: HF directory or hub name of a causal language model."""
+    """Start weights: HF directory or hub name of a causal language model; `default`: the one that ships with ppomax."""
     data: str
     """Training rows: JSONL, Parquet or HF data set with `text`, `prompt` + `response`, or `messages`."""
     eval_data: str | None = None
@@ -54,7 +54,8 @@ class RewardModelConfig:
     """One run of reward-model training."""
 
     model: str
-    """Start weights: a causal language model (its trunk, with a new score head) or an earlier reward model."""
+    """Start weights: a causal language model (its trunk, with a new score head) or an earlier reward model; `default`:
+    the policy that ships with ppomax."""
     data: str
     """Training pairs: JSONL, Parquet or HF data set with `chosen` / `rejected` (and `prompt`, `margin`)."""
     eval_data: str | None = None

@@ -12,11 +12,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.models.files import (
     LoadingError,
+    TensorPlace,
     compare_names,
     compare_shape,
     model_config,
     model_folder,
     said,
+    shape_in,
     tensor_files,
 )
 
@@ -32,27 +34,36 @@ def read_whole(
     files: LoadingError where one is missing, has another shape, or has no place in the model. `options` go to
     from_pretrained."""
     folder = model_folder(source, trust_remote_code=trust_remote_code)
-    model_config(folder, trust_remote_code=trust_remote_code)
-    found = tensor_files(folder)
+    config, found = model_config(folder, trust_remote_code=trust_remote_code), tensor_files(folder)
     try:
+        _compare_shapes(auto, config, folder, found, trust_remote_code)
         model, info = auto.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    except (OSError, MemoryError, ImportError):
+    except (LoadingError, OSError, MemoryError, ImportError):
         raise
     except Exception as error:  # whatever a wrong value sets off in transformers
         raise LoadingError(f"{folder}: transformers makes no model of it: {said(error)}") from error
-    for name, shape, wanted in info["mismatched_keys"]:
-        compare_shape(folder, type(model).__name__, found[name], tuple(shape), tuple(wanted))
     left = compare_names(folder, model, found, sorted(info["missing_keys"]), info["unexpected_keys"])
     say_left_out(folder, model, left)
     return model  # type: ignore[no-any-return]
+
+
+def _compare_shapes(
+    auto: Any, config: Any, folder: Path, found: dict[str, TensorPlace], trust_remote_code: bool
+) -> None:
+    """Before room is made for what the configuration describes: it may be another model, of any size. Tensors that
+    transformers lays out otherwise in memory than in the files have other names there, and are its own to check."""
+    with torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    for name, p in model.named_parameters():
+        if name in found:
+            compare_shape(folder, type(model).__name__, found[name], shape_in(found[name]), tuple(p.shape))
 
 
 def say_left_out(folder: Path, model: PreTrainedModel, names: list[str]) -> None:

@@ -76,12 +76,15 @@ def call_reward(
     """`function(prompts, responses)` as (n,) float32 scores on the CPU, one for each response. RewardError: it raised
     (or called sys.exit), or gave something else than n finite numbers."""
     name = f"the reward function {getattr(function, '__name__', repr(function))}"
+    grad = torch.is_grad_enabled()
     try:
         given = function(list(prompts), list(responses))
     except (Exception, SystemExit) as error:  # SystemExit would end training as if it were done
         raise RewardError(f"{name} raised {raised_where(error, function)}") from error
+    finally:
+        torch.set_grad_enabled(grad)
     try:
-        scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
+        scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach().to_dense()
     except Exception as error:  # by whatever types the function gave
         raise RewardError(f"{name} must return one number for each response, got {given!r:.80}") from error
     if scores.shape != (len(responses),):
@@ -97,7 +100,8 @@ def raised_where(error: BaseException, function: Any) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = getattr(getattr(function, "__code__", None), "co_filename", None)
     at = next((f for f in reversed(frames) if f.filename == own), frames[-1])
-    return f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})"
+    words = " ".join(traceback.format_exception_only(error)[-1].split())  # also where str(error) fails
+    return f"{words} ({at.filename}:{at.lineno})"
 
 
 def finite_scores(scores: Tensor, name: str, prompts: Sequence[str] | None = None) -> Tensor:

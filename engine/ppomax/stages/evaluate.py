@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppomax.assets import shipped
+from ppomax.assets import named_model, shipped
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import EvaluateConfig
 from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key
@@ -208,7 +208,7 @@ def load_checkpoint(name: str, trust_remote_code: bool = False) -> tuple[Any, An
     from ppomax.models import load_policy, load_tokenizer
     from ppomax.saving.folder import newest
 
-    path = shipped("policy") if name == "default" else Path(name)
+    path = Path(named_model(name))
     if (path / "policy" / "config.json").is_file():
         path = path / "policy"
     elif (path / "checkpoints").is_dir():

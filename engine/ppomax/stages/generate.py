@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from ppomax.assets import shipped
+from ppomax.assets import DEFAULT, named_model
 from ppomax.config import ConfigError
 from ppomax.config.stages import GenerateConfig
 
@@ -22,7 +22,7 @@ def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO 
 
     texts = prompts_of(config, source or sys.stdin)
     sink = sink or sys.stdout
-    path = config.model or str(shipped("policy"))
+    path = named_model(config.model or DEFAULT)
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     model = load_policy(path, dtype_of(path, config), trust_remote_code=config.trust_remote_code)
     model = model.to(pick_device(config.device)).eval()  # type: ignore[arg-type]

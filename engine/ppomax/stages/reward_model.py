@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ppomax.assets import named_model
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import RewardModelConfig
 from ppomax.data import Pair, Text, load_pairs, load_texts
@@ -66,12 +67,13 @@ class RewardTrainee(nn.Module):
     @classmethod
     def load(cls, config: RewardModelConfig) -> RewardTrainee:
         """From a causal LM (trunk, new head) or from an earlier reward model."""
-        architectures = model_config(config.model).architectures or []
+        start = named_model(config.model)
+        architectures = model_config(start).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
-            policy = load_policy(config.model, attn_implementation=config.attention)
+            policy = load_policy(start, attn_implementation=config.attention)
             reward_model = make_reward_model(policy, layers=config.layers, seed=config.run.seed)
             return cls(reward_model, head_of(policy) if config.lm_coef else None)
-        reward_model = load_reward_model(config.model, attn_implementation=config.attention)
+        reward_model = load_reward_model(start, attn_implementation=config.attention)
         if config.lm_coef and not reward_model.model.config.tie_word_embeddings:
             raise ValueError(
                 f"reward-model: {config.model} has no language-model head, which lm_coef = {config.lm_coef} needs; "
@@ -216,8 +218,9 @@ def train_reward_model(config: RewardModelConfig) -> Path:
 
 
 def _train(config: RewardModelConfig, out: Path) -> Path:
+    start = named_model(config.model)
     identity = to_dict(config) | {"run": {"seed": config.run.seed}}
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or start)
     pairs, _ = load_pairs(config.data, tokenizer, config.max_tokens, bad_rows=config.bad_rows)
     held_out = (
         load_pairs(config.eval_data, tokenizer, config.max_tokens, bad_rows=config.bad_rows)[0]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ppomax.assets import named_model
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import SftConfig
 from ppomax.data import Text, load_texts
@@ -90,8 +91,9 @@ def train_sft(config: SftConfig) -> Path:
 
 
 def _train(config: SftConfig, out: Path) -> Path:
+    start = named_model(config.model)
     identity = to_dict(config) | {"run": {"seed": config.run.seed}}
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or start)
 
     def load(source: str) -> list[Text]:
         return load_texts(
@@ -105,7 +107,7 @@ def _train(config: SftConfig, out: Path) -> Path:
 
     texts = load(config.data)
     held_out = load(config.eval_data) if config.eval_data else []
-    model = load_policy(config.model, attn_implementation=config.attention)
+    model = load_policy(start, attn_implementation=config.attention)
     model.train()
     order = BatchOrder([len(text.tokens) for text in texts], config.batch_tokens, config.run.seed)
     log.info("%d texts, %d tokens, %d steps an epoch", len(texts), sum(len(text.tokens) for text in texts), len(order))
