@@ -67,6 +67,7 @@ def test_rows_are_named_by_file_and_line(tmp_path):
     [
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: not JSON"),
         ("list.jsonl", b"3\n", r"list\.jsonl:1: a row must be an object"),
+        ("deep.jsonl", b"[" * 50_000, r"deep\.jsonl:1: not JSON"),
         ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999, mtime=0)[:-12], "cut short or damaged"),
         ("not.jsonl.gz", b"plain", "cut short or damaged"),
         ("latin.jsonl", '{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),

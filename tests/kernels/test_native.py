@@ -1,6 +1,7 @@
 """The compiled CPU library as such: each instruction set that this machine has, forked children, callers on several
 threads, and a library that is not there."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -117,3 +118,18 @@ def test_kernels_and_raw_ops_are_clean_under_the_sanitizers() -> None:
     if platform.system() != "Linux" or shutil.which("cmake") is None:
         pytest.skip("sanitizers: Linux with cmake is wanted")
     assert swept("tests.kernels.sanitized").endswith("clean\n")
+
+
+def test_a_library_built_without_cuda_serves_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks every function of CUDA's; nothing may ask for one."""
+    whole = ctypes.CDLL(str(abi.library_path()))
+
+    class WithoutCuda:
+        def __getattr__(self, name: str) -> object:
+            if name.endswith("_cuda") or name == "ppomax_cuda_error":
+                raise AttributeError(f"undefined symbol: {name}")
+            return (lambda: 0) if name == "ppomax_cuda_built" else getattr(whole, name)
+
+    monkeypatch.setattr(abi.ctypes, "CDLL", lambda path: WithoutCuda())
+    lib = abi.library.__wrapped__()
+    assert lib.ppomax_gae_cpu.argtypes == abi.SIGNATURES["ppomax_gae_cpu"]

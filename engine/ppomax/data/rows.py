@@ -65,7 +65,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
                     return
                 if line.strip():
                     yield _named_row(f"{path}:{number}", json.loads(line))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}:{number}: not JSON ({error}); one object a line is wanted") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(

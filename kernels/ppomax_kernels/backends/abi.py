@@ -68,9 +68,12 @@ def library() -> ctypes.CDLL:
     """The compiled library, loaded at the first call of an op."""
     lib = ctypes.CDLL(str(library_path()))
     lib.ppomax_status_string.restype = lib.ppomax_isa_name.restype = ctypes.c_char_p
-    lib.ppomax_cuda_note.restype = lib.ppomax_cuda_error.restype = ctypes.c_char_p
+    lib.ppomax_cuda_note.restype = ctypes.c_char_p
+    built = lib.ppomax_cuda_built()
+    if built:  # else the library has none of CUDA's functions
+        lib.ppomax_cuda_error.restype = ctypes.c_char_p
     for name, types in SIGNATURES.items():
-        if not name.endswith("_cuda") or lib.ppomax_cuda_built():
+        if not name.endswith("_cuda") or built:
             function = getattr(lib, name)
             function.argtypes, function.restype = types, I
     return lib
