@@ -234,11 +234,11 @@ def test_a_resume_with_other_prompts_is_refused(tmp_path, caplog) -> None:
     again = {**knobs, "run.steps": 2, "run.resume": True}
     rows = Path(knobs["data.prompts"]).read_text().splitlines()
     Path(knobs["data.prompts"]).write_text("\n".join(rows[1:]) + "\n")
-    with pytest.raises(CheckpointError, match=r"saved with another prompts; .* run\.accept_changes=true"):
+    with pytest.raises(CheckpointError, match=r"saved with other prompts; .* run\.accept_changes=true"):
         train_ppo(load_config(overrides=again))
     with caplog.at_level(logging.WARNING):
         train_ppo(load_config(overrides={**again, "run.accept_changes": True}))
-    assert "saved with another prompts; going on" in caplog.text
+    assert "saved with other prompts; going on" in caplog.text
 
 
 def test_what_a_kill_in_the_last_prune_left_is_cleaned(tmp_path) -> None:

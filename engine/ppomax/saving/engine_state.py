@@ -167,7 +167,7 @@ def compare_fingerprints(
     for what, print_ in saved.items():
         if now.get(what) == print_:
             continue
-        words = f"{path} was saved with another {what}"
+        words = f"{path} was saved with {'other' if what.endswith('s') else 'another'} {what}"
         if not accept_changes:
             raise CheckpointError(
                 f"{words}; resume with the models and data of that run, start anew in another folder, or set "
