@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ppomax.integrations import IntegrationError, check_signature
-from ppomax.integrations.verl_math import MODES, Aggregation, Clip, clipped_policy_loss, whitened_gae
+from ppomax.integrations.padded import MODES, Aggregation, Clip, clipped_policy_loss, whitened_gae
 from torch import Tensor
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -180,7 +180,7 @@ def test_an_unknown_signature_is_refused() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_is_its_formula(mode: str) -> None:
-    """Against the plain formula of verl_math's head note, at a ratio of one, where a token's loss is its -advantage."""
+    """Against the plain formula of padded's head note, at a ratio of one, where a token's loss is its -advantage."""
     given = batch(3, "multi-turn")
     on, a = given["response_mask"], given["advantages"]
     loss, _ = clipped_policy_loss(given["log_prob"], given["log_prob"], a, on, Clip(), Aggregation(mode))

@@ -1,6 +1,7 @@
 """Our ops inside other trainers. Each module stands by itself: the engine imports none; each imports what it serves.
 
-ppomax.integrations.verl      policy loss and advantage estimator, registered by verl's `external_lib`"""
+- `ppomax.integrations.verl`: policy loss and advantage estimator, registered through verl's `external_lib`
+- `ppomax.integrations.openrlhf`: its PolicyLoss, ValueLoss and advantages, put in their places by `install()`"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     actor_rollout_ref.actor.policy_loss.loss_mode=ppomax                  in place of `vanilla`
 The trainer's own process, which external_lib does not reach, computes advantages: where this module is imported there
 too, `algorithm.adv_estimator=gae` is ours. (Under a name of its own an estimator gets no values from verl's trainer.)
-They equal verl's own functions (tests/integrations/test_verl.py); what differs by design stands in verl_math.py.
+They equal verl's own functions (tests/integrations/test_verl.py); what differs by design stands in padded.py.
 Known: verl 0.8 and 0.9. Another signature is refused with IntegrationError."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from verl.trainer.ppo import core_algos
 
 from ppomax.integrations import check_signature
-from ppomax.integrations.verl_math import Aggregation, Clip, clipped_policy_loss, whitened_gae
+from ppomax.integrations.padded import Aggregation, Clip, clipped_policy_loss, whitened_gae
 
 NAME = "ppomax"
 POLICY_LOSS = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config",

@@ -1,4 +1,5 @@
-"""verl's padded conventions on our ops: (B, T) tensors, a response mask, losses aggregated over the global batch.
+"""The padded conventions of verl and OpenRLHF on our ops: (B, T) tensors, a response mask, losses aggregated over the
+global batch, under verl's names.
 
 What each mode divides by, and the weight of a token, with S sequences that have tokens, T_s of them in sequence s:
     token-mean            1 / all tokens                 token-sum               1
@@ -18,11 +19,11 @@ MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-no
 
 
 class Clip(NamedTuple):
-    """verl's clip_ratio_low, clip_ratio_high and clip_ratio_c."""
+    """verl's clip_ratio_low, clip_ratio_high and clip_ratio_c (None: no dual clip)."""
 
     low: float = 0.2
     high: float = 0.2
-    dual: float = 3.0
+    dual: float | None = 3.0
 
 
 class Aggregation(NamedTuple):
