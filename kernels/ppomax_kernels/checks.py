@@ -43,6 +43,22 @@ def tensor(op: str, **named: Tensor | None) -> None:
             raise TypeError(
                 f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor"
             )
+        if x is not None and type(x) is not Tensor:
+            whole(op, name, x)
+
+
+def whole(op: str, name: str, x: Tensor) -> None:
+    """That a parameter of a sharded trainer is here as a whole, and plain: its part would be another tensor."""
+    if hasattr(x, "device_mesh"):
+        raise TypeError(
+            f"{op}: {name} is a DTensor; pass {name}.full_tensor(grad_placements=[Partial()]), which sums the ranks' "
+            "gradients (without it each rank keeps a slice of its own)"
+        )
+    if hasattr(x, "ds_id") and not x.numel():
+        raise ValueError(
+            f"{op}: {name} is cut over the ranks by ZeRO-3 and empty here; call inside "
+            "deepspeed.zero.GatheredParameters, or register it by deepspeed.zero.register_external_parameter"
+        )
 
 
 def same_device(op: str, first: str, x: Tensor, **others: Tensor | None) -> None:
