@@ -79,7 +79,8 @@ def zero_3(rank: int) -> None:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     model, (x, labels) = Model(), tokens()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), 1e-3), config=settings)
+    adam = torch.optim.AdamW(model.parameters(), 1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
     deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
     mine = slice(rank * N, (rank + 1) * N)
     with pytest.raises(ValueError, match="weight is cut over the ranks by ZeRO-3"):
