@@ -38,7 +38,8 @@ def make(mode: str, prompts: int, tokens: int, layers: int) -> Engine:
     config = load_config(
         overrides={
             "ptx.coef": 0.0, "batch.rollout_size": prompts, "batch.minibatch_size": prompts, "run.device": "cpu",
-            "rollout.max_new_tokens": tokens, "rollout.min_new_tokens": tokens, "model.trained_layers": layers,
+            "rollout.max_new_tokens": tokens, "rollout.min_new_tokens": tokens,
+            "rollout.allow_biased_sampling": True, "model.trained_layers": layers,
             "policy_optim.lr": 0.0, "critic_optim.lr": 0.0, **MODES[mode],
         }
     )  # fmt: skip

@@ -51,10 +51,10 @@ def watched(argv: list[str]) -> Iterator[Watch | None]:
         ranks.shut_down()
     except Exception as error:
         if "imed out" in str(error):
-            error = TimeoutError(
-                f"waited sharding.timeout for another rank, which hangs or is slower than that: {error}"
-            )
-        elif _lost_a_rank(error):
+            words = f"waited sharding.timeout for another rank, which hangs or is slower than that: {error}"
+            watch.failed(words)
+            raise TimeoutError(words) from error
+        if _lost_a_rank(error):
             time.sleep(watch.silence + ANSWER_SECONDS)  # the watch knows by then who it was, and ends this process
         watch.failed(str(error))
         raise
