@@ -247,6 +247,7 @@ def steps_of(run: Path) -> list[int]:
     return [row["step"] for row in rows if row["step"]]
 
 
+@pytest.mark.slow
 def test_killed_rank_is_named_and_torchrun_goes_on_to_the_bit(on_two, folder) -> None:
     said = ended(start("job", str(folder), "restarted", "update", ranks=2, options=("--max-restarts=1",)))
     assert "rank: 1" in said  # torchrun's words: it is quicker than our own watch
