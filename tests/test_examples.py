@@ -25,6 +25,17 @@ def test_kernels_in_a_loop_of_ones_own_learn_the_task() -> None:
     assert rewards[-1] > 0.8
 
 
+def test_a_whole_trainer_is_80_lines() -> None:
+    assert len((EXAMPLES / "kernels_in_your_loop.py").read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_the_loss_in_an_accelerate_loop_learns_the_task() -> None:
+    pytest.importorskip("accelerate", reason="accelerate: not installed")
+    rewards = [float(x) for x in re.findall(r"reward ([\d.]+)", run("loss_in_an_accelerate_loop.py"))]
+    assert len(rewards) == 6
+    assert rewards[-1] > rewards[0] + 0.2
+
+
 def test_an_engine_takes_a_python_reward() -> None:
     lines = run("engine_with_python_reward.py", "--steps", "2").splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["step", "0"], ["step", "1"]]

@@ -183,7 +183,8 @@ def test_functions_are_short() -> None:
 
 
 def test_parameter_lists_are_short() -> None:
-    """The engine's functions take at most 10, the kernels' private ones 12; public ops name all that they take."""
+    """The engine's functions take at most 10, the kernels' private ones 12; public ops name all that they take, and
+    what stands in for another trainer's function takes what that takes."""
     import ppomax_kernels
 
     public = {f"ppomax_kernels/{op}.py" for op in ppomax_kernels.__all__}
@@ -191,7 +192,7 @@ def test_parameter_lists_are_short() -> None:
     for where, node in functions():
         limit = 10 if where.startswith("engine") else 12
         op = where.split(":")[0].removeprefix("kernels/") in public and node.name in ppomax_kernels.__all__
-        if parameters_of(node) > limit and not op:
+        if parameters_of(node) > limit and not op and "/integrations/" not in where:
             bad.append(f"{where}: {parameters_of(node)} parameters")
     assert not bad, "\n".join(bad)
 

@@ -12,7 +12,7 @@ import torch
 from ppomax.integrations import IntegrationError
 from ppomax.integrations.openrlhf import PolicyLoss, ValueLoss, advantages_and_returns, replace
 
-from .test_verl import CLOSE, MASKS, batch, stub
+from .shared import CLOSE, MASKS, batch, stub
 
 WHOLE = {"dp_size": 2, "batch_num_tokens": torch.tensor(131.0), "global_batch_size": torch.tensor(9.0)}
 

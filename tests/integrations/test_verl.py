@@ -12,15 +12,8 @@ import pytest
 import torch
 from ppomax.integrations import IntegrationError, check_signature
 from ppomax.integrations.padded import MODES, Aggregation, Clip, clipped_policy_loss, whitened_gae
-from torch import Tensor
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def stub(name: str, **members: Any) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__dict__.update(members)
-    return module
+from .shared import CLOSE, MASKS, batch, stub
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +49,16 @@ def verl():
         sys.modules["omegaconf"] = stub("omegaconf", DictConfig=dict)
     sys.modules["verl.utils.torch_functional"] = functional(root / "utils" / "torch_functional.py")
     sys.modules["verl.utils"].torch_functional = sys.modules["verl.utils.torch_functional"]
+    sys.modules["verl.utils.experimental"] = stub("verl.utils.experimental")
+    fused = load("verl.utils.experimental.torch_functional", root / "utils" / "experimental" / "torch_functional.py")
+    sys.modules["verl.utils.experimental"].torch_functional = fused
     algorithms = load("verl.trainer.ppo.core_algos", root / "trainer" / "ppo" / "core_algos.py")
     sys.modules["verl.trainer.ppo"].core_algos = algorithms
     plain = types.SimpleNamespace(
-        policy_loss=algorithms.compute_policy_loss_vanilla, gae=algorithms.compute_gae_advantage_return
+        policy_loss=algorithms.compute_policy_loss_vanilla, gae=algorithms.compute_gae_advantage_return,
+        fused_linear=fused.FusedLinearForPPO.forward,
     )
-    yield types.SimpleNamespace(algorithms=algorithms, plain=plain)
+    yield types.SimpleNamespace(algorithms=algorithms, plain=plain, fused=fused)
     for name in [k for k in sys.modules if k == "verl" or k.startswith("verl.") or k == "ppomax.integrations.verl"]:
         del sys.modules[name]
     sys.modules.update(before)
@@ -82,31 +79,6 @@ class Config(dict):
 
     def __getattr__(self, name: str) -> Any:
         return self[name]
-
-
-def batch(seed: int, mask: str) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    rows, columns = 5, 23
-    new = torch.randn(rows, columns, generator=g) - 3
-    lengths = torch.randint(1, columns + 1, (rows,), generator=g)
-    on = torch.arange(columns) < lengths[:, None]
-    if mask == "multi-turn":
-        on &= torch.rand(rows, columns, generator=g) > 0.4
-        on[:, 0] = True
-    if mask == "an empty row":
-        on[2] = False
-    return {
-        "old_log_prob": new + 0.3 * torch.randn(rows, columns, generator=g),
-        "log_prob": new,
-        "advantages": torch.randn(rows, columns, generator=g),
-        "response_mask": on.float(),
-        "weights": torch.rand(rows, columns, generator=g) + 0.5,
-        "rewards": torch.randn(rows, columns, generator=g) * on,
-        "values": torch.randn(rows, columns, generator=g),
-    }
-
-
-MASKS = ("ragged", "multi-turn", "an empty row")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -163,6 +135,26 @@ def test_both_are_found_by_their_name(verl) -> None:
     assert verl.algorithms.get_adv_estimator_fn("ppomax") is ours.gae
     assert verl.algorithms.compute_gae_advantage_return is ours.gae
     ours.register(verl.algorithms)  # again, as a second import in another way would
+
+
+@pytest.mark.parametrize("shape", [(23,), (3, 11)], ids=["packed", "padded"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_fused_linear_logprob_is_verl_s(verl, shape: tuple[int, ...], temperature: float) -> None:
+    """Log-probabilities, entropies, and the gradients of hidden states and head through both."""
+    import ppomax.integrations.verl as ours
+
+    assert verl.fused.FusedLinearForPPO.forward is ours.fused_linear
+    g = torch.Generator().manual_seed(5)
+    hidden, head = torch.randn(*shape, 16, generator=g), torch.randn(50, 16, generator=g)
+    labels = torch.randint(0, 50, shape, generator=g)
+    results = []
+    for forward in (verl.plain.fused_linear, ours.fused_linear):
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        logprobs, entropy = forward(verl.fused.FusedLinearForPPO(), *leaves, labels, temperature)
+        torch.autograd.backward([logprobs.sum() + (0.3 * entropy).sum()])
+        results.append((logprobs, entropy, *(x.grad for x in leaves)))
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_signature_is_refused() -> None:
