@@ -215,9 +215,30 @@ PPOMAX_API int ppomax_pack_linear_cpu(const void *weight, int dtype, int64_t out
 PPOMAX_API int ppomax_rms_norm_cpu(const void *x, int dtype, int64_t rows, int64_t width, const void *weight,
                                    int weight_dtype, double offset, double eps, void *y, int threads);
 
+/* Rows whose part of a weight's gradient is summed into one row below. */
+#define PPOMAX_GRADIENT_ROWS 64
+
+/* Gradients of the above in fp32. dy, dx: rows x width; dx is set. dweights: ceil(rows / PPOMAX_GRADIENT_ROWS) x width,
+ * set to sums over that many rows each, whose sum is the gradient of weight. All contiguous. */
+PPOMAX_API int ppomax_rms_norm_backward_cpu(const float *x, int64_t rows, int64_t width, const float *weight,
+                                            double offset, double eps, const float *dy, float *dx, float *dweights,
+                                            int threads);
+
 /* y[r, i] = g / (1 + e^-g) * x[r, width + i] with g = x[r, i], in fp32 and rounded once. x: rows x 2 * width, y: rows x
  * width, contiguous. */
 PPOMAX_API int ppomax_silu_mul_cpu(const void *x, int dtype, int64_t rows, int64_t width, void *y, int threads);
+
+/* Its gradient in fp32: dy: rows x width, dx: rows x 2 * width, contiguous. */
+PPOMAX_API int ppomax_silu_mul_backward_cpu(const float *x, int64_t rows, int64_t width, const float *dy, float *dx,
+                                            int threads);
+
+/* Rotary position embedding in fp32: y = x * cosine + (-x2, x1) * sine, x1 and x2 the halves of a head's `dim`
+ * elements; with `back` the transpose of it, which takes gradients back. x: an array of batch x tokens x heads x dim
+ * with the strides given, the last 1. cosine, sine: tokens x dim, contiguous, a batch `angle_stride` elements after the
+ * other (0: the same for all). y: batch x tokens x heads x dim, contiguous. */
+PPOMAX_API int ppomax_rotate_cpu(const float *x, int64_t batch_stride, int64_t token_stride, int64_t head_stride,
+                                 int64_t batch, int64_t tokens, int64_t heads, int64_t dim, const float *cosine,
+                                 const float *sine, int64_t angle_stride, int back, float *y, int threads);
 
 /* Reads `bytes` bytes (a multiple of 256 KiB) once and returns a sum of them: the memory bandwidth that benchmarks
  * compare with. */

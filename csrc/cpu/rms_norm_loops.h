@@ -40,5 +40,29 @@ static void rms_norm(TypedArray x, int64_t first, int64_t rows, int64_t width, T
     }
 }
 
+// Gradients of rms_norm for rows first .. first + rows, in fp32: with s = 1 / sqrt(mean(x^2) + eps), w = weight +
+// offset and dot = sum(dy * w * x) of a row, dx = s * (dy * w - x * s^2 * dot / width), and dweight += dy * x * s.
+static void rms_norm_gradient(const float *x, int64_t first, int64_t rows, int64_t width, const float *weight,
+                              float offset, double eps, const float *dy, float *dx, float *dweight) {
+    float products[BLOCK];
+    for (int64_t r = first; r < first + rows; ++r) {
+        const float *values = x + r * width, *up = dy + r * width;
+        double squares = 0.0, dot = 0.0;
+        for (int64_t at = 0; at < width; at += BLOCK) {
+            const int n = block_from(at, width);
+            squares += squares_of(values + at, n);
+            for (int i = 0; i < n; ++i) products[i] = up[at + i] * (weight[at + i] + offset) * values[at + i];
+            dot += sum_of(products, n);
+        }
+        const double inverse = 1.0 / __builtin_sqrt(squares / (double)width + eps);
+        const float scale = (float)inverse, pull = (float)(inverse * inverse * inverse * dot / (double)width);
+        float *out = dx + r * width;
+        for (int64_t i = 0; i < width; ++i) {
+            out[i] = scale * up[i] * (weight[i] + offset) - pull * values[i];
+            dweight[i] += up[i] * values[i] * scale;
+        }
+    }
+}
+
 }  // namespace PPOMAX_NS
 }  // namespace ppomax

@@ -14,3 +14,14 @@ extern "C" int ppomax_silu_mul_cpu(const void *x, int dtype, int64_t rows, int64
     parallel_for(threads, rows, chunk_for(width / 2, DENSE), body);
     return PPOMAX_OK;
 }
+
+extern "C" int ppomax_silu_mul_backward_cpu(const float *x, int64_t rows, int64_t width, const float *dy, float *dx,
+                                            int threads) {
+    if (rows < 0 || width < 1) return PPOMAX_BAD_SIZE;
+    if (rows == 0) return PPOMAX_OK;
+    if (!x || !dy || !dx) return PPOMAX_BAD_POINTER;
+    const VectorOps &ops = vector_ops();
+    auto body = [&](int64_t begin, int64_t end) { ops.silu_mul_gradient(x, begin, end - begin, width, dy, dx); };
+    parallel_for(threads, rows, chunk_for(width, DENSE), body);
+    return PPOMAX_OK;
+}

@@ -8,6 +8,7 @@
 #include "logprob_loops.h"
 #include "loss_loops.h"
 #include "rms_norm_loops.h"
+#include "rotate_loops.h"
 #include "sample_loops.h"
 #include "silu_mul_loops.h"
 
@@ -33,7 +34,10 @@ const VectorOps PPOMAX_TABLE = {
     PPOMAX_NS::linear_panel,
     PPOMAX_NS::linear_panel_bf16,
     PPOMAX_NS::rms_norm,
+    PPOMAX_NS::rms_norm_gradient,
     PPOMAX_NS::silu_mul,
+    PPOMAX_NS::silu_mul_gradient,
+    PPOMAX_NS::rotate_head,
     PPOMAX_NS::element,
     PPOMAX_ISA_NAME,
 };

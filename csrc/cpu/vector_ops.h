@@ -109,7 +109,11 @@ struct VectorOps {
                               const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns);
     void (*rms_norm)(TypedArray x, int64_t first, int64_t rows, int64_t width, TypedArray weight, float offset,
                      double eps, void *y);
+    void (*rms_norm_gradient)(const float *x, int64_t first, int64_t rows, int64_t width, const float *weight,
+                              float offset, double eps, const float *dy, float *dx, float *dweight);
     void (*silu_mul)(TypedArray x, int64_t first, int64_t rows, int64_t width, void *y);
+    void (*silu_mul_gradient)(const float *x, int64_t first, int64_t rows, int64_t width, const float *dy, float *dx);
+    void (*rotate_head)(const float *x, const float *cosine, const float *sine, int64_t dim, int back, float *y);
     float (*one_float)(TypedArray, int64_t at);
     const char *name;
 };

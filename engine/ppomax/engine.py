@@ -169,7 +169,7 @@ class Engine:
         if isinstance(self.reference, PreTrainedModel):
             self.reference = freeze_model(self.reference, config.sharding)
         if self.reward_model is not None:
-            self.reward = ModelReward(freeze_model(self.reward_model, config.sharding))
+            self.reward = ModelReward(freeze_model(self.reward_model, config.sharding), config.impl)
 
     def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
         """One scored response to each prompt (token ids; text or a chat with a tokenizer). Counts the buffer and its

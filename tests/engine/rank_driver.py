@@ -98,8 +98,10 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "optimiser offloaded": ({"sharding__offload_optimizer": True}, {}),
     "frozen offloaded": ({"sharding__frozen": "offloaded"}, {}),
     "bfloat16": ({"model__dtype": "bfloat16"}, {}),
+    "our kernels": ({"impl": "auto"}, {}),
 }
-STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3)}
+STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3),
+          "our kernels": (0, 3)}  # fmt: skip
 """Of ZeRO in which a variant is tried by `more`; the others under 3."""
 
 
@@ -125,6 +127,7 @@ def two(folder: Path) -> dict[str, Kept]:
     out["one prompt"] = tried(steps, engine, (1,))
     out["nan"] = tried(nan_on_one_rank, engine)
     out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra")}
+    out["our kernels"] = tried(variant, folder, "our kernels", 2)
     out |= {f"refused: {name}": tried(words_of, attempt) for name, attempt in attempts(folder).items()}
     out["alone"] = tried(job_alone, folder)
     return out

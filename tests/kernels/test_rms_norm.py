@@ -59,3 +59,43 @@ def test_bad_arguments_are_named() -> None:
         rms_norm(torch.zeros(2, 4).double(), torch.ones(4), eps=1e-6)
     with pytest.raises(RuntimeError, match="scalar outside its range"):
         rms_norm(torch.zeros(2, 4), torch.ones(4), eps=-1.0)
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 33, 192, 1500])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_gradients_are_those_of_the_formula(width: int, offset: float, isa: int) -> None:  # noqa: F811
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(width, generator=generator)
+    for rows, size in ((1, 1.0), (64, 1e-3), (65, 1e3), (200, 1.0)):
+        x, up = size * torch.randn(rows, width, generator=generator), torch.randn(rows, width, generator=generator)
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            a, w = (t.to(dtype).requires_grad_() for t in (x, weight))
+            if dtype == torch.float32:
+                y = rms_norm(a, w, offset=offset, eps=1e-6)
+            else:
+                y = a * torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + 1e-6) * (w + offset)
+            results.append(torch.autograd.grad(y, (a, w), up.to(dtype)))
+        scale = torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6)
+        terms = (scale * up * (weight + offset)).abs().max(), (scale * up * x).abs().sum(0).max()  # they may cancel
+        for got, want, size in zip(*results, terms, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6 * float(size.detach()))
+
+
+def test_gradients_do_not_depend_on_threads() -> None:
+    x, weight = torch.randn(3, 500, 48, requires_grad=True), torch.randn(48, requires_grad=True)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = rms_norm(x, weight, eps=1e-5)
+            found.append(torch.autograd.grad(y, (x, weight), torch.ones_like(y).cumsum(-1)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gradients_in_bfloat16_are_refused() -> None:
+    with pytest.raises(ValueError, match="gradients are of float32 alone"):
+        rms_norm(torch.zeros(2, 4).bfloat16().requires_grad_(), torch.ones(4), eps=1e-6)

@@ -51,3 +51,19 @@ def test_bad_arguments_are_named() -> None:
     for bad in (torch.zeros(2, 3), torch.zeros(2, 0), torch.zeros(2, 4).double(), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"silu_mul: x must be \(..., 2 D\) in float32 or bfloat16"):
             silu_mul(bad)
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 33, 448])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_gradients_are_those_of_the_formula(width: int, size: float, isa: int) -> None:  # noqa: F811
+    generator = torch.Generator().manual_seed(width)
+    x, up = size * torch.randn(5, 2 * width, generator=generator), torch.randn(5, width, generator=generator)
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    (got,) = torch.autograd.grad(silu_mul(leaf), leaf, up)
+    (want,) = torch.autograd.grad(formula(exact), exact, up.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6 * max(1.0, size))
+
+
+def test_gradients_in_bfloat16_are_refused() -> None:
+    with pytest.raises(ValueError, match="gradients are of float32 alone"):
+        silu_mul(torch.zeros(2, 4).bfloat16().requires_grad_())

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppomax.config import AdvantageConfig, KLConfig, RewardConfig
 from ppomax.models import RewardModel
+from ppomax.models.fused_trunk import fused_trunk
 from ppomax.recipe.batch import Rollout, per_token, spans, with_stand_in
 from ppomax.recipe.moments import RunningMoments
 from ppomax.sharding import call, ranks
@@ -41,16 +42,17 @@ class RewardSource(Protocol):
 class ModelReward:
     """The frozen reward model, read at each sequence's last token."""
 
-    def __init__(self, model: RewardModel | ZeroFrozen[RewardModel]):
-        self.model = model
+    def __init__(self, model: RewardModel | ZeroFrozen[RewardModel], impl: str = "auto"):
+        self.model, self.impl = model, impl
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         scores = torch.zeros(len(rollout.finished), device=rollout.tokens.device)
-        for micro in (m for minibatch in rollout.micro_batches for m in minibatch):
-            which = with_stand_in(micro, rollout.cu_seqlens).to(scores.device)
-            at, cu = spans(rollout.cu_seqlens, which)
-            scores[which] = float(len(micro) > 0) * call(self.model, RewardModel.scores, rollout.tokens[at], cu)
+        with fused_trunk(self.model, impl=self.impl):
+            for micro in (m for minibatch in rollout.micro_batches for m in minibatch):
+                which = with_stand_in(micro, rollout.cu_seqlens).to(scores.device)
+                at, cu = spans(rollout.cu_seqlens, which)
+                scores[which] = float(len(micro) > 0) * call(self.model, RewardModel.scores, rollout.tokens[at], cu)
         return finite_scores(ranks.sum(scores), "the reward model")
 
 

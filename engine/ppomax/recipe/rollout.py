@@ -19,6 +19,7 @@ from ppomax.config import BatchConfig
 from ppomax.models import Critic, embedding_weight
 from ppomax.models.adapters import adapters_off
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states
+from ppomax.models.fused_trunk import fused_trunk
 from ppomax.recipe.batch import (
     MicroBatches,
     Rollout,
@@ -109,7 +110,8 @@ def score(
         """Packed when its turn comes, so that no two are held at once."""
         return (_micro(micro, tokens, cu, response_cu, trunk) for each in micro_batches for micro in each)
 
-    fields = _fields(models, micros, int(response_cu[-1]), temperature=temperature, impl=impl)
+    with fused_trunk(models.policy, models.reference, models.critic, impl=impl):
+        fields = _fields(models, micros, int(response_cu[-1]), temperature=temperature, impl=impl)
     logprobs, entropy, ref_logprobs, values = ranks.sum(fields)
     return Rollout(
         tokens=tokens,

@@ -26,6 +26,7 @@ from ppomax.config import TrainConfig
 from ppomax.data import Text
 from ppomax.models import Critic, head_of
 from ppomax.models.branch import TrunkCritic
+from ppomax.models.fused_trunk import fused_trunk
 from ppomax.recipe.batch import (
     Experience,
     MicroBatches,
@@ -104,15 +105,16 @@ def update(
     coefficient is above 0."""
     lengths = experience.rollout.cu_seqlens.diff().cpu()
     tally = Tally()
-    for epoch in range(config.batch.epochs):
-        minibatches: MicroBatches = experience.rollout.micro_batches
-        if epoch:
-            minibatches = split_minibatches(
-                lengths, config.batch.minibatch_size, config.batch.micro_tokens, generator, ranks.position()
-            )
-        for micros in minibatches:
-            row = train_minibatch(policy, critic, [minibatch(experience, m) for m in micros], config, health, texts)
-            tally.rows.append(row)
+    with fused_trunk(policy, critic, impl=config.impl):
+        for epoch in range(config.batch.epochs):
+            minibatches: MicroBatches = experience.rollout.micro_batches
+            if epoch:
+                minibatches = split_minibatches(
+                    lengths, config.batch.minibatch_size, config.batch.micro_tokens, generator, ranks.position()
+                )
+            for micros in minibatches:
+                row = train_minibatch(policy, critic, [minibatch(experience, m) for m in micros], config, health, texts)
+                tally.rows.append(row)
     return tally.means()
 
 

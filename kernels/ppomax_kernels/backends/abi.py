@@ -40,7 +40,10 @@ CPU = {
     "packed_linear": [*ARRAY, L, L, P, P, L, P],
     "pack_linear": [*ARRAY, L, L, P],
     "rms_norm": [*ARRAY, L, L, *ARRAY, D, D, P],
+    "rms_norm_backward": [P, L, L, P, D, D, P, P, P],
     "silu_mul": [*ARRAY, L, L, P],
+    "silu_mul_backward": [P, L, L, P, P],
+    "rotate": [P, L, L, L, L, L, L, L, P, P, L, I, P],
     "paged_attention": [*[P, L, L] * 3, I, *[L] * 5, P, P, L, P, L, L, P, P, D, L, D, P],
 }
 SIGNATURES = {f"ppomax_{name}_cpu": [*types, I] for name, types in CPU.items()} | {

@@ -5,6 +5,9 @@ from torch import Tensor, empty, empty_like, get_num_threads
 from .abi import BAD_PAGE, DTYPES, library, refuse
 from .native_arguments import at
 
+GRADIENT_ROWS = 64
+"""PPOMAX_GRADIENT_ROWS."""
+
 
 def paged_attention_cpu(
     query: Tensor,
@@ -67,7 +70,7 @@ def pack_linear_cpu(weight: Tensor, panels: Tensor) -> Tensor:
 
 
 def rms_norm_cpu(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
-    width, y = len(weight), empty_like(x)
+    width, y = weight.shape[0], empty_like(x)
     status = library().ppomax_rms_norm_cpu(
         x.data_ptr(), DTYPES[x.dtype], x.numel() // width, width, weight.data_ptr(), DTYPES[weight.dtype], offset, eps,
         y.data_ptr(), get_num_threads(),
@@ -86,3 +89,40 @@ def silu_mul_cpu(x: Tensor) -> Tensor:
     if status:
         refuse("silu_mul", status)
     return y
+
+
+def rms_norm_backward_cpu(x: Tensor, weight: Tensor, offset: float, eps: float, dy: Tensor) -> tuple[Tensor, Tensor]:
+    width, dx = weight.shape[0], empty_like(x)
+    rows = x.numel() // width
+    sums = empty(-(-rows // GRADIENT_ROWS), width)
+    status = library().ppomax_rms_norm_backward_cpu(
+        x.data_ptr(), rows, width, weight.data_ptr(), offset, eps, dy.data_ptr(), dx.data_ptr(), sums.data_ptr(),
+        get_num_threads(),
+    )  # fmt: skip
+    if status:
+        refuse("rms_norm", status)
+    return dx, sums.sum(0)
+
+
+def silu_mul_backward_cpu(x: Tensor, dy: Tensor) -> Tensor:
+    width, dx = x.shape[-1] // 2, empty_like(x)
+    status = library().ppomax_silu_mul_backward_cpu(
+        x.data_ptr(), x.numel() // (2 * width), width, dy.data_ptr(), dx.data_ptr(), get_num_threads()
+    )
+    if status:
+        refuse("silu_mul", status)
+    return dx
+
+
+def rotate_cpu(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
+    """x (B, H, T, D) -> the same shape, laid out as (B, T, H, D)."""
+    batch, heads, tokens, dim = x.shape
+    by_batch, by_head, by_token, _ = x.stride()
+    y = empty(batch, tokens, heads, dim)
+    status = library().ppomax_rotate_cpu(
+        x.data_ptr(), by_batch, by_token, by_head, batch, tokens, heads, dim, cosine.data_ptr(), sine.data_ptr(),
+        tokens * dim if cosine.shape[0] > 1 else 0, back, y.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        refuse("rotate", status)
+    return y.transpose(1, 2)

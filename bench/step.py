@@ -1,0 +1,276 @@
+"""A whole PPO step on a CPU against TRL's PPOTrainer, in turns, and the share of it that its products alone take.
+
+    python -m bench.step [--threads 2] [--rounds 5] [--prompts 64] [--tokens 48] [--modes full hydra+branch]
+
+The shipped policy, reward model and prompts, float32; every response has all its tokens, one epoch, one optimiser step
+on two micro-batches. TRL (`bench/rivals.sh trl`, version 1.0 to 1.10) does the same work: generate, log-probabilities
+of policy and reference, values, scores, update of policy and critic; without it ours is timed alone.
+Each side has a process of its own, since how OpenMP's threads wait is chosen once a process: ours sleep, as `ppomax`
+has it; TRL's spin for a while (libgomp's default) in one process and sleep in another, and the faster counts. Turns
+alternate; a turn of TRL's is a step of its own `train`, told by its callbacks.
+`products` are the matrix products of our step, by their shapes as they occur in it, done by torch.mm, those of
+attention by torch.bmm, alone in the same turns: what no step can be faster than without better products. Prints
+medians, the median ratio in a turn, and the share, without attention and with it."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import io
+import itertools
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from ppomax.assets import FOLDER
+from ppomax.config import load_config
+from ppomax.engine import Engine
+from ppomax.models import make_critic
+from ppomax.rollout import forward, packed_weights
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import machine
+from .modes import MODES, read_prompts
+
+PHASES = ("rollout", "experience", "update")
+WAITING = {"spinning": "default", "asleep": "passive"}
+
+Shapes = collections.Counter[tuple[int, ...]]
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products (M, K) @ (K, N) of what runs inside, those of our ops included, and those of attention
+    as (batch, M, K, N)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Shapes = collections.Counter()
+        self.attention: Shapes = collections.Counter()
+
+    def __enter__(self) -> Products:
+        """packed_linear is a plain function, which no dispatch sees."""
+        self.homes = [m for m in (packed_weights, forward) if hasattr(m, "packed_linear")]
+        self.real = packed_weights.packed_linear
+
+        def counted(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+            self.seen[x.numel() // x.shape[-1], x.shape[-1], outputs] += 1
+            return self.real(x, panels, bias, outputs)
+
+        for home in self.homes:
+            home.packed_linear = counted  # type: ignore[assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for home in self.homes:
+            home.packed_linear = self.real
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split(".")[0]
+        if name in ("aten::mm", "aten::addmm"):
+            a, b = args if name == "aten::mm" else args[1:3]
+            self.seen[a.shape[0], a.shape[1], b.shape[1]] += 1
+        elif name.startswith("ppomax::linear_"):
+            self._fused(name, args)
+        elif "flash_attention_for_cpu" in name:
+            self._attend(*args[1:3] if "backward" in name else args[:2], back="backward" in name)
+        return func(*args, **(kwargs or {}))
+
+    def _fused(self, name: str, args: Any) -> None:
+        """A loss with its gradients is three products: logits, and the gradients of hidden and weight, those that are
+        needed."""
+        hidden, weight = args[0], args[1]
+        (n, d), v = hidden.shape, weight.shape[0]
+        self.seen[n, d, v] += 1
+        if name.endswith(("_loss_fwd", "_nll_fwd")):
+            of_hidden, of_weight, _ = args[-4:-1]
+            self.seen[n, v, d] += int(of_hidden)
+            self.seen[v, n, d] += int(of_weight)
+
+    def _attend(self, query: Tensor, key: Tensor, *, back: bool) -> None:
+        """Scores and mixture; backward the scores again, and the gradients of both factors of each. Half of the scores
+        is masked, so each product is counted at half its rows."""
+        (b, h, t, d), s = query.shape, key.shape[2]
+        self.attention[b * h, -(-t // 2), d, s] += 3 if back else 1
+        self.attention[b * h, -(-t // 2), s, d] += 2 if back else 1
+
+
+def replay(shapes: Shapes) -> Callable[[], None]:
+    """Does them all, on operands that are made before."""
+    made = {}
+    for *outer, m, k, n in shapes:
+        made[*outer, m, k, n] = torch.randn(*outer, m, k), torch.randn(*outer, k, n), torch.empty(*outer, m, n)
+
+    def run() -> None:
+        for shape, count in shapes.items():
+            a, b, out = made[shape]
+            product = torch.mm if len(shape) == 3 else torch.bmm
+            for _ in range(count):
+                product(a, b, out=out)
+
+    return run
+
+
+def ours(mode: str, prompts: int, tokens: int) -> tuple[Engine, list[list[int]]]:
+    """An engine, and its prompts."""
+    config = load_config(
+        overrides={
+            "ptx.coef": 0.0, "batch.rollout_size": prompts, "batch.minibatch_size": prompts, "run.device": "cpu",
+            "batch.micro_tokens": prompts * 32, "rollout.max_new_tokens": tokens, "rollout.min_new_tokens": tokens,
+            "rollout.allow_biased_sampling": True, "reward.missing_eos_penalty": 0.0, **MODES[mode],
+        }
+    )  # fmt: skip
+    engine = Engine(FOLDER / "policy", None, None, FOLDER / "reward_model", config)
+    return engine, read_prompts(engine, prompts)
+
+
+def theirs(prompts: list[list[int]], tokens: int, connection: Connection) -> Any:
+    """TRL's trainer on the same models, which waits before each step until it is asked for, and tells its seconds."""
+    from datasets import Dataset
+    from ppomax.models import load_policy, load_reward_model, load_tokenizer
+    from transformers import TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Turns(TrainerCallback):
+        began = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            connection.recv()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            connection.send({"step": time.perf_counter() - self.began})
+            self.on_train_begin()
+
+    tokenizer = load_tokenizer(FOLDER / "policy")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    count = len(prompts)
+    args = PPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=False, num_sample_generations=0, logging_steps=10**6,
+        per_device_train_batch_size=count // 2, gradient_accumulation_steps=2, num_mini_batches=1,
+        total_episodes=10**6 * count, num_ppo_epochs=1, response_length=tokens, temperature=1.0,
+        local_rollout_forward_batch_size=count, learning_rate=1e-6,
+    )  # fmt: skip
+    reward = load_reward_model(FOLDER / "reward_model")
+    return PPOTrainer(
+        args=args, processing_class=tokenizer, model=load_policy(FOLDER / "policy"),
+        ref_model=load_policy(FOLDER / "policy"), reward_model=reward.model, value_model=make_critic(reward).model,
+        train_dataset=Dataset.from_dict({"input_ids": prompts}), callbacks=[Turns()],
+    )  # fmt: skip
+
+
+def serve(connection: Connection, side: str, args: argparse.Namespace) -> None:
+    """Do a turn whenever it is asked for, until the other end closes."""
+    torch.set_num_threads(args.threads)
+    with contextlib.suppress(EOFError):
+        if side == "TRL":
+            _, prompts = ours("full", args.prompts, args.tokens)
+            try:
+                trainer = theirs(prompts, args.tokens, connection)
+            except ImportError as error:
+                connection.recv()
+                connection.send(str(error))
+                return
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train()
+        engine, prompts = ours(side, args.prompts, args.tokens)
+        with Products() as counted:
+            engine.step(prompts)
+        products, attention = replay(counted.seen), replay(counted.attention)
+        while True:
+            connection.recv()
+            times = [time.perf_counter()]
+            metrics, _ = engine.step(prompts)
+            times.append(time.perf_counter())
+            products()
+            times.append(time.perf_counter())
+            attention()
+            times.append(time.perf_counter())
+            found = dict(
+                zip(("step", "products", "attention"), (b - a for a, b in itertools.pairwise(times)), strict=True)
+            )
+            connection.send(found | {phase: metrics[f"time/{phase}"] for phase in PHASES})
+
+
+class Side:
+    """A process that does a turn when it is asked to."""
+
+    def __init__(self, side: str, waiting: str, args: argparse.Namespace):
+        """`waiting`: OMP_WAIT_POLICY, or "default", with which threads spin for a while and then sleep."""
+        os.environ.pop("OMP_WAIT_POLICY", None)  # read when the child loads its OpenMP
+        if waiting != "default":
+            os.environ["OMP_WAIT_POLICY"] = waiting
+        self.turns: list[dict[str, float]] = []
+        self.connection, there = (context := multiprocessing.get_context("spawn")).Pipe()
+        self.process = context.Process(target=serve, args=(there, side, args), daemon=True)
+        self.process.start()
+
+    def turn(self) -> str | None:
+        """One, kept in `turns`; or why there is none."""
+        self.connection.send("go")
+        found = self.connection.recv()
+        if isinstance(found, str):
+            return found
+        self.turns.append(found)
+        return None
+
+    def median(self, name: str) -> float:
+        """Seconds, without the first turn, which warms up."""
+        return statistics.median(t[name] for t in self.turns[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["full", "hydra+branch"])
+    args = parser.parse_args()
+    print(f"{machine.card(torch.device('cpu'))}, {machine.versions(torch.device('cpu'))}, {args.threads} threads")
+    rivals = {f"TRL, threads {how}": Side("TRL", waiting, args) for how, waiting in WAITING.items()}
+    sides = {mode: Side(mode, "passive", args) for mode in args.modes}
+    for _ in range(args.rounds + 1):
+        for name, rival in list(rivals.items()):
+            if (why := rival.turn()) is not None:
+                print(f"{name}: not here: {why}")
+                del rivals[name]
+        for side in sides.values():
+            side.turn()
+    report(rivals, sides)
+
+
+def report(rivals: dict[str, Side], sides: dict[str, Side]) -> None:
+    """Medians, and what they come to."""
+    for name, rival in rivals.items():
+        print(f"{name:22} {rival.median('step') * 1e3:6.0f} ms")
+    best = min(rivals.values(), key=lambda r: r.median("step"), default=None)
+    for mode, side in sides.items():
+        split = "  ".join(f"{phase} {side.median(phase) * 1e3:.0f}" for phase in PHASES)
+        print(f"ppomax, {mode:14} {side.median('step') * 1e3:6.0f} ms   {split}")
+        shares = [
+            statistics.median(sum(t[name] for name in parts) / t["step"] for t in side.turns[1:])
+            for parts in (("products",), ("products", "attention"))
+        ]
+        print(f"    products {100 * shares[0]:.0f} % of it, {100 * shares[1]:.0f} % with those of attention")
+        if best is not None:
+            pairs = zip(best.turns[1:], side.turns[1:], strict=True)
+            print(f"    TRL takes {statistics.median(a['step'] / b['step'] for a, b in pairs):.2f} times as long")
+
+
+if __name__ == "__main__":
+    main()

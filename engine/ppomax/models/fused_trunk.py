@@ -1,0 +1,240 @@
+"""A trunk's forward and backward on our own kernels, on a CPU in float32, while a phase lasts: RMS norms, SwiGLU blocks
+and rotary embeddings in one pass each; query, key and value, and gate and up, as one product on joined weights. Scoring
+and update run under it alike, so that the first minibatch's ratio stays 1 to the bit.
+
+Families name and write their parts each in its own way, so a part's answer to a probe decides whether it computes what
+we would put in its place. Only where the weights are few enough to be joined anew in each forward; beside larger
+products the rest costs nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeGuard
+from weakref import WeakKeyDictionary
+
+import torch
+from ppomax_kernels.internal.packed_linear import DTYPES
+from ppomax_kernels.internal.rms_norm import rms_norm
+from ppomax_kernels.internal.rotate import rotate
+from ppomax_kernels.internal.silu_mul import silu_mul
+from torch import Tensor, nn
+
+MOST_BYTES = 256 * 2**20
+"""Weights that are joined, or packed by a rollout: above this they are not worth a second copy."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+"""Between a module's answer to the probe and ours; bfloat16 keeps 8 bits, and modules round more than once."""
+ROTARY = "apply_rotary_pos_emb"
+"""What transformers' families call it."""
+
+Run = Callable[..., Tensor]
+Join = Callable[[list[nn.Linear]], Run]
+"""From layers that read the same input, a function from that input to all their outputs side by side."""
+
+
+@contextmanager
+def fused_trunk(*owners: Any, impl: str = "auto") -> Iterator[None]:
+    """Inside, the trunks of these models, or of what holds one as `module`, run so, those that can: whole weights in
+    float32 on a CPU. impl: back-end of the kernels; "ref" leaves all as it is."""
+    runs: dict[nn.Module, Run] = {}
+    if impl in ("auto", "cpu"):
+        for owner in owners:
+            model = owner if isinstance(owner, nn.Module) else getattr(owner, "module", None)
+            runs |= {} if model is None or not _suits(model) else runs_of(model, _joined)
+    with in_place(runs), fused_rotary(runs):
+        yield
+
+
+@contextmanager
+def in_place(runs: dict[nn.Module, Run]) -> Iterator[None]:
+    """Inside, each of these modules' forward is the function beside it."""
+    try:
+        for module, run in runs.items():
+            module.forward = run  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in runs:
+            module.__dict__.pop("forward", None)
+
+
+def runs_of(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
+    """What is put in place of the model's norms, SwiGLU blocks, and query, key and value layers."""
+    runs: dict[nn.Module, Run] = {}
+    for module in model.modules():
+        if (norm := norm_of(module)) is not None:
+            runs[module] = norm
+        elif (inside := swiglu_layers(module)) is not None:
+            gate, up, down = inside
+            runs[module] = partial(_swiglu, join([gate, up]), join([down]))
+        elif (three := query_key_value(module)) is not None:
+            runs |= _Together(join([*three]), three).runs()
+    return runs
+
+
+def _suits(model: nn.Module) -> bool:
+    """In float32 on a CPU, not cut over ranks, and small."""
+    parameters = list(model.parameters())
+    plain = all(p.is_cpu and p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in parameters)
+    return plain and sum(p.nbytes for p in parameters) <= MOST_BYTES
+
+
+def _joined(layers: list[nn.Linear]) -> Run:
+    """One product on the layers' weights side by side; each call joins them anew, since they are trained."""
+    if len(layers) == 1:
+        return partial(nn.functional.linear, weight=layers[0].weight, bias=layers[0].bias)
+
+    def run(x: Tensor) -> Tensor:
+        bias = None if layers[0].bias is None else torch.cat([m.bias for m in layers])
+        return nn.functional.linear(x, torch.cat([m.weight for m in layers]), bias)
+
+    return run
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+
+def norm_of(module: nn.Module) -> Run | None:
+    """rms_norm with the module's weight, if that is what the module computes; None for every other module."""
+    weight = getattr(module, "weight", None)
+    eps = next((e for n in ("variance_epsilon", "eps") if isinstance(e := getattr(module, n, None), float)), None)
+    if "RMSNorm" not in type(module).__name__ or weight is None or eps is None or weight.dtype not in TOLERANCE:
+        return None
+
+    def run(offset: float) -> Run:
+        return partial(rms_norm, weight=weight, offset=offset, eps=eps)
+
+    if module not in _found:
+        _found[module] = next((o for o in (0.0, 1.0) if _same(module, run(o), weight.shape[0], weight.dtype)), None)
+    offset = _found[module]
+    return None if offset is None else run(offset)
+
+
+# ---- SwiGLU ---------------------------------------------------------------------------------------------------------
+
+
+def swiglu_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
+    """Gate, up and down of a block that is `down(silu(gate(x)) * up(x))`, gate and up without bias; None for every
+    other module."""
+    gate, up, down = (getattr(block, f"{n}_proj", None) for n in ("gate", "up", "down"))
+    if not (_plain(gate) and _plain(up) and _plain(down)) or gate.bias is not None or up.bias is not None:
+        return None
+    if gate.weight.dtype not in DTYPES:
+        return None
+
+    def plain(x: Tensor) -> Tensor:
+        return down(silu_mul(torch.cat([gate(x), up(x)], -1)))  # type: ignore[no-any-return]
+
+    if block not in _found:
+        _found[block] = 0.0 if _same(block, plain, gate.in_features, gate.weight.dtype) else None
+    return None if _found[block] is None else (gate, up, down)
+
+
+def _swiglu(first: Run, last: Run, x: Tensor) -> Tensor:
+    return last(silu_mul(first(x)))
+
+
+# ---- query, key and value -------------------------------------------------------------------------------------------
+
+
+def query_key_value(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
+    """The three layers of an attention that has them apart, all with a bias or none; None for every other module."""
+    q, k, v = (getattr(module, f"{n}_proj", None) for n in "qkv")
+    if not (_plain(q) and _plain(k) and _plain(v)):
+        return None
+    kinds = {(layer.bias is None, layer.in_features, layer.weight.dtype) for layer in (q, k, v)}
+    return (q, k, v) if len(kinds) == 1 else None
+
+
+class _Seen(NamedTuple):
+    """An input, and the outputs of it that are not called for yet."""
+
+    x: Tensor
+    outputs: dict[nn.Linear, Tensor]
+
+
+class _Together:
+    """Three layers, called one after the other on one input: the first call computes all. Another input in between, or
+    the same layer twice, starts anew."""
+
+    def __init__(self, run: Run, layers: tuple[nn.Linear, nn.Linear, nn.Linear]):
+        self.run, self.layers = run, layers
+        self.seen: _Seen | None = None
+
+    def runs(self) -> dict[nn.Module, Run]:
+        """By layer."""
+        return {layer: partial(self.call, layer) for layer in self.layers}
+
+    def call(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """This layer's output."""
+        if self.seen is None or self.seen.x is not x or layer not in self.seen.outputs:
+            outputs = self.run(x).split([m.out_features for m in self.layers], -1)
+            self.seen = _Seen(x, dict(zip(self.layers, outputs, strict=True)))
+        found = self.seen.outputs.pop(layer)
+        if not self.seen.outputs:
+            self.seen = None
+        return found
+
+
+# ---- rotary embedding -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fused_rotary(runs: dict[nn.Module, Run]) -> Iterator[None]:
+    """Inside, the families of these modules rotate query and key by our kernel, where that is what they do."""
+    files = {sys.modules[type(m).__module__] for m in runs}
+    ours = {file: _rotary(real) for file in files if (real := getattr(file, ROTARY, None)) and _turns_halves(real)}
+    theirs = {file: getattr(file, ROTARY) for file in ours}
+    try:
+        for file, function in ours.items():
+            setattr(file, ROTARY, function)
+        yield
+    finally:
+        for file, function in theirs.items():
+            setattr(file, ROTARY, function)
+
+
+def _rotary(real: Any) -> Any:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **named: Any) -> Any:
+        fits = q.dtype == k.dtype == cos.dtype == torch.float32 and q.is_cpu and cos.shape[-1] == q.shape[-1]
+        if args or named or not fits or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
+            return real(q, k, cos, sin, *args, **named)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+@cache
+@torch.no_grad()
+def _turns_halves(real: Any) -> bool:
+    """Whether the function's answer to a probe is that of `rotate`."""
+    probe = torch.linspace(-1.0, 2.0, 2 * 3 * 4 * 8)
+    q, angles = probe.view(2, 3, 4, 8), probe[:32].view(1, 4, 8)
+    k = q[:, :1] + 1.0
+    try:
+        found = real(q, k, angles.cos(), angles.sin())
+    except Exception:  # whatever a function of another kind makes of these arguments: it is not ours to replace
+        return False
+    ours = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
+    return len(found) == 2 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, ours, strict=True))
+
+
+# ---- probes ---------------------------------------------------------------------------------------------------------
+
+
+_found: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+"""What a module's answer to its probe was, which is asked for once: what of a formula it is, or None for another."""
+
+
+def _plain(layer: Any) -> TypeGuard[nn.Linear]:
+    """A linear layer that nothing was put around."""
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__
+
+
+def _same(module: nn.Module, run: Run, width: int, dtype: torch.dtype) -> bool:
+    probe = torch.linspace(-2.0, 3.0, 2 * width).view(2, -1).to(dtype)
+    limit = TOLERANCE[dtype]
+    with torch.no_grad():
+        want = module(probe)
+        return torch.allclose(run(probe), want, rtol=limit, atol=limit * float(want.abs().max()))
