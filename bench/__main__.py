@@ -4,7 +4,10 @@ to bench/results/<card>.csv.
     python -m bench                               every op, full shapes, float32 on a CPU, bfloat16 on a GPU
     python -m bench --ops gae sample --threads 2
     python -m bench --quick                       small shapes, seconds
+    python -m bench --ops linear_nll --shape qwen2.5-7b        on a model's own width and vocabulary
+    python -m bench --ops gae --compare COMMIT    this checkout beside another commit of it, in turns
     python -m bench table                         the newest rows as a Markdown table; --readme FILE puts it there
+    python -m bench page                          bench/results as one HTML page with plots
 
 A result that is wrong is not timed; if it is one of ours the exit status is 1. What cannot run is named, with its
 reason."""
@@ -20,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import machine, memory, results
+from . import compare, machine, memory, page, results
 from .ops import OPS
-from .problem import Problem, error_of
+from .problem import SHAPES, Problem, error_of
 from .results import Row
 from .timing import GRAPH_CALLS, Stats, graphed, in_turns, quantile
 
@@ -43,7 +46,7 @@ class Session:
             machine.versions(self.device),
         )
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 0
-        self.size = "quick" if args.quick else "full"
+        self.size = args.shape or ("quick" if args.quick else "full")
         self.peak_bytes = machine.bandwidth(
             self.device, args.seconds, 16 if args.quick else 1024 if self.device.type == "cuda" else 128
         )
@@ -54,7 +57,7 @@ class Session:
         title = f"{problem.op} {problem.mode}, {str(problem.dtype)[6:]} {problem.shape}"
         print(f"\n{title}", flush=True)
         for name, reason in problem.missing.items():
-            print(f"  {name:32} not here: {reason}")
+            print(f"  {name:27} not here: {reason}"[:80])
         right = self.right_ones(problem)
         if not any(name.startswith("ppomax") for name in right):
             return
@@ -89,7 +92,7 @@ class Session:
         limit = self.limit(problem, truth)
         for name, run in problem.runs.items():
             if name in problem.needs_compile and not self.args.compile:
-                print(f"  {name:32} left out by --no-compile")
+                print(f"  {name:27} left out by --no-compile")
                 continue
             mine = name.startswith("ppomax")
             try:
@@ -100,7 +103,7 @@ class Session:
                         raise ArithmeticError(f"relative error {error:.3g} > {limit:.3g}")
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
-                print(f"  {name:32} not timed: {type(error).__name__}: {first}"[:200])
+                print(f"  {name:27} not timed: {type(error).__name__}: {first}"[:200])
                 if mine:
                     self.wrong.append(f"{problem.op} {problem.mode} {name}: {error}")
                 continue
@@ -157,29 +160,31 @@ class Session:
         return None if used is None else used / 2**20
 
     def show(self, rows: list[Row]) -> None:
+        """Lines of at most 80 columns: what a row of the file holds besides is rates and memory."""
         own = next(row.median_us for row in rows if row.impl.startswith("ppomax"))
         for row in rows:
-            rate = (
-                f"{row.gb_per_s:7.1f} GB/s"
-                if row.gb_per_s
-                else f"{row.tflop_per_s:7.3f} TFLOP/s"
-                if row.tflop_per_s
-                else ""
-            )
-            share = f" {100 * row.share_of_peak:4.0f} % of peak" if row.share_of_peak else ""
-            extra = f" {row.peak_memory_mib:8.1f} MiB extra" if row.peak_memory_mib is not None else ""
-            time = f"{row.median_us:12.4g} us {f'({row.p20_us:.4g} to {row.p80_us:.4g})':22}"
-            print(f"  {row.impl:32} {time} {row.median_us / own:7.2f} x {rate}{share}{extra}", flush=True)
+            spread = f"{microseconds(row.p20_us)} to {microseconds(row.p80_us)}"
+            share = f"{100 * row.share_of_peak:3.0f} %" if row.share_of_peak else ""
+            extra = f"{row.peak_memory_mib:7.1f}" if row.peak_memory_mib is not None else ""
+            time = microseconds(row.median_us)
+            line = f"  {row.impl:27.27} {time:>9} {spread:>18} {row.median_us / own:6.2f} {share:>5} {extra}"
+            print(line.rstrip(), flush=True)
+
+
+def microseconds(x: float) -> str:
+    """Three digits or more, no exponent."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     session = Session(args)
-    print(f"{session.card}, {session.versions}, commit {session.commit}, {torch.get_num_threads()} threads")
+    print(f"{session.card}, commit {session.commit}, {torch.get_num_threads()} threads\n{session.versions}")
     print(
         f"memory: {session.peak_bytes / 1e9:.1f} GB/s ({'copy' if session.device.type == 'cuda' else 'threaded read'})"
     )
+    print(f"  {'':27} {'median us':>9} {'p20 to p80':>18} {'ratio':>6} {'peak':>5} MiB")
     for name in args.ops or OPS:
         for dtype in args.dtype or ([torch.bfloat16] if session.device.type == "cuda" else [torch.float32]):
             for problem in OPS[name](session.device, dtype, session.size):
@@ -214,21 +219,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("run", "table"), default="run")
+    parser.add_argument("what", nargs="?", choices=("run", "table", "page"), default="run")
     parser.add_argument("--ops", nargs="+", choices=tuple(OPS), help="which ops (default: all)")
     parser.add_argument("--dtype", nargs="+", type=dtype_named, help="float32, bfloat16, float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU (default: as torch has it)")
     parser.add_argument("--seconds", type=float, help="spent on each implementation (default: 2, with --quick 0.05)")
     parser.add_argument("--quick", action="store_true", help="small shapes; no memory")
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="width and vocabulary of a model, in place of ours")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     parser.add_argument("--commit", help="what the rows are labelled with (default: as git says)")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the CSV files")
     parser.add_argument("--readme", type=Path, help="with table: the file to put it into")
+    parser.add_argument("--compare", metavar="COMMIT", help="run that commit's kernels too, in turns, and print ratios")
+    parser.add_argument("--page", type=Path, default=Path("bench.html"), help="with page: where it goes")
     args = parser.parse_args()
     args.seconds = args.seconds if args.seconds is not None else 0.05 if args.quick else 2.0
     args.memory = args.memory and not args.quick
+    if args.what == "page":
+        print(page.write(results.read(args.out), args.page))
+        return 0
+    if args.compare:
+        return compare.against(args.compare, sys.argv[1:])
     return table(args) if args.what == "table" else run(args)
 
 

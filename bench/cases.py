@@ -11,7 +11,7 @@ from ppomax_kernels.token_logprobs import FORWARD as LOGPROBS
 from torch import Tensor
 
 from . import machine, rivals
-from .problem import Problem, compiled, ours
+from .problem import SHAPES, Problem, compiled, ours, sized
 
 CHECKED_ROWS = 32
 
@@ -42,9 +42,10 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def token_logprobs(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Problem]:
-    n, v = {"full": (8192, 151936) if device.type == "cuda" else (1024, 32000), "quick": (64, 4000), "tiny": (2, 64)}[
-        size
-    ]
+    full = (8192, 151936) if device.type == "cuda" else (1024, 32000)
+    if size in SHAPES:
+        full = 8192 if device.type == "cuda" else 256, SHAPES[size][1]
+    n, v = sized(size, {"full": full, "quick": (64, 4000), "tiny": (2, 64)})
     logits, labels = draw(device, dtype, n, v, scale=2.0), integers(device, v, n)
     up = [draw(device, torch.float32, n, seed=seed) for seed in (1, 2)]
     leaf, few = logits.detach().requires_grad_(), slice(0, CHECKED_ROWS)
@@ -97,7 +98,7 @@ def token_logprobs(device: torch.device, dtype: torch.dtype, size: str) -> Itera
 
 
 def gae(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Problem]:
-    shapes = {"full": [(64, 512), (128, 512)], "quick": [(8, 64)], "tiny": [(2, 8)]}[size]
+    shapes = sized(size, {"full": [(64, 512), (128, 512)], "quick": [(8, 64)], "tiny": [(2, 8)]})
     names, missing = ours(device, GAE)
     missing = {**missing, "compile": "a Python loop over T has no fixed graph of useful size"}
     for b, t in shapes:
@@ -158,7 +159,7 @@ def _gae_packed(
 
 def losses(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Problem]:
     """ppo_loss and value_loss, forward and backward."""
-    b, t = {"full": (64, 512), "quick": (4, 32), "tiny": (1, 4)}[size]
+    b, t = sized(size, {"full": (64, 512), "quick": (4, 32), "tiny": (1, 4)})
     old, advantages = draw(device, dtype, b, t, scale=0.5), draw(device, dtype, b, t, seed=1)
     leaf = (old.float() + draw(device, torch.float32, b, t, scale=0.2, seed=2)).to(dtype).requires_grad_()
     mask = draw(device, torch.float32, b, t, seed=3) > -1.0
@@ -198,7 +199,7 @@ def losses(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Prob
 
 def elementwise(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Problem]:
     """kl_penalty, token_rewards, whiten: forward."""
-    s, t = {"full": (64, 512), "quick": (4, 32), "tiny": (1, 4)}[size]
+    s, t = sized(size, {"full": (64, 512), "quick": (4, 32), "tiny": (1, 4)})
     n = s * t
     logprobs, ref, scores = draw(device, dtype, n), draw(device, dtype, n, seed=1), draw(device, dtype, s, seed=2)
     ends = torch.arange(0, n + 1, t, dtype=torch.int32, device=device)
@@ -238,7 +239,8 @@ def elementwise(device: torch.device, dtype: torch.dtype, size: str) -> Iterator
 
 
 def sample(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Problem]:
-    b, v = {"full": (64, 32000), "quick": (4, 500), "tiny": (1, 64)}[size]
+    full = 64, SHAPES[size][1] if size in SHAPES else 32000
+    b, v = sized(size, {"full": full, "quick": (4, 500), "tiny": (1, 64)})
     logits = draw(device, dtype, b, v, scale=3.0)
     seeds, positions = torch.arange(b, device=device), torch.zeros(b, dtype=torch.int64, device=device)
     names, missing = ours(device, {})

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from . import rivals
 from .cases import draw, grad_of, integers, named, tolerance
-from .problem import Problem, Run, compiled, ours
+from .problem import SHAPES, Problem, Run, compiled, ours, sized
 
 SEQUENCES = 16  # Liger's loss takes one advantage a sequence, so all runs are given such advantages
 CLIP, ENT_COEF = 0.2, 0.01
@@ -42,7 +42,10 @@ class Head:
 
 def head(device: torch.device, dtype: torch.dtype, size: str) -> Head:
     full = (8192, 151936, 4096) if device.type == "cuda" else (1024, 32000, 512)
-    n, v, d = {"full": full, "quick": (64, 1000, 64), "tiny": (16, 64, 16)}[size]
+    if size in SHAPES:
+        d, v = SHAPES[size]
+        full = 8192 if device.type == "cuda" else 256, v, d
+    n, v, d = sized(size, {"full": full, "quick": (64, 1000, 64), "tiny": (16, 64, 16)})
     hidden = draw(device, dtype, n, d).requires_grad_()
     weight = draw(device, dtype, v, d, scale=2.0 / d**0.5, seed=1).requires_grad_()
     labels = integers(device, v, n)

@@ -17,13 +17,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def card(device: torch.device) -> str:
+    """The device's name; of a CPU with the instruction set in use, without which figures do not compare."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{processor()} {instruction_set()}"
+
+
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """`AVX-512`, `AVX2`, or the baseline's name, as the library picked it."""
+    library = abi.library()
+    name: str = library.ppomax_isa_name(library.ppomax_isa()).decode()
+    return name.split("(")[-1].rstrip(")")
 
 
 def commit() -> str:

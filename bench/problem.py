@@ -10,6 +10,21 @@ from torch import Tensor
 Run = Callable[[], Sequence[Tensor]]
 
 
+SHAPES = {
+    "llama-2-7b": (4096, 32000),
+    "llama-2-13b": (5120, 32000),
+    "llama-3-8b": (4096, 128256),
+    "qwen2.5-7b": (3584, 152064),
+    "qwen3-8b": (4096, 151936),
+}
+"""Width and vocabulary of models that people train."""
+
+
+def sized(size: str, table: dict[str, Any]) -> Any:
+    """Of `table` what belongs to a size: quick, tiny, or full, which stands for a named shape too."""
+    return table["full" if size in SHAPES else size]
+
+
 @dataclass
 class Problem:
     """`runs` maps an implementation's name to a call without arguments that gives its results as tensors."""

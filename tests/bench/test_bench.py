@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ppomax_kernels as K
 import pytest
 import torch
 
-from bench import cases, results
+from bench import cases, machine, page, results
 from bench.__main__ import BEGIN, END
-from bench.problem import error_of
+from bench.ops import OPS
+from bench.problem import SHAPES, error_of
 from bench.results import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in range(2):
         done = bench(*quick)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert max(map(len, done.stdout.splitlines())) <= 80
     return out
 
 
@@ -60,6 +63,61 @@ def test_rows_are_appended(folder: Path) -> None:
         assert float(row["gb_per_s"]) > 0.0
         assert float(row["share_of_peak"]) > 0.0
         assert (row["threads"], row["dtype"]) == ("1", "float32")
+
+
+def test_the_file_is_named_by_the_instruction_set(folder: Path) -> None:
+    """Machines of one name differ by half of their rate."""
+    (path,) = folder.glob("*.csv")
+    assert path.stem.endswith(machine.instruction_set().lower().replace(" ", "-"))
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_nll", "sample"])
+def test_a_named_shape_is_the_model_s(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "llama-2-7b", (24, 320))  # of the same form, without its size
+    problem = next(OPS[op](torch.device("cpu"), torch.float32, "llama-2-7b"))
+    width = "x24" if op.startswith("linear") else ""
+    assert problem.shape.endswith(f"{width}x320")
+
+
+def test_named_shapes_are_those_of_the_models() -> None:
+    assert SHAPES["llama-2-7b"] == (4096, 32000)
+    assert SHAPES["qwen2.5-7b"] == (3584, 152064)
+
+
+def test_results_become_a_page(folder: Path, tmp_path: Path) -> None:
+    done = bench("page", "--out", str(folder), "--page", str(tmp_path / "bench.html"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "bench.html").read_text(encoding="utf-8")
+    assert text.count("<svg") == 2
+    assert "loop as in verl" in text
+    assert "<td>8x64</td>" in text
+    assert page.size_of("1024x512x32000") == 1024 * 512 * 32000
+    assert page.size_of("32768 in 8") == 32768
+
+
+@pytest.mark.slow
+def test_a_commit_is_compared_in_turns() -> None:
+    """Built, run beside this checkout, and nothing is left of it."""
+    done = bench("--quick", "--ops", "gae", "--threads", "1", "--compare", "HEAD")
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("gae forward float32 8x64")
+    assert float(last.split()[-1]) > 0.0
+    kept = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(kept.splitlines()) == 1
+
+
+def test_a_step_s_products_are_counted() -> None:
+    """Those of a linear layer and its gradients, and of a fused loss."""
+    from bench.step import Products, replay
+
+    x, layer = torch.randn(6, 8), torch.nn.Linear(8, 5)
+    with Products() as counted:
+        layer(x).sum().backward()
+        hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+        K.linear_nll(hidden, weight, torch.arange(6))[0].backward()
+    assert counted.seen == {(6, 8, 5): 1, (5, 6, 8): 1, (6, 8, 30): 1, (6, 30, 8): 1, (30, 6, 8): 1}
+    replay(counted.seen)()
 
 
 def test_table_goes_into_a_readme(folder: Path, tmp_path: Path) -> None:
@@ -102,7 +160,7 @@ def test_wrong_results_are_not_timed(
     quick = ["bench", "--quick", "--no-compile", "--device", "cpu", "--ops", "gae", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", quick)
     assert program.main() == 0
-    assert "loop as in OpenRLHF              not timed: ArithmeticError: relative error" in capsys.readouterr().out
+    assert "loop as in OpenRLHF         not timed: ArithmeticError: relative error" in capsys.readouterr().out
     impls = [row["impl"] for row in results.read(tmp_path)]
     assert impls == ["ppomax cpu", "loop as in TRL", "loop as in verl"]
     monkeypatch.setattr(rivals, "gae_loop_verl", lambda r, v, m, gamma, lam: (r, v))  # now the truth is another
