@@ -7,7 +7,8 @@ on two micro-batches. TRL (`bench/rivals.sh trl`, version 1.0 to 1.10) does the 
 of policy and reference, values, scores, update of policy and critic; without it ours is timed alone.
 Each side has a process of its own, since how OpenMP's threads wait is chosen once a process: ours sleep, as `ppomax`
 has it; TRL's spin for a while (libgomp's default) in one process and sleep in another, and the faster counts. Turns
-alternate; a turn of TRL's is a step of its own `train`, told by its callbacks.
+alternate; a turn of TRL's is a step of its own `train`, told by its callbacks. `TRL on our ops` is that trainer after
+`ppomax.integrations.trl.patch_ppo()`.
 `products` are the matrix products of our step, by their shapes as they occur in it, done by torch.mm, those of
 attention by torch.bmm, alone in the same turns: what no step can be faster than without better products. Prints
 medians, the median ratio in a turn, and the share, without attention and with it."""
@@ -21,6 +22,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -32,6 +34,7 @@ import torch
 from ppomax.assets import FOLDER
 from ppomax.config import load_config
 from ppomax.engine import Engine
+from ppomax.integrations.trl import patch_ppo
 from ppomax.models import make_critic
 from ppomax.rollout import forward, packed_weights
 from torch import Tensor
@@ -142,13 +145,14 @@ def theirs(prompts: list[list[int]], tokens: int, connection: Connection) -> Any
 
     class Turns(TrainerCallback):
         began = 0.0
+        before = peak()
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             connection.recv()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            connection.send({"step": time.perf_counter() - self.began})
+            connection.send({"step": time.perf_counter() - self.began, "peak": peak() - self.before})
             self.on_train_begin()
 
     tokenizer = load_tokenizer(FOLDER / "policy")
@@ -171,13 +175,20 @@ def theirs(prompts: list[list[int]], tokens: int, connection: Connection) -> Any
     )  # fmt: skip
 
 
+def peak() -> float:
+    """The most memory that this process has held, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def serve(connection: Connection, side: str, args: argparse.Namespace) -> None:
     """Do a turn whenever it is asked for, until the other end closes."""
     torch.set_num_threads(args.threads)
     with contextlib.suppress(EOFError):
-        if side == "TRL":
+        if side.startswith("TRL"):
             _, prompts = ours("full", args.prompts, args.tokens)
             try:
+                if side == "TRL on our ops":
+                    patch_ppo()
                 trainer = theirs(prompts, args.tokens, connection)
             except ImportError as error:
                 connection.recv()
@@ -242,7 +253,11 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["full", "hydra+branch"])
     args = parser.parse_args()
     print(f"{machine.card(torch.device('cpu'))}, {machine.versions(torch.device('cpu'))}, {args.threads} threads")
-    rivals = {f"TRL, threads {how}": Side("TRL", waiting, args) for how, waiting in WAITING.items()}
+    rivals = {
+        f"{side}, threads {how}": Side(side, waiting, args)
+        for side in ("TRL", "TRL on our ops")
+        for how, waiting in WAITING.items()
+    }
     sides = {mode: Side(mode, "passive", args) for mode in args.modes}
     for _ in range(args.rounds + 1):
         for name, rival in list(rivals.items()):
@@ -257,11 +272,12 @@ def main() -> None:
 def report(rivals: dict[str, Side], sides: dict[str, Side]) -> None:
     """Medians, and what they come to."""
     for name, rival in rivals.items():
-        print(f"{name:22} {rival.median('step') * 1e3:6.0f} ms")
-    best = min(rivals.values(), key=lambda r: r.median("step"), default=None)
+        print(f"{name:32} {rival.median('step') * 1e3:6.0f} ms   {rival.median('peak'):5.0f} MiB more than before")
+    plain = [rival for name, rival in rivals.items() if name.startswith("TRL, ")]
+    best = min(plain, key=lambda r: r.median("step"), default=None)
     for mode, side in sides.items():
         split = "  ".join(f"{phase} {side.median(phase) * 1e3:.0f}" for phase in PHASES)
-        print(f"ppomax, {mode:14} {side.median('step') * 1e3:6.0f} ms   {split}")
+        print(f"ppomax, {mode:24} {side.median('step') * 1e3:6.0f} ms   {split}")
         shares = [
             statistics.median(sum(t[name] for name in parts) / t["step"] for t in side.turns[1:])
             for parts in (("products",), ("products", "attention"))

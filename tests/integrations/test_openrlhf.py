@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from ppomax.integrations import IntegrationError
-from ppomax.integrations.openrlhf import PolicyLoss, ValueLoss, advantages_and_returns, replace
+from ppomax.integrations.openrlhf import (
+    PolicyLoss,
+    ValueLoss,
+    advantages_and_returns,
+    compute_entropy,
+    log_probs_from_logits,
+    replace,
+    replace_logprobs,
+)
 
 from .shared import CLOSE, MASKS, batch, stub
 
@@ -27,7 +35,9 @@ def openrlhf():
     package = stub("openrlhf_models")
     package.__path__ = []  # type: ignore[attr-defined]
     utils = stub("openrlhf_models.utils", torch=torch)
-    exec(function(root / "models" / "utils.py", "masked_mean"), utils.__dict__)
+    utils.__dict__.update(F=torch.nn.functional, Optional=Any)
+    for name in ("masked_mean", "_logsumexp_by_chunk", "log_probs_from_logits", "compute_entropy"):
+        exec(function(root / "models" / "utils.py", name), utils.__dict__)
     sys.modules.update({"openrlhf_models": package, "openrlhf_models.utils": utils})
     spec = importlib.util.spec_from_file_location("openrlhf_models.loss", root / "models" / "loss.py")
     assert spec is not None
@@ -38,7 +48,8 @@ def openrlhf():
     source = function(experience, "get_advantages_and_returns", indent="    ")
     maker: dict[str, Any] = {"torch": torch}
     exec(f"from __future__ import annotations\nclass RemoteExperienceMaker:\n{source}", maker)
-    yield types.SimpleNamespace(losses=losses, maker=maker["RemoteExperienceMaker"])
+    found_utils = types.SimpleNamespace(logprobs=utils.log_probs_from_logits, entropy=utils.compute_entropy)
+    yield types.SimpleNamespace(losses=losses, maker=maker["RemoteExperienceMaker"], utils=found_utils)
     for name in ("openrlhf_models", "openrlhf_models.utils"):
         del sys.modules[name]
 
@@ -105,6 +116,32 @@ def test_advantages_are_openrlhf_s(openrlhf, mask, gamma, lam) -> None:
     theirs = openrlhf.maker.get_advantages_and_returns(None, *words)
     for a, b in zip(advantages_and_returns(*words), theirs, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropy_are_openrlhf_s(openrlhf, dtype, temperature) -> None:
+    g = torch.Generator().manual_seed(6)
+    logits, labels = (3 * torch.randn(3, 7, 40, generator=g)).to(dtype), torch.randint(0, 40, (3, 7), generator=g)
+    results = []
+    for source in (openrlhf.utils, types.SimpleNamespace(logprobs=log_probs_from_logits, entropy=compute_entropy)):
+        leaf = logits.clone().requires_grad_()
+        logprobs = source.logprobs(leaf.clone(), labels, temperature)  # theirs divides in place
+        entropy = source.entropy(leaf)
+        (logprobs.float().sum() + entropy.float().sum()).backward()
+        results.append((logprobs.float(), entropy.float(), leaf.grad.float()))
+    close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_the_actor_s_functions_are_replaced_or_refused(openrlhf) -> None:
+    actor = types.SimpleNamespace(log_probs_from_logits=openrlhf.utils.logprobs, compute_entropy=openrlhf.utils.entropy)
+    replace_logprobs(actor, "openrlhf 0.11")
+    assert actor.log_probs_from_logits is log_probs_from_logits
+    actor.compute_entropy = lambda logits, mask: None
+    with pytest.raises(IntegrationError, match="of openrlhf 9 is with mask"):
+        replace_logprobs(actor, "openrlhf 9")
 
 
 def test_they_take_their_places_or_refuse(openrlhf) -> None:

@@ -1,7 +1,7 @@
 """Our ops inside other trainers. Each module stands by itself: the engine imports none; each imports what it serves.
 
 - `ppomax.integrations.verl`: policy loss and advantage estimator, registered through verl's `external_lib`
-- `ppomax.integrations.openrlhf`: its PolicyLoss, ValueLoss and advantages, put in their places by `install()`
+- `ppomax.integrations.openrlhf`: its losses, advantages and logprobs, put in their places by `install()`
 - `ppomax.integrations.trl`: its PPOTrainer on our engine; its own trainers on our ops; its older form
 - `ppomax.integrations.transformers`: a causal LM's loss without its logits, `fuse_loss(model)`"""
 

@@ -1,10 +1,12 @@
-"""OpenRLHF: its policy loss, value loss and advantages on our ops, with its own signatures.
+"""OpenRLHF: its policy loss, value loss, advantages and log-probabilities on our ops, with its own signatures.
 
     from ppomax.integrations.openrlhf import install; install()         before its Ray actors start
-puts them in the place of `PolicyLoss` and `ValueLoss` in openrlhf.trainer.ray and of
-`RemoteExperienceMaker.get_advantages_and_returns`; each can be used by itself as well, without OpenRLHF installed.
+puts them in the place of `PolicyLoss` and `ValueLoss` in openrlhf.trainer.ray, of
+`RemoteExperienceMaker.get_advantages_and_returns`, and of `log_probs_from_logits` and `compute_entropy` in
+openrlhf.models.actor; each can be used by itself as well, without OpenRLHF installed.
 They equal its own (tests/integrations/test_openrlhf.py), but: `ppo_kl` is of log ratios clamped to +-20, as the loss
-is. Left to OpenRLHF, and refused here: gspo, gating by divergence, a value loss by sample. Known: OpenRLHF 0.11."""
+is; and `log_probs_from_logits` leaves the logits as they are, where OpenRLHF's divides them by a temperature in place.
+Left to OpenRLHF, and refused here: gspo, gating by divergence, a value loss by sample. Known: OpenRLHF 0.11."""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ POLICY_LOSS = ("self", "log_probs", "old_log_probs", "advantages", "action_mask"
 VALUE_LOSS = ("self", "values", "old_values", "returns", "action_mask", "dp_size", "batch_num_tokens",
               "global_batch_size")  # fmt: skip
 ADVANTAGES = ("self", "values", "rewards", "action_mask", "gamma", "lambd")
+LOGPROBS, ENTROPY = ("logits", "labels", "temperature"), ("logits",)
 
 
 class PolicyLoss(nn.Module):
@@ -140,8 +143,21 @@ def advantages_and_returns(
     return K.gae(rewards, values, gamma=float(gamma), lam=float(lambd))
 
 
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """logits (..., V), labels (...) -> the labels' log-probabilities (...) in float32, differentiable."""
+    found = K.token_logprobs(logits.contiguous(), labels, temperature=temperature)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def compute_entropy(logits: Tensor) -> Tensor:
+    """logits (..., V) -> the entropy of each row (...) in float32, nats, differentiable."""
+    nothing = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return K.token_logprobs(logits.contiguous(), nothing, return_entropy=True)[1]
+
+
 def install() -> None:
-    """Put all three in their places. IntegrationError: OpenRLHF's own take other parameters than ours stand in for."""
+    """Put all in their places. IntegrationError: OpenRLHF's own take other parameters than ours stand in for."""
     try:
         named = f"openrlhf {version('openrlhf')}"
     except PackageNotFoundError:
@@ -150,6 +166,7 @@ def install() -> None:
         importlib.import_module(f"openrlhf.{m}") for m in ("models.loss", "trainer.ppo_utils.experience_maker")
     )
     replace(losses, maker.RemoteExperienceMaker, named)
+    replace_logprobs(importlib.import_module("openrlhf.models.actor"), named)
     for name in ("ppo_actor", "ppo_critic"):
         module = importlib.import_module(f"openrlhf.trainer.ray.{name}")
         for loss in (PolicyLoss, ValueLoss):
@@ -164,6 +181,13 @@ def replace(losses: Any, maker: Any, named: str) -> None:
     check_signature(maker.get_advantages_and_returns, ADVANTAGES, named)
     losses.PolicyLoss, losses.ValueLoss = PolicyLoss, ValueLoss
     maker.get_advantages_and_returns = lambda self, *given, **words: advantages_and_returns(*given, **words)
+
+
+def replace_logprobs(actor: Any, named: str) -> None:
+    """`install` for the module of the actor; signatures are looked at first."""
+    check_signature(actor.log_probs_from_logits, LOGPROBS, named)
+    check_signature(actor.compute_entropy, ENTROPY, named)
+    actor.log_probs_from_logits, actor.compute_entropy = log_probs_from_logits, compute_entropy
 
 
 def _aggregation(by_token: bool, dp_size: int, tokens: Any, samples: Any) -> Aggregation:
