@@ -117,6 +117,7 @@ def test_a_patched_run_has_the_losses_of_trl_s(ppo: Any, tmp_path: Path, monkeyp
 
 def test_another_train_is_refused_by_name(ppo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what it is, not by the version that it says."""
+
     def train(self: Any) -> None:
         """Another loss."""
 

@@ -95,6 +95,24 @@ def test_rewards_by_a_function_and_text_prompts(tmp_path: Path) -> None:
     assert sum(scores[-4:]) > sum(scores[:4])
 
 
+def _loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_peft_config_trains_adapters_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft: not installed")
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    run = trainer(config(tmp_path), ref_model=None, peft_config=lora)
+    assert run.config.model.lora_targets == ("q_proj", "v_proj")
+    assert all("lora" in name for name in run.engine.policy.names)
+    run.train()
+    run.save_model()
+    weights = [m.model.layers[0].self_attn.q_proj.weight for m in (tiny_policy(1), _loaded(tmp_path))]
+    assert not torch.equal(*weights)
+    with pytest.raises(ConfigError, match=r"lora_dropout=0\.1"):
+        trainer(config(tmp_path), peft_config=peft.LoraConfig(r=4, lora_dropout=0.1))
+
+
 def test_samples_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trainer(config(tmp_path), eval_dataset=Dataset.from_dict({"input_ids": prompts(3)}))
     run.generate_completions()

@@ -55,7 +55,8 @@ def verl():
     algorithms = load("verl.trainer.ppo.core_algos", root / "trainer" / "ppo" / "core_algos.py")
     sys.modules["verl.trainer.ppo"].core_algos = algorithms
     plain = types.SimpleNamespace(
-        policy_loss=algorithms.compute_policy_loss_vanilla, gae=algorithms.compute_gae_advantage_return,
+        policy_loss=algorithms.compute_policy_loss_vanilla,
+        gae=algorithms.compute_gae_advantage_return,
         fused_linear=fused.FusedLinearForPPO.forward,
     )
     yield types.SimpleNamespace(algorithms=algorithms, plain=plain, fused=fused)
