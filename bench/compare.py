@@ -1,7 +1,6 @@
 """`python -m bench ... --compare COMMIT`: this checkout's kernels and another commit's, each built and in processes of
 its own, in turns; the ratio of medians of every problem that both have."""
 
-import csv
 import os
 import shutil
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from ppomax_kernels.backends import abi
 
+from . import results
 from .machine import ROOT
 
 TURNS = 3
@@ -43,7 +43,7 @@ def against(commit: str, words: Sequence[str]) -> int:
                     if done.returncode:
                         print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr)
                         return 1
-                    for row in _rows(out):
+                    for row in results.read(out):
                         medians[name][tuple(row[k] for k in KEY)].append(float(row["median_us"]))
         finally:
             _git("worktree", "remove", "--force", str(trees[commit]))
@@ -87,14 +87,6 @@ def _run(tree: Path, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", START, *words]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-
-
-def _rows(folder: Path) -> list[dict[str, str]]:
-    rows = []
-    for path in folder.glob("*.csv"):
-        with path.open(newline="") as file:
-            rows += list(csv.DictReader(file))
-    return rows
 
 
 def _git(*words: str) -> None:

@@ -69,3 +69,10 @@ def laid_out(
 def plain(model: Any) -> Any:
     """Out of a PeftModel, whose adapters stay in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def whitened(x: Tensor, mask: Tensor, keep_mean: bool = False) -> Tensor:
+    """To variance 1 (and mean 0) over the masked ones, by the unbiased variance."""
+    kept = x[mask]
+    white = (x - kept.mean()) * torch.rsqrt(kept.var() + 1e-8)
+    return white + kept.mean() if keep_mean else white

@@ -124,8 +124,8 @@ QUIET = {"optim", "disable_tqdm", "logging_strategy", "logging_first_step", "eva
          "per_device_eval_batch_size", "logging_dir", "log_level", "overwrite_output_dir", "do_train", "hub_model_id",
          "label_names", "deepspeed_plugin", "distributed_state", "accelerator_config", "local_rank"}  # fmt: skip
 """Fields of TrainingArguments that are taken as they are, or change nothing of what is learnt."""
-SCHEDULES = {"linear": ("linear", 0.0), "cosine": ("cosine", 0.0), "constant": ("constant", 0.0),
-             "constant_with_warmup": ("constant", 0.0), "inverse_sqrt": ("inverse_sqrt", 0.0)}  # fmt: skip
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
+             "inverse_sqrt": "inverse_sqrt"}  # fmt: skip
 
 
 def train_config(
@@ -210,7 +210,6 @@ def _optim(args: Any, optimizer_steps: int) -> OptimConfig:
             f"PPOConfig.lr_scheduler_type={kind!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} is not "
             f"served; use one of {', '.join(SCHEDULES)}, without further settings"
         )
-    schedule, least = SCHEDULES[kind]
     steps = getattr(args, "warmup_steps", 0) or 0
     share = steps if 0 < steps < 1 else steps / max(1, optimizer_steps)  # transformers 5 takes shares in warmup_steps
     return OptimConfig(
@@ -220,8 +219,8 @@ def _optim(args: Any, optimizer_steps: int) -> OptimConfig:
         weight_decay=args.weight_decay,
         grad_clip=args.max_grad_norm or None,
         warmup=0.0 if kind == "constant" else min(1.0, getattr(args, "warmup_ratio", None) or share),
-        schedule=schedule,  # type: ignore[arg-type]
-        min_ratio=least,
+        schedule=SCHEDULES[kind],  # type: ignore[arg-type]
+        min_ratio=0.0,
     )
 
 

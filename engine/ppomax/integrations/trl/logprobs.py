@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppomax.integrations import check_signature
+from ppomax.integrations.trl.batch import plain
 from ppomax.models import head_of
 from ppomax.recipe.scoring import head_logprobs
 
@@ -48,9 +49,9 @@ def patch_logprobs() -> None:
             theirs: Any = theirs,
             **others: Any,
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            causal_lm = _causal_lm(self.accelerator.unwrap_model(model))
-            plain = type(causal_lm.get_output_embeddings()) is nn.Linear
-            if compute_aux_loss or not plain or any(x is not None for x in others.values()):
+            causal_lm = plain(self.accelerator.unwrap_model(model))
+            linear = type(causal_lm.get_output_embeddings()) is nn.Linear
+            if compute_aux_loss or not linear or any(x is not None for x in others.values()):
                 given = (
                     model,
                     input_ids,
@@ -87,11 +88,6 @@ def _scored(
     logprobs, entropies = (None if x is None else x.view_as(labels) for x in found)
     assert logprobs is not None
     return logprobs, entropies
-
-
-def _causal_lm(model: Any) -> Any:
-    """Out of a PeftModel, whose adapters stay in it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _inside_forward(model: Any, inner: Any, score: Any) -> Any:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ppomax.integrations import IntegrationError
-from ppomax.integrations.trl.batch import Batch, laid_out, plain
+from ppomax.integrations.trl.batch import Batch, laid_out, plain, whitened
 from ppomax.models import head_of, packed_hidden
 from ppomax.recipe.scoring import head_logprobs, scaled
 from ppomax.rollout import Sampling, decode
@@ -147,7 +147,7 @@ def _collect(self: Any, queries: Tensor, update: int) -> tuple[Batch, dict[str, 
             ref_logprobs = _in_parts(self, batch, partial(_logprobs, policy, args))
     else:
         ref_logprobs = _in_parts(self, batch, partial(_logprobs, self.ref_model, args))
-    scores = _in_parts(self, batch, partial(_scores, self.reward_model), each=1)
+    scores = _in_parts(self, batch, partial(_scores, self.reward_model))
     eos = self.processing_class.eos_token_id
     ended = torch.tensor([len(r) < width if pad == eos else eos in r for r in responses], device=device)
     if args.missing_eos_penalty is not None:
@@ -164,8 +164,8 @@ def _of_slots(batch: Batch, rows: list[list[float]]) -> Tensor:
     return torch.zeros(len(batch.states), device=given.device).masked_scatter(batch.sampled, given)
 
 
-def _in_parts(self: Any, batch: Batch, score: Any, each: int = 0) -> Tensor:
-    """`score` of some sequences at a time, as many as TRL takes; one number a slot, or `each` a sequence."""
+def _in_parts(self: Any, batch: Batch, score: Any) -> Tensor:
+    """`score` of some sequences at a time, as many as TRL takes."""
     count, size = len(batch.cu_seqlens) - 1, self.args.local_rollout_forward_batch_size
     return torch.cat([score(batch.rows(part)) for part in torch.arange(count, device=batch.tokens.device).split(size)])
 
@@ -187,10 +187,9 @@ def _advantages(batch: Batch, scores: Tensor, args: Any) -> tuple[Batch, Tensor]
     rewards = -args.kl_coef * kl
     rewards[batch.slot_cu[1:].long() - 1] += scores
     if args.whiten_rewards:
-        rewards = (rewards - rewards.mean()) * torch.rsqrt(rewards.var() + 1e-8) + rewards.mean()
+        rewards = whitened(rewards, torch.ones_like(batch.sampled), keep_mean=True)
     advantages, returns = K.gae(rewards, batch.values, batch.slot_cu, gamma=args.gamma, lam=args.lam)
-    of_tokens = advantages[batch.sampled]
-    white = (advantages - of_tokens.mean()) * torch.rsqrt(of_tokens.var() + 1e-8)
+    white = whitened(advantages, batch.sampled)
     return batch._replace(advantages=white * batch.sampled, returns=returns), kl
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ppomax.config import ConfigError, KLConfig
-from ppomax.integrations.trl.batch import Batch, laid_out, plain
+from ppomax.integrations.trl.batch import Batch, laid_out, plain, whitened
 from ppomax.integrations.trl.value_head import AutoModelForCausalLMWithValueHead
 from ppomax.models import head_of, packed_hidden
 from ppomax.recipe.moments import RunningMoments
@@ -252,14 +252,14 @@ class PPOTrainer:
         rewards[batch.last_sampled()] += scores
         values, rewards = values * on, rewards * on
         if config.whiten_rewards:
-            rewards = _whitened(rewards, batch.sampled, keep_mean=True) * on
+            rewards = whitened(rewards, batch.sampled, keep_mean=True) * on
         advantages, returns = K.gae(
             rewards, values, batch.slot_cu, gamma=config.gamma, lam=config.lam, impl=config.impl
         )
         return (
             batch._replace(
                 logprobs=logprobs, ref_logprobs=ref, values=values, returns=returns,
-                advantages=_whitened(advantages, batch.sampled),
+                advantages=whitened(advantages, batch.sampled),
             ),
             kl * on,
         )  # fmt: skip
@@ -341,10 +341,3 @@ def _losses(model: AutoModelForCausalLMWithValueHead, batch: Batch, config: PPOC
         model.v_head(hidden), batch.values, batch.returns, batch.sampled, clip=config.cliprange_value, impl=config.impl
     )
     return policy, value, torch.stack([figures[name] for name in FIGURES]).detach()
-
-
-def _whitened(x: Tensor, mask: Tensor, keep_mean: bool = False) -> Tensor:
-    """To variance 1 (and mean 0) over the masked ones, by the unbiased variance."""
-    kept = x[mask]
-    white = (x - kept.mean()) * torch.rsqrt(kept.var() + 1e-8)
-    return white + kept.mean() if keep_mean else white
