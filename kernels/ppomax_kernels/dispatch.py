@@ -2,6 +2,7 @@
 variable changes a result."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.autograd import forward_ad
 Table = Mapping[str, Callable[..., Any]]
 
 AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+CUDA_FIRST = frozenset({"token_logprobs", "linear_token_logprobs", "linear_nll", "linear_ppo_loss"})
+"""Ops whose CUDA kernels `auto` takes where they were built, since they were the faster ones on an H200 (2026-11-27,
+bench/LOG.md): logits of 8192 x 151936 in bfloat16, forward 620 us against Triton's 1048."""
 RUNS_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -23,6 +27,8 @@ def pick(op: str, impl: str, device: torch.device, table: Table) -> str:
         )
     kind = device.type
     if impl == "auto":
+        if kind == "cuda" and op in CUDA_FIRST and "cuda" in table and cuda_built():
+            return "cuda"
         for name in AUTO.get(kind, ()):
             if name in table:
                 return name
@@ -54,6 +60,22 @@ def triton_interprets() -> bool:
     except ImportError:
         return False
     return bool(knobs.runtime.interpret)
+
+
+@cache
+def _cuda_built() -> bool:
+    from .backends import abi, native_cuda
+
+    return torch.version.hip is None and abi.found() is not None and native_cuda.why_not() is None
+
+
+def cuda_built() -> bool:
+    """True if there is a compiled library with CUDA kernels, and torch is made for CUDA."""
+    return _cuda_built()
+
+
+# What torch.compiler.assume_constant_result sets; that function itself loads Dynamo and Triton at import.
+cuda_built._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def late(module: str, function: str) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ scan, "the last one seen", over the values one step later.
 Reads r, V (mask) once, writes A, R once: 16 B a token in fp32; the second read of V and mask, one step later, comes
 from L1. Small tensors, so what counts is latency: one launch, and blocks as large as registers allow (8 steps a thread,
 some 90 registers; 512 threads of as many steps spilled). The block is fixed, so a sequence's bits do not depend on the
-other sequences. Ends from cu_seqlens are cut to [0, N] before use.
+other sequences. A masked row is walked from its last step that counts, so
+that its padding changes no bit either. Ends from cu_seqlens are cut to [0, N] before use.
 Left out on purpose: several programs a sequence (look-back between them), which only one very long sequence would gain
 from."""
 
@@ -32,7 +33,7 @@ INTERPRETED_BLOCK = 128  # the interpreter walks a scan lane by lane in Python
 @triton.jit
 def _then(a1, b1, a2, b2):
     """The map (a1, b1) followed by (a2, b2)."""
-    return a1 * a2, a2 * b1 + b2
+    return a1 * a2, tl.fma(a2, b1, b2)
 
 
 @triton.jit
@@ -66,11 +67,11 @@ def _gae_kernel(
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is not None:  # packed: N tokens in all, one row
-        first = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
-        end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), N)
+        first = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0).to(tl.int64)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), N).to(tl.int64)
     else:  # padded: N tokens in each row
-        first = 0
-        end = N
+        first = tl.zeros((), tl.int64)
+        end = first + N
         rewards_ptr += sequence * rewards_stride
         values_ptr += sequence * values_stride
         if mask_ptr is not None:
@@ -84,6 +85,17 @@ def _gae_kernel(
     if bootstrap_ptr is not None:
         value = tl.load(bootstrap_ptr + sequence).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
+    if mask_ptr is not None:  # the walk starts at the last step that counts: a row's padding moves no lane
+        whole = end
+        last = first + tl.zeros((), tl.int64)
+        for start in range(first, whole, BLOCK):
+            at = start + lanes
+            last = tl.maximum(last, tl.max(tl.where(_kept(mask_ptr, at, at < whole) != 0, at + 1, first), 0))
+        for start in range(last, whole, BLOCK):
+            at = start + lanes
+            tl.store(advantages_ptr + at, tl.zeros((BLOCK,), tl.float32), mask=at < whole)
+            tl.store(returns_ptr + at, tl.zeros((BLOCK,), tl.float32), mask=at < whole)
+        end = last
     for walked in range(0, end - first, BLOCK):
         at = end - 1 - walked - lanes  # time runs backwards along the lanes
         inside = at >= first
@@ -97,9 +109,9 @@ def _gae_kernel(
             seen, next_value = tl.associative_scan((seen, next_value), 0, _last_seen)
         next_value = tl.where(seen != 0, next_value, value)
         a = tl.where(keep != 0, step, 1.0)
-        b = tl.where(keep != 0, r + gamma * next_value - v, 0.0)
+        b = tl.where(keep != 0, tl.fma(gamma, next_value, r) - v, 0.0)
         a, b = tl.associative_scan((a, b), 0, _then)
-        result = a * advantage + b
+        result = tl.fma(a, advantage, b)
         tl.store(advantages_ptr + at, tl.where(keep != 0, result, 0.0), mask=inside)
         tl.store(returns_ptr + at, tl.where(keep != 0, result + v, 0.0), mask=inside)
         advantage = _at_end(result, lanes, BLOCK)

@@ -38,12 +38,12 @@ def _forward(
     kept = kept_rows(labels != head.ignore_index, walk.kept)
     total = divisor.normalizer
     if total is None:
-        total = hidden.new_tensor(divisor.norm_value or float(kept[1]), dtype=torch.float32)
+        total = hidden.new_full((), divisor.norm_value or float(kept[1]), dtype=torch.float32)
     share = torch.where(total > 0, 1.0 / total, 0.0)
 
     def row_loss(rows: Rows, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         nll = -logprobs.sum() * share
-        figures = torch.stack([nll, entropy.sum() * share, share.new_tensor(float(logprobs.shape[0]))])
+        figures = torch.stack([nll, entropy.sum() * share, share.new_full((), float(logprobs.shape[0]))])
         return nll, figures, (-share).expand(logprobs.shape), None
 
     losses, figures, grads = loss_and_gradients(row_loss, inputs, head, walk, need, kept, impl, shard)
@@ -127,7 +127,7 @@ def _reference(inputs: LinearInputs, divisor: Divisor, head: Head) -> tuple[Tens
     chunks.check_labels("linear_nll", inputs.labels, inputs.weight, head.ignore_index, None)
     logprobs, entropy, _ = reference.linear_token_logprobs(inputs, head, True)
     tokens = (inputs.labels != head.ignore_index).sum().to(logprobs.dtype)
-    total = tokens if divisor.norm_value == 0.0 else tokens.new_tensor(divisor.norm_value)
+    total = tokens if divisor.norm_value == 0.0 else torch.full_like(tokens, divisor.norm_value)
     if divisor.normalizer is not None:
         total = divisor.normalizer
     share = torch.where(total > 0, 1.0 / total, 0.0)

@@ -10,13 +10,18 @@ from torch import Tensor
 from . import checks, chunks, raw
 from .backends import reference
 from .chunks import Rows, kept_rows
-from .dispatch import pick
+from .dispatch import Table, pick
 from .library import differentiable, primitive
 from .linear_loss import composed, loss_and_gradients, loss_shapes
 from .metrics import Metrics
-from .ppo_loss import FORWARD, METRICS, divisor_of, given_tokens, terms_of
+from .ppo_loss import FORWARD as LOSS
+from .ppo_loss import METRICS, divisor_of, given_tokens, terms_of
 from .terms import Head, LinearInputs, Need, PolicyTokens, PpoTerms, Walk
 from .vocab_shard import VocabShard
+
+FORWARD: Table = {**LOSS, "cuda": LOSS["triton"]}
+"""The loss over the tokens of a chunk; with impl="cuda" the rows of logits go through CUDA kernels, the tokens through
+Triton's."""
 
 
 def _forward(

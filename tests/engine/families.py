@@ -71,4 +71,6 @@ def family(name: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for weight in (p for p in model.parameters() if p.ndim == 2):
             weight.mul_(0.2 / weight.std())
+    if name == "gemma2":  # transformers 5.17 leaves its attention's cap out elsewhere
+        model.set_attn_implementation("eager")
     return model

@@ -80,6 +80,7 @@ def test_no_prompt_and_no_file(model: str) -> None:
 
 
 def test_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jsonargparse", reason="the command line needs jsonargparse")
     assert main(["generate", "--model", model, "--prompt", "w5", "--max_new_tokens", "4"]) == 0
     assert "tokens/s" in capsys.readouterr().out
     with pytest.raises(SystemExit):

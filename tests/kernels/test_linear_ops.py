@@ -193,7 +193,8 @@ def test_no_buffer_of_tokens_by_vocabulary(impl: Backend, op: str) -> None:
         pytest.skip("ref: holds all logits")
     x = Linear(64, V, D, bias=False).draw(impl.device)
     for p in walk(op, impl, x, ("hidden", "weight"), chunk_tokens=8):
-        assert p.largest <= 4 * 8 * V, f"{p.largest} bytes at once; a chunk has {4 * 8 * V}, N x V {4 * 64 * V}"
+        most = 512 * -(-4 * 8 * V // 512)  # torch's GPU allocator hands out whole blocks of 512
+        assert p.largest <= most, f"{p.largest} bytes at once; a chunk has {4 * 8 * V}, N x V {4 * 64 * V}"
 
 
 @pytest.mark.parametrize("op", ["linear_ppo_loss", "linear_nll"])

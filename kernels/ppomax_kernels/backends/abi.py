@@ -52,18 +52,27 @@ SIGNATURES = {f"ppomax_{name}_cpu": [*types, I] for name, types in CPU.items()} 
 """Every op's function by its name in the header: the types of its arguments; it returns a status."""
 
 
+def _folders() -> list[Path]:
+    return [Path(folder) for folder in sys.modules["ppomax_kernels"].__path__]
+
+
+def found() -> Path | None:
+    """The compiled library, beside the package's modules or where an editable install put it; None: not there."""
+    return next((path for folder in _folders() if (path := folder / LIBRARY).is_file()), None)
+
+
 def library_path() -> Path:
     """Where the compiled library is: beside the package's modules, or where an editable install put it. RuntimeError,
     naming where it was looked for and how to build it, if it is not there."""
-    places = [Path(folder) / LIBRARY for folder in sys.modules["ppomax_kernels"].__path__]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
+    path = found()
+    if path is None:
+        places = [folder / LIBRARY for folder in _folders()]
         raise RuntimeError(
             f"ppomax_kernels: impl='cpu' needs the compiled library, which is not at {' or '.join(map(str, places))}; "
             "build it with `pip install .` (or `pip install -e .`) in the repository's root, which takes CMake and a "
             "C++ compiler; impl='ref' runs without"
         )
-    return found
+    return path
 
 
 @cache

@@ -162,8 +162,8 @@ def ppo_terms(
 
 def _denominator(mask: Tensor | None, count: int, divisor: Divisor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens in the mask, and one over what sums are divided by (0 where there is nothing to divide by)."""
-    tokens = like.new_tensor(float(count)) if mask is None else mask.bool().sum().to(like.dtype)
-    total = tokens if divisor.norm_value == 0.0 else like.new_tensor(divisor.norm_value)
+    tokens = like.new_full((), float(count)) if mask is None else mask.bool().sum().to(like.dtype)
+    total = tokens if divisor.norm_value == 0.0 else like.new_full((), divisor.norm_value)
     if divisor.normalizer is not None:
         total = divisor.normalizer.to(like.dtype)
     return tokens, torch.where(total > 0, 1.0 / total.clamp(min=torch.finfo(like.dtype).tiny), 0.0)
