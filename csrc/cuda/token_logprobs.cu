@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM)
     const int64_t r = blockIdx.x;
     const T *row = static_cast<const T *>(a.logits) + a.rows.at(r);
     const int64_t label = a.labels[a.label_rows.at(r)];
-    if (label == a.ignore_index || label < 0 || label >= a.V) {
+    const bool here = label >= 0 && label < a.V;  // else it lies in another shard of the vocabulary, or nowhere
+    if (label == a.ignore_index || (!here && label != PPOMAX_FOREIGN_LABEL)) {
         if (threadIdx.x == 0) {
             const float fill = label == a.ignore_index ? 0.0f : NAN;
             logprobs[r] = lse[r] = fill;
@@ -80,9 +81,9 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM)
     RowStats s = past_16_bytes(row) == 0 ? gathered<T, CAPPED, true>(row, a, c) : gathered<T, CAPPED, false>(row, a, c);
     s = merged_over_block(s, c);
     if (threadIdx.x != 0) return;
-    const portable::RowResult result =
-        portable::finish_row(s, capped<CAPPED>(to_float(row[label]), a.cap), a.temperature);
-    logprobs[r] = result.logprob;
+    const float picked = here ? capped<CAPPED>(to_float(row[label]), a.cap) : 0.0f;
+    const portable::RowResult result = portable::finish_row(s, picked, a.temperature);
+    logprobs[r] = here ? result.logprob : 0.0f;
     lse[r] = result.lse;
     if (entropy) entropy[r] = result.entropy;
 }
@@ -156,12 +157,13 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_PER_SM)
     const int64_t r = blockIdx.x;
     const T *row = static_cast<const T *>(a.logits) + a.rows.at(r);
     T *out = static_cast<T *>(dlogits) + r * a.V;
-    const int64_t label = a.labels[a.label_rows.at(r)];
+    int64_t label = a.labels[a.label_rows.at(r)];
     const float g = up.dlogprobs ? up.dlogprobs[up.dlogprob_rows.at(r)] : 0.0f;
     const float h = up.dentropy ? up.dentropy[up.dentropy_rows.at(r)] : 0.0f;
     const float L = up.lse[r];
     if (label == a.ignore_index || L == -INFINITY || (g == 0.0f && h == 0.0f)) return fill_row(out, a.V, 0.0f);
-    if (label < 0 || label >= a.V) return fill_row(out, a.V, NAN);
+    if (label != PPOMAX_FOREIGN_LABEL && (label < 0 || label >= a.V)) return fill_row(out, a.V, NAN);
+    if (label < 0) label = -1;  // in another shard: no column's, and small enough for differences
     const RowGradient gradient = {g, h, L, up.dentropy ? up.entropy[r] : 0.0f, a.scale, a.cap};
 
     const int64_t to_boundary = (16 - past_16_bytes(out)) % 16 / sizeof(T),

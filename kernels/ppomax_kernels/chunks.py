@@ -288,7 +288,7 @@ def refuse_shard(op: str, shard: VocabShard | None) -> None:
 def cast_for_autocast(*xs: Tensor | None) -> tuple[Tensor | None, ...]:
     """What torch.autocast does to the inputs of a linear layer, where it is on."""
     device = next((x.device.type for x in xs if isinstance(x, Tensor)), "meta")
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return xs
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in xs)

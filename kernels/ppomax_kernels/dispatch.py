@@ -11,9 +11,10 @@ from torch.autograd import forward_ad
 Table = Mapping[str, Callable[..., Any]]
 
 AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-CUDA_FIRST = frozenset({"token_logprobs", "linear_token_logprobs", "linear_nll", "linear_ppo_loss"})
+CUDA_FIRST = frozenset({"token_logprobs"})
 """Ops whose CUDA kernels `auto` takes where they were built, since they were the faster ones on an H200 (2026-11-27,
-bench/LOG.md): logits of 8192 x 151936 in bfloat16, forward 620 us against Triton's 1048."""
+bench/LOG.md): logits of 8192 x 151936 in bfloat16, forward 620 us against Triton's 1048. The linear ops, whose rows
+these kernels serve too, gain nothing that is above the noise of their GEMMs."""
 RUNS_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
