@@ -28,7 +28,7 @@ def pick(op: str, impl: str, device: torch.device, table: Table) -> str:
         )
     kind = device.type
     if impl == "auto":
-        if kind == "cuda" and op in CUDA_FIRST and "cuda" in table and cuda_built():
+        if kind == "cuda" and op in CUDA_FIRST and cuda_built():
             return "cuda"
         for name in AUTO.get(kind, ()):
             if name in table:

@@ -10,8 +10,8 @@ scan, "the last one seen", over the values one step later.
 Reads r, V (mask) once, writes A, R once: 16 B a token in fp32; the second read of V and mask, one step later, comes
 from L1. Small tensors, so what counts is latency: one launch, and blocks as large as registers allow (8 steps a thread,
 some 90 registers; 512 threads of as many steps spilled). The block is fixed, so a sequence's bits do not depend on the
-other sequences. A masked row is walked from its last step that counts, so
-that its padding changes no bit either. Ends from cu_seqlens are cut to [0, N] before use.
+other sequences. A masked row is walked from its last step that counts, found by one more read of the mask, so that its
+padding changes no bit either. Ends from cu_seqlens are cut to [0, N] before use.
 Left out on purpose: several programs a sequence (look-back between them), which only one very long sequence would gain
 from."""
 
@@ -86,15 +86,14 @@ def _gae_kernel(
         value = tl.load(bootstrap_ptr + sequence).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     if mask_ptr is not None:  # the walk starts at the last step that counts: a row's padding moves no lane
-        whole = end
-        last = first + tl.zeros((), tl.int64)
-        for start in range(first, whole, BLOCK):
+        last = first
+        for start in range(first, end, BLOCK):
             at = start + lanes
-            last = tl.maximum(last, tl.max(tl.where(_kept(mask_ptr, at, at < whole) != 0, at + 1, first), 0))
-        for start in range(last, whole, BLOCK):
+            last = tl.maximum(last, tl.max(tl.where(_kept(mask_ptr, at, at < end) != 0, at + 1, first), 0))
+        for start in range(last, end, BLOCK):
             at = start + lanes
-            tl.store(advantages_ptr + at, tl.zeros((BLOCK,), tl.float32), mask=at < whole)
-            tl.store(returns_ptr + at, tl.zeros((BLOCK,), tl.float32), mask=at < whole)
+            tl.store(advantages_ptr + at, tl.zeros((BLOCK,), tl.float32), mask=at < end)
+            tl.store(returns_ptr + at, tl.zeros((BLOCK,), tl.float32), mask=at < end)
         end = last
     for walked in range(0, end - first, BLOCK):
         at = end - 1 - walked - lanes  # time runs backwards along the lanes

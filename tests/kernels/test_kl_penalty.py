@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from ppomax_kernels.kl_penalty import ESTIMATORS
-from ppomax_kernels.kl_penalty import FORWARD as TABLE  # noqa: F401 (the fixture `impl` reads it)
 
 from . import strategies, verify
 from .backends import Backend

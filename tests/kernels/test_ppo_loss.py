@@ -4,7 +4,6 @@ import ppomax_kernels as K
 import pytest
 import torch
 from hypothesis import given
-from ppomax_kernels.ppo_loss import FORWARD as TABLE  # noqa: F401 (the fixture `impl` reads it)
 
 from . import strategies, verify
 from .backends import Backend

@@ -5,7 +5,6 @@ import ppomax_kernels as K
 import pytest
 import torch
 from ppomax_kernels.backends.reference import philox_uniform
-from ppomax_kernels.sample import FORWARD as TABLE  # noqa: F401 (the fixture `impl` reads it)
 
 from . import sampling
 from .backends import Backend

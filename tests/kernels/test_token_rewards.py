@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax_kernels.token_rewards import FORWARD as TABLE  # noqa: F401 (the fixture `impl` reads it)
 
 from . import strategies, verify
 from .backends import Backend
