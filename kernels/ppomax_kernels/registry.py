@@ -32,5 +32,7 @@ def table_of(op: str) -> Mapping[str, Any]:
 
 
 def with_triton_kernels() -> list[str]:
-    """The ops that have Triton kernels of their own."""
-    return [op for op in OPS if Path(__file__).with_name(f"{op}_triton.py").is_file()]
+    """Names of the modules of ops, public and internal, that have Triton kernels of their own, without `_triton`."""
+    here = Path(__file__).parent
+    internal = sorted(f"internal.{file.stem.removesuffix('_triton')}" for file in here.glob("internal/*_triton.py"))
+    return [op for op in OPS if (here / f"{op}_triton.py").is_file()] + internal

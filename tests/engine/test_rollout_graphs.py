@@ -16,12 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engine.families import BOS, FAMILIES, SHARED, family
 from tests.engine.sampled import decode
-from tests.engine.stand_ins import DECODE, attend_by, attend_by_flash, captures_by_tape
+from tests.engine.stand_ins import DECODE, attend_by, captures_by_tape
 from tests.engine.test_rollout import ENDS, GIVEN, LENGTHS, forwards, generated, prompts_of
 
 
 def test_buckets() -> None:
-    assert [row_bucket(n, 100) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 97)] == [1, 2, 4, 4, 8, 8, 16, 16, 24, 100]
+    assert [row_bucket(n, 100) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 97)] == [1, 2, 4, 4, 8, 8, 16, 16, 32, 100]
+    assert [row_bucket(n, 999) for n in (64, 65, 128, 129, 200, 257)] == [64, 96, 128, 192, 256, 384]
     assert [row_bucket(n, 6) for n in (1, 3, 5, 6)] == [1, 4, 6, 6]
     assert [page_bucket(n, 7) for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 4, 4, 7, 7]
     for slots in range(1, 70):
@@ -30,11 +31,11 @@ def test_buckets() -> None:
             assert n <= page_bucket(n, slots) <= slots
 
 
-@pytest.mark.parametrize("way", ["sdpa", "flash", "ref"])
+@pytest.mark.parametrize("way", ["sdpa", "ref"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_tokens_equal_generate(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tapes = family(name), captures_by_tape(monkeypatch)
-    attend_by_flash(monkeypatch) if way == "flash" else attend_by(monkeypatch, way)
+    attend_by(monkeypatch, way)
     got = decode(model, GIVEN, range(10), eos_ids=ENDS, max_new_tokens=20, temperature=0, slots=5, cuda_graphs=True)
     assert got.tokens == [generated(model, p, 20) for p in GIVEN]
     assert len(set(map(len, got.tokens))) > 1, "ends should be uneven"
@@ -83,9 +84,9 @@ def test_recorded_states_equal_a_full_forward(name: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(trunk, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["sdpa", "flash"])
+@pytest.mark.parametrize("way", ["sdpa"])
 def test_living_rows_do_not_read_the_scratch_page(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is NaN beyond the position that fillers write, and nobody is given it."""
+    """It is far from all else beyond the position that fillers write, and nobody is given it."""
     made: list[Arena] = []
 
     class Poisoned(Arena):
@@ -93,12 +94,10 @@ def test_living_rows_do_not_read_the_scratch_page(way: str, monkeypatch: pytest.
             super().__init__(*args, **kwargs)
             made.append(self)
             for pages in (p for store in self.stores for p in store):
-                pages[self.scratch] = torch.nan
+                pages[self.scratch] = 1e4
 
     model, tapes = family("gemma2"), captures_by_tape(monkeypatch)
     want = decode(model, GIVEN, range(10), eos_ids=ENDS, max_new_tokens=40, seed=3, slots=5)
-    if way == "flash":
-        attend_by_flash(monkeypatch)
     monkeypatch.setattr(DECODE, "Arena", Poisoned)
     got = decode(model, GIVEN, range(10), eos_ids=ENDS, max_new_tokens=40, seed=3, slots=5, cuda_graphs=True)
     assert tapes
@@ -107,7 +106,7 @@ def test_living_rows_do_not_read_the_scratch_page(way: str, monkeypatch: pytest.
     assert arena.scratch == arena.pages
     assert sorted(arena.free) == list(range(arena.pages))
     assert len(arena.stores[0][0]) == arena.pages + 1
-    assert not arena.stores[0][0][arena.scratch].isnan().all(), "no row ever filled up a bucket"
+    assert (arena.stores[0][0][arena.scratch] != 1e4).any(), "no row ever filled up a bucket"
 
 
 def test_what_cannot_be_captured_is_decoded_plainly_and_said_once(
@@ -148,7 +147,7 @@ def test_the_plan_counts_the_scratch_page_and_the_graphs(monkeypatch: pytest.Mon
     assert plain.graph_bytes == 0
     assert "CUDA graphs" not in plain.sentence()
     assert graphed.arena_bytes - plain.arena_bytes == 16 * cache_shape(model.config).token_bytes(torch.float32)
-    buffers = 2 * (3 * 8 + 2 * 32 * 4) + (2 * 2 + 1) * 3 * 4  # ids and so on, two results of 32; tables of 3 pages
+    buffers = 2 * (5 * 8 + 8 + 4)  # ids, positions, rows, numbers and counts; tokens and logprobs
     gathered = 3 * 2 * (3 * 16) * (2 * 8) * 4  # two slots of three pages, two heads of 8
     activations = round(2.4 * 2 * (3 * 32 + 3 * 48) * 4)
     assert graphed.graph_bytes == buffers + gathered + activations

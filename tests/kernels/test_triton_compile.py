@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 PACKAGE = Path(ppomax_kernels.__file__).parent
 KERNELS = sorted(
-    name for file in PACKAGE.glob("*_triton.py") for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())
+    name for file in PACKAGE.rglob("*_triton.py") for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())
 )
 
 
@@ -117,7 +117,7 @@ def test_no_recompilation_for_a_length_a_count_or_a_number() -> None:
 
 
 def test_only_triton_files_import_triton() -> None:
-    others = [file for file in PACKAGE.glob("*.py") if not file.name.endswith("_triton.py")]
+    others = [file for file in PACKAGE.rglob("*.py") if not file.name.endswith("_triton.py")]
     assert others
     for file in others:  # dispatch.py may ask, inside a function, whether Triton interprets
         assert not re.search(r"^(?:from|import) triton\b", file.read_text(), re.MULTILINE), file.name

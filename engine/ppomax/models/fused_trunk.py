@@ -9,7 +9,7 @@ products the rest costs nothing."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeGuard
@@ -18,14 +18,15 @@ from weakref import WeakKeyDictionary
 import torch
 from ppomax_kernels.internal.packed_linear import DTYPES
 from ppomax_kernels.internal.rms_norm import rms_norm
-from ppomax_kernels.internal.rotate import rotate
+from ppomax_kernels.internal.rotate import rotate, rotate_pair
 from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
 
 MOST_BYTES = 256 * 2**20
 """Weights that are joined, or packed by a rollout: above this they are not worth a second copy."""
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
-"""Between a module's answer to the probe and ours; bfloat16 keeps 8 bits, and modules round more than once."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}
+"""Between a module's answer to the probe and ours; bfloat16 keeps 8 bits, float16 11, and modules round more than
+once."""
 ROTARY = "apply_rotary_pos_emb"
 """What transformers' families call it."""
 
@@ -69,7 +70,7 @@ def runs_of(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
             gate, up, down = inside
             runs[module] = partial(_swiglu, join([gate, up]), join([down]))
         elif (three := query_key_value(module)) is not None:
-            runs |= _Together(join([*three]), three).runs()
+            runs |= Together(join([*three]), three).runs()
     return runs
 
 
@@ -95,20 +96,36 @@ def _joined(layers: list[nn.Linear]) -> Run:
 # ---- norms ----------------------------------------------------------------------------------------------------------
 
 
-def norm_of(module: nn.Module) -> Run | None:
-    """rms_norm with the module's weight, if that is what the module computes; None for every other module."""
+class NormTerms(NamedTuple):
+    """`rms_norm(x, **terms)`."""
+
+    weight: Tensor
+    offset: float
+    eps: float
+
+
+def norm_terms(module: nn.Module, impl: str = "auto") -> NormTerms | None:
+    """What the module is as an rms_norm; None for every other module."""
     weight = getattr(module, "weight", None)
     eps = next((e for n in ("variance_epsilon", "eps") if isinstance(e := getattr(module, n, None), float)), None)
     if "RMSNorm" not in type(module).__name__ or weight is None or eps is None or weight.dtype not in TOLERANCE:
         return None
 
     def run(offset: float) -> Run:
-        return partial(rms_norm, weight=weight, offset=offset, eps=eps)
+        return partial(rms_norm, weight=weight, offset=offset, eps=eps, impl=impl)
 
     if module not in _found:
-        _found[module] = next((o for o in (0.0, 1.0) if _same(module, run(o), weight.shape[0], weight.dtype)), None)
+        _found[module] = next((o for o in (0.0, 1.0) if same(module, run(o), weight.shape[0], weight)), None)
     offset = _found[module]
-    return None if offset is None else run(offset)
+    return None if offset is None else NormTerms(weight, offset, eps)
+
+
+def norm_of(module: nn.Module) -> Run | None:
+    """rms_norm with the module's weight, if that is what the module computes; None for every other module."""
+    if getattr(module, "weight", None) is None or module.weight.dtype not in DTYPES:
+        return None
+    terms = norm_terms(module)
+    return None if terms is None else partial(rms_norm, **terms._asdict())
 
 
 # ---- SwiGLU ---------------------------------------------------------------------------------------------------------
@@ -127,7 +144,7 @@ def swiglu_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | 
         return down(silu_mul(torch.cat([gate(x), up(x)], -1)))  # type: ignore[no-any-return]
 
     if block not in _found:
-        _found[block] = 0.0 if _same(block, plain, gate.in_features, gate.weight.dtype) else None
+        _found[block] = 0.0 if same(block, plain, gate.in_features, gate.weight) else None
     return None if _found[block] is None else (gate, up, down)
 
 
@@ -154,7 +171,7 @@ class _Seen(NamedTuple):
     outputs: dict[nn.Linear, Tensor]
 
 
-class _Together:
+class Together:
     """Three layers, called one after the other on one input: the first call computes all. Another input in between, or
     the same layer twice, starts anew."""
 
@@ -181,10 +198,12 @@ class _Together:
 
 
 @contextmanager
-def fused_rotary(runs: dict[nn.Module, Run]) -> Iterator[None]:
-    """Inside, the families of these modules rotate query and key by our kernel, where that is what they do."""
-    files = {sys.modules[type(m).__module__] for m in runs}
-    ours = {file: _rotary(real) for file in files if (real := getattr(file, ROTARY, None)) and _turns_halves(real)}
+def fused_rotary(modules: Iterable[nn.Module], impl: str = "cpu") -> Iterator[None]:
+    """Inside, the families of these modules rotate query and key by our kernel, "cpu" or "triton", where that is what
+    they do."""
+    files = {sys.modules[type(m).__module__] for m in modules}
+    make = _rotary if impl == "cpu" else _rotary_pair
+    ours = {file: make(real) for file in files if (real := getattr(file, ROTARY, None)) and _turns_halves(real)}
     theirs = {file: getattr(file, ROTARY) for file in ours}
     try:
         for file, function in ours.items():
@@ -201,6 +220,16 @@ def _rotary(real: Any) -> Any:
         if args or named or not fits or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
             return real(q, k, cos, sin, *args, **named)
         return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+def _rotary_pair(real: Any) -> Any:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **named: Any) -> Any:
+        fits = q.dtype == k.dtype == cos.dtype and cos.shape[-1] == q.shape[-1]
+        if args or named or not fits or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
+            return real(q, k, cos, sin, *args, **named)
+        return rotate_pair(q, k, cos, sin, impl="triton")
 
     return apply_rotary_pos_emb
 
@@ -232,9 +261,10 @@ def _plain(layer: Any) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear and "forward" not in layer.__dict__
 
 
-def _same(module: nn.Module, run: Run, width: int, dtype: torch.dtype) -> bool:
-    probe = torch.linspace(-2.0, 3.0, 2 * width).view(2, -1).to(dtype)
-    limit = TOLERANCE[dtype]
+def same(module: Run, run: Run, width: int, weight: Tensor) -> bool:
+    """Whether both give the same, but for rounding, of a probe (2, width) of the weight's dtype on its device."""
+    probe = torch.linspace(-2.0, 3.0, 2 * width, device=weight.device).view(2, -1).to(weight.dtype)
+    limit = TOLERANCE[weight.dtype]
     with torch.no_grad():
         want = module(probe)
         return torch.allclose(run(probe), want, rtol=limit, atol=limit * float(want.abs().max()))

@@ -121,13 +121,13 @@ def rollout(job: Job) -> dict[str, int]:
     """KV cache, the prefill's activations, one row of logits a slot, the whole policy under ZeRO-3."""
     policy = sizes_of(job.policy, "causal_lm")
     slots = min(job.slots, job.sequences)
-    at_once = min(slots * job.prompt_tokens, max(prefill_tokens(), job.prompt_tokens)) + slots
+    at_once = min(slots * job.prompt_tokens, max(prefill_tokens(job.cpu), job.prompt_tokens)) + slots
     limits = job.response_tokens, job.cache_tokens
     cache = cache_bytes(job.policy, job.dtype, longest_prompts(job), slots, limits)
     prefill = _held(job, job.policy, 1, at_once)
     return {
         "KV cache": cache,
-        "packed weights": packed_weight_bytes(job.policy, job.dtype) if job.cpu else 0,
+        "packed weights": packed_weight_bytes(job.policy, job.dtype, job.cpu),
         **_larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
         "gathered": _gathered_policy(job),
         "trunk states": _trunk_states(job),

@@ -199,22 +199,23 @@ def cache_bytes(config: str, dtype: str, prompts: list[Prompt], slots: int, limi
 
 
 @lru_cache(maxsize=64)
-def packed_weight_bytes(config: str, dtype: str) -> int:
-    """Bytes of the second copy of its weights that the rollout keeps on a CPU where they are few."""
+def packed_weight_bytes(config: str, dtype: str, cpu: bool) -> int:
+    """Bytes of weights that the rollout holds a second time: packed on a CPU, where they are few, joined on a GPU."""
     import torch
 
+    from ppomax.rollout.gpu_trunk import joined, joined_bytes
     from ppomax.rollout.packed_weights import packed_bytes
 
     with torch.device("meta"):
         model = _build(_hf_config(config, None), "causal_lm", getattr(torch, dtype))
-    return packed_bytes(model, "native")
+    return packed_bytes(model, "native") if cpu else joined_bytes(joined(model))
 
 
-def prefill_tokens() -> int:
+def prefill_tokens(cpu: bool) -> int:
     """Prompt tokens that one forward of the rollout takes at most, unless a single prompt is longer."""
-    from ppomax.rollout.slots import PREFILL_TOKENS
+    from ppomax.rollout import slots
 
-    return PREFILL_TOKENS
+    return slots.prefill_tokens("cpu" if cpu else "cuda")
 
 
 def _trunk_only(config: str, most: int) -> str:

@@ -2,30 +2,31 @@
 made, puts them into the arena and attends over each token's own sequence. One implementation a phase:
 
     native   CPUs: ppomax_kernels.internal.paged_attention, which reads the pages where they lie
-    flash    CUDA with flash-attn 2 installed, half precision: its kernel for decoding, over pages
+    triton   GPUs: paged_decode for next tokens, torch's attention over the fresh keys for prompts
     sdpa     elsewhere: pages gathered for torch's scaled_dot_product_attention
     ref      what `impl: ref` asks for
 
 No mask is made: transformers makes none for an attention that its mask interface does not know, and where a token
 stands is in `Step`. So a layer must name its window and cap in the call; one that works otherwise (attention sinks,
-biases, keys of another layer) is refused by name. The flash path has not been run on a device yet."""
+biases, keys of another layer) is refused by name."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from ppomax_kernels.backends import reference
 from ppomax_kernels.internal.paged_attention import PAGE, paged_attention
+from ppomax_kernels.internal.paged_decode import paged_decode, serves, write_row_pages
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ppomax.models import base_of
-from ppomax.rollout.arena import FLASH_PAGE, Arena, Step, cache_shape
-from ppomax.rollout.attention_borrowed import AttentionTerms, attend_borrowed
+from ppomax.rollout.arena import ROW_PAGE, Arena, Step, cache_shape
+from ppomax.rollout.attention_borrowed import AttentionTerms, attend_prompts, decode_sdpa
 
 NAME = "ppomax_rollout"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -60,33 +61,42 @@ class Attention:
         """query (N, H, D), key and value (N, G, D) of the step's tokens -> (N, H, D)."""
         step = self.step
         assert step is not None
-        pages = self.arena.stores[layer]
-        if self.name not in ("native", "ref"):
-            return attend_borrowed(self.name, query, key, value, pages, step, AttentionTerms(scale, window, softcap))
-        return paged_attention(
-            query, key, value, *pages, step.tables, step.slots, step.positions, scale=scale, window=window,
-            softcap=softcap, impl="ref" if self.name == "ref" else "cpu",
-        )  # fmt: skip
+        pages, where = self.arena.stores[layer], (step.tables, step.slots, step.positions)
+        terms = AttentionTerms(scale, window, softcap)
+        if self.name in ("native", "ref"):
+            impl = "ref" if self.name == "ref" else "cpu"
+            return paged_attention(query, key, value, *pages, *where, **terms._asdict(), impl=impl)
+        n, parts = step.decoding, []
+        if self.name == "sdpa":
+            reference.write_pages(key, value, *pages, *where)
+        elif step.prompts:
+            write_row_pages(key[n:], value[n:], *pages, step.tables, step.slots[n:], step.positions[n:], impl="triton")
+        if n and self.name == "sdpa":
+            parts.append(decode_sdpa(query[:n], pages, step, terms))
+        elif n:
+            rows = (query[:n], key[:n], value[:n], *pages, step.tables, step.slots[:n], step.positions[:n])
+            parts.append(paged_decode(*rows, **terms._asdict(), impl="triton"))
+        if step.prompts:
+            parts.append(attend_prompts(query[n:], key[n:], value[n:], step, terms))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 _CURRENT: ContextVar[Attention] = ContextVar("ppomax_rollout_attention")
 
 
 def choose(model: PreTrainedModel, impl: str = "auto") -> str:
-    """The implementation for this model's device and dtype: native, flash, sdpa or ref."""
+    """The implementation for this model's device and dtype: native, triton, sdpa or ref."""
     if impl == "ref":
         return "ref"
     if model.device.type == "cpu":
         return "native"
-    half, dim = model.dtype in (torch.bfloat16, torch.float16), cache_shape(model.config).head_dim
-    # flash-attn 2 is this extension; it copies whole caches to pad a head that is no multiple of 8.
-    kernel = dim % 8 == 0 and dim <= 256 and importlib.util.find_spec("flash_attn_2_cuda") is not None
-    return "flash" if model.device.type == "cuda" and half and kernel else "sdpa"
+    ours = model.device.type == "cuda" and serves(cache_shape(model.config).head_dim, model.dtype)
+    return "triton" if ours else "sdpa"
 
 
 def page_of(name: str) -> int:
     """Tokens of a page for an implementation."""
-    return FLASH_PAGE if name == "flash" else PAGE
+    return ROW_PAGE if name == "triton" else PAGE
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -1,38 +1,42 @@
 """Continuous batching over the KV arena: every forward takes one token of each living sequence and the prompts that
 start, as one packed row; what ends gives its slot to the next.
 
-    admit -> forward (last tokens | new prompts) -> head -> one fused sampler -> ids to the host, once -> release
+    admit -> forward (last tokens | new prompts) -> head -> one fused sampler -> ids to the host -> release
 
 Nothing is padded, so the work of a step is its tokens. A sequence's draws come from a random stream of its own, so its
 tokens do not depend on slots, order or neighbours (beyond the rounding of GEMMs of another height). Any HF causal LM
-whose attention goes through transformers' interface; no per-family code. Steps without prompts may be replayed from
-CUDA graphs (graphs.py), which round the rows up."""
+whose attention goes through transformers' interface; no per-family code. On a GPU the host reads a step's tokens after
+it has queued the next one: a sequence that ended takes part in one step more, whose token is dropped. Steps without
+newcomers may be replayed from CUDA graphs (graphs.py), which round the rows up; then newcomers have steps of their
+own."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
-import ppomax_kernels as K
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.models import blocks_of, embedding_weight
 from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Arena
 from ppomax.rollout.attention import arena_attention
-from ppomax.rollout.forward import Extras, Forward
+from ppomax.rollout.forward import Draws, Extras, Forward
+from ppomax.rollout.gpu_trunk import gpu_trunk
 from ppomax.rollout.graphs import capture_for
 from ppomax.rollout.packed_weights import packed_trunk
 from ppomax.rollout.recorder import Recorder
 from ppomax.rollout.responses import Responses, RolloutStats
 from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.sizes import RolloutError, RolloutSizes, rollout_sizes
-from ppomax.rollout.slots import Slots
+from ppomax.rollout.slots import Admission, Slots
 from ppomax.rollout.streams import stream_seeds
 from ppomax.rollout.text import TextStream
+from ppomax.rollout.transfers import Arriving
 
+NOBODY = Admission([], [], ([], []))
 OnToken = Callable[[int, int, bool], None]
 """Told each token of sequence i as it comes: (i, token, whether it is the last one)."""
 
@@ -69,13 +73,16 @@ def decode(
         announce(sizes)
     arena = Arena(model.config, sizes.pages, model.dtype, model.device, sizes.page, scratch=sampling.cuda_graphs)
     texts = [TextStream(tokenizer) for _ in prompts] if sampling.stop else []  # type: ignore[arg-type]
-    with arena_attention(model, arena, sizes.attention) as attention, packed_trunk(model, sizes.attention) as panels:
+    trunk = gpu_trunk(model) if sizes.attention == "triton" else packed_trunk(model, sizes.attention)
+    with arena_attention(model, arena, sizes.attention) as attention, trunk as panels:
         recorder = None
         if trunk_layers is not None:
             recorder = Recorder(model, trunk_layers, sizes.slots, sampling.max_new_tokens, len(prompts))
         slots = Slots(distinct, sizes.slots, sampling.max_new_tokens, arena)
-        forward = Forward(model, attention, slots, Extras(panels, capture, recorder))
-        loop = _Loop(forward, sampling, ends, stream_seeds(sampling.seed, uids).to(model.device), texts, on_token)
+        eos = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
+        draws = Draws(sampling, stream_seeds(sampling.seed, uids).to(model.device), eos)
+        forward = Forward(model, attention, slots, draws, Extras(panels, capture, recorder))
+        loop = _Loop(forward, len(prompts), ends, texts, on_token)
         try:
             while slots.queue or slots.living:
                 loop.step()
@@ -83,75 +90,74 @@ def decode(
             forward.close()
     loop.stats.planned_bytes, loop.stats.slots, loop.stats.pages = sizes.peak_bytes, sizes.slots, sizes.pages
     loop.stats.most_pages = sizes.pages - arena.least_free
-    trunk = None if recorder is None else recorder.done
-    return Responses(loop.tokens, loop.logprobs, loop.finished, trunk, loop.stats)
+    recorded = None if recorder is None else recorder.done
+    return Responses(loop.tokens, loop.logprobs, loop.finished, recorded, loop.stats)
 
 
 class _Loop:
     """One rollout under way."""
 
     def __init__(
-        self,
-        forward: Forward,
-        sampling: Sampling,
-        ends: frozenset[int],
-        seeds: Tensor,
-        texts: list[TextStream],
-        on_token: OnToken | None,
+        self, forward: Forward, count: int, ends: frozenset[int], texts: list[TextStream], on_token: OnToken | None
     ):
-        self.forward, self.slots, self.sampling, self.ends = forward, forward.slots, sampling, ends
-        self.seeds, self.texts, self.on_token = seeds, texts, on_token
-        self.device = forward.device
-        self.eos = torch.tensor(sorted(ends), dtype=torch.int64, device=self.device)
-        self.tokens: list[list[int]] = [[] for _ in seeds]
-        self.logprobs: list[list[float]] = [[] for _ in seeds]
-        self.finished = [False] * len(seeds)
+        self.forward, self.slots, self.sampling = forward, forward.slots, forward.draws.sampling
+        self.ends, self.texts, self.on_token = ends, texts, on_token
+        self.coming: deque[tuple[list[slotting.Sequence], Arriving]] = deque()
+        """Drawn tokens that the host has not read, by step, and whose they are."""
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.logprobs: list[list[float]] = [[] for _ in range(count)]
+        self.finished = [False] * count
         self.stats = RolloutStats()
 
     def step(self) -> None:
-        """Admit, run, draw, release."""
+        """Admit, draw, read, release."""
         began = time.perf_counter()
-        before = list(self.slots.living)
+        before = [s for s in self.slots.living if s.drawn < self.sampling.max_new_tokens]
         came = self.slots.admit()
-        hidden, living = self.forward.hidden(before, came), len(self.slots.living)
-        token, logprob = self._draw(hidden)
-        ended = self._take(token, logprob)
+        unread = len(self.coming)
+        if self.forward.graphs is not None and came.sequences and before:
+            self._draw([], came)
+            self._draw(before, NOBODY)
+        elif came.sequences or before:
+            self._draw(before, came)
+        late = self.forward.device.type != "cpu" and len(self.coming) > unread
+        for _ in range(unread if late else len(self.coming)):
+            self._read()
+        prefill = sum(len(p.tokens) for p, _ in came.starting)
+        living = len(before) + len(came.sequences)
+        self.stats.note(living, len(before), prefill, time.perf_counter() - began)
+
+    def _draw(self, living: list[slotting.Sequence], came: Admission) -> None:
+        token, logprob = self.forward.tokens(living, came)
+        drawers = [*living, *came.sequences]
+        for sequence in drawers:
+            sequence.drawn += 1
+        self.coming.append((drawers, Arriving(token, logprob)))
+
+    def _read(self) -> None:
+        """The oldest step that was not read: give each sequence its token, and release those that end with it."""
+        drawers, arriving = self.coming.popleft()
+        ended = self._take(drawers, *arriving.lists())
         for sequence in ended:
             if self.forward.recorder is not None:
                 self.forward.recorder.finish(sequence)
             self.slots.release(sequence)
         if ended:
-            gone = set(map(id, ended))
-            self.slots.living = [s for s in self.slots.living if id(s) not in gone]
-        prefill = sum(len(p.tokens) for p, _ in came.starting)
-        self.stats.note(living, len(before), prefill, time.perf_counter() - began)
+            self.slots.living = [s for s in self.slots.living if not s.ended]
 
-    def _draw(self, hidden: Tensor) -> tuple[list[int], list[float]]:
-        """A token and its logprob for each living sequence; the one transfer to the host of a step."""
-        sampling, living = self.sampling, self.slots.living
-        logits = self.forward.logits(hidden)
-        early = [row for row, s in enumerate(living) if len(s.tokens) < sampling.min_new_tokens]
-        if early and len(self.eos):
-            logits[torch.tensor(early, device=self.device)[:, None], self.eos] = -torch.inf
-        which = torch.tensor([[s.index for s in living], [len(s.tokens) for s in living]], device=self.device)
-        token, logprob, _, _ = K.sample(
-            logits,
-            self.seeds[which[0]],
-            which[1],
-            temperature=float(sampling.temperature),
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            impl=sampling.impl,
-        )
-        if self.device.type == "cpu":
-            return token.tolist(), logprob.tolist()
-        both = torch.stack([token.double(), logprob.double()]).tolist()  # exact: ids are far below 2^53
-        return [int(t) for t in both[0]], both[1]
-
-    def _take(self, tokens: list[int], logprobs: list[float]) -> list[slotting.Sequence]:
+    def _take(
+        self, drawers: list[slotting.Sequence], tokens: list[int], logprobs: list[float]
+    ) -> list[slotting.Sequence]:
         """Give each sequence its token; returns those that end with it."""
         sampling, ended = self.sampling, []
-        for sequence, token, logprob in zip(self.slots.living, tokens, logprobs, strict=True):
+        for sequence, token, logprob in zip(drawers, tokens, logprobs, strict=True):
+            if sequence.ended:
+                continue
+            if token < 0:
+                raise RolloutError(
+                    f"rollout: the logits of sequence {sequence.index} are not numbers at its token "
+                    f"{len(sequence.tokens)}; look for NaN in the policy's weights, or sample in another dtype"
+                )
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             stopped = token in self.ends
@@ -159,10 +165,10 @@ class _Loop:
                 text = self.texts[sequence.index]
                 met = text.ends_with_stop(sampling.stop, text.push(token))
                 stopped = met and len(sequence.tokens) >= sampling.min_new_tokens
-            last = stopped or len(sequence.tokens) == sampling.max_new_tokens
+            sequence.ended = stopped or len(sequence.tokens) == sampling.max_new_tokens
             if self.on_token is not None:
-                self.on_token(sequence.index, token, last)
-            if last:
+                self.on_token(sequence.index, token, sequence.ended)
+            if sequence.ended:
                 i = sequence.index
                 self.tokens[i], self.logprobs[i] = sequence.tokens, sequence.logprobs
                 self.finished[i] = stopped

@@ -1,10 +1,13 @@
-"""One forward of a rollout: the newest token of each living sequence, then the prompts that start, as one packed row,
-plain or replayed from a CUDA graph; and from its states the logits."""
+"""The next token of each sequence of a rollout: one forward of the newest token of each living sequence and of the
+prompts that start, packed as one row; the head; the sampler. Token ids stay on the device from one step to the next, so
+a step needs nothing of the one before it from the host. Steps without newcomers may be replayed from CUDA graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import ppomax_kernels as K
 import torch
 from ppomax_kernels.internal.packed_linear import packed_linear
 from torch import Tensor
@@ -16,7 +19,19 @@ from ppomax.rollout.arena import Step
 from ppomax.rollout.attention import Attention
 from ppomax.rollout.graphs import Capture, DecodeGraphs
 from ppomax.rollout.recorder import Recorder
-from ppomax.rollout.slots import Admission, Prompt, Slots
+from ppomax.rollout.sampling import Sampling
+from ppomax.rollout.slots import Admission, Slots
+from ppomax.rollout.transfers import upload
+
+
+class Draws(NamedTuple):
+    """What tokens are drawn by."""
+
+    sampling: Sampling
+    seeds: Tensor
+    """(sequences,) int64: each one's random stream."""
+    eos: Tensor
+    """Ids that are forbidden until `sampling.min_new_tokens` are out."""
 
 
 class Extras(NamedTuple):
@@ -25,7 +40,7 @@ class Extras(NamedTuple):
     panels: Tensor | None = None
     """The head's weight, packed; None: logits come from the head as it is."""
     capture: Capture | None = None
-    """How steps without prompts are captured; None: all of them are plain."""
+    """How steps without newcomers are captured; None: all of them are plain."""
     recorder: Recorder | None = None
     """Keeps what enters one block."""
 
@@ -33,50 +48,39 @@ class Extras(NamedTuple):
 class Forward:
     """The model of one rollout, with the arena that its layers attend through."""
 
-    def __init__(self, model: PreTrainedModel, attention: Attention, slots: Slots, extras: Extras):
+    def __init__(self, model: PreTrainedModel, attention: Attention, slots: Slots, draws: Draws, extras: Extras):
         self.base, self.head, self.device = base_of(model), head_of(model), model.device
-        self.attention, self.arena, self.slots = attention, attention.arena, slots
+        self.attention, self.arena, self.slots, self.draws = attention, attention.arena, slots, draws
         self.panels, self.recorder = extras.panels, extras.recorder
+        self.tables = slots.tables if self.device.type == "cpu" else slots.tables.to(self.device)
+        self.newest = torch.zeros(len(self.tables), dtype=torch.int64, device=self.device)
+        """The newest token of each slot's sequence."""
         self.graphs: DecodeGraphs | None = None
         if extras.capture is not None:
-            page = self.arena.page
-            self.graphs = DecodeGraphs(self.run, extras.capture, slots.tables, slots.count, page, self.device)
+            page = None if attention.name == "triton" else self.arena.page
+            self.graphs = DecodeGraphs(self._next, extras.capture, self.newest, self.tables, slots.count, page)
 
-    def hidden(self, living: list[slotting.Sequence], came: Admission) -> Tensor:
-        """(B, D): the state that each sequence draws its next token from: those that were `living`, then those that
-        came."""
-        states = self._states(living, came.starting) if living or came.starting else None
-        if states is not None:
-            at = len(living)
-            for prompt, _ in came.starting:
-                if self.recorder is not None:
-                    prompt.trunk = self.recorder.states[at : at + len(prompt.tokens)].clone()
-                at += len(prompt.tokens)
-                prompt.hidden = states[at - 1].clone()
-            if self.recorder is not None:
-                self.recorder.record(living)
-        self.arena.copy_pages(*came.tails)
-        if not came.sequences:
-            assert states is not None
-            return states
-        fresh = torch.stack([s.prompt.hidden for s in came.sequences])  # type: ignore[misc]
-        return fresh if states is None or not living else torch.cat([states[: len(living)], fresh])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, V) of states (B, D)."""
-        if self.panels is None:
-            return self.head.logits(hidden)
-        return self.head.capped(packed_linear(hidden, self.panels, self.head.bias, len(self.head.weight)))
-
-    def run(self, where: Tensor, step: Step) -> tuple[Tensor, ...]:
-        """(N, D) states after the last block, and if they are recorded (N, D) before another one, of the tokens with
-        these ids, positions and table rows (3, N)."""
-        self.attention.step = step
-        states: Tensor = self.base(
-            input_ids=where[:1], position_ids=where[1:2], past_key_values=self.arena, use_cache=True
-        ).last_hidden_state[0]
-        self.attention.check_all_served()
-        return (states,) if self.recorder is None else (states, self.recorder.states)
+    def tokens(self, living: Sequence[slotting.Sequence], came: Admission) -> tuple[Tensor, Tensor]:
+        """A token and its logprob, (B,) each, for those that were `living` and those that came; valid until the next
+        call."""
+        if self.slots.changed and self.tables is not self.slots.tables:
+            self.tables.copy_(self.slots.tables.pin_memory(), non_blocking=True)
+        self.slots.changed = False
+        everyone = [*living, *came.sequences]
+        where = [[s.position for s in everyone], [s.slot for s in everyone]]
+        where += [[s.index for s in everyone], [s.drawn for s in everyone]]
+        longest = max((s.position for s in living), default=-1) + 1
+        drawn = None
+        if self.graphs is not None and not came.sequences:
+            drawn = self.graphs.step(where, longest)
+        there = upload(where, self.device)
+        if drawn is None and came.sequences:
+            drawn = self._with_newcomers(there, living, came, longest)
+        elif drawn is None:
+            drawn = self._next(self.newest[there[1]], there, longest)
+        token, logprob = drawn
+        self.newest[there[1]] = token.clamp(min=0)
+        return token, logprob
 
     def close(self) -> None:
         """Leave the model as it was, and give back what the phase's graphs hold."""
@@ -85,30 +89,91 @@ class Forward:
         if self.graphs is not None:
             self.graphs.close()
 
-    def _states(self, living: list[slotting.Sequence], starting: list[tuple[Prompt, int]]) -> Tensor:
-        """(N, D) states of the newest tokens of `living`, then of all tokens of the prompts."""
-        ids = [s.tokens[-1] for s in living]
-        positions = [s.position for s in living]
-        rows = [s.slot for s in living]
-        longest = max(positions, default=-1) + 1
-        for prompt, row in starting:
-            ids += prompt.tokens
-            positions += range(len(prompt.tokens))
-            rows += [row] * len(prompt.tokens)
-        outputs = None
-        if self.graphs is not None and not starting:
-            outputs = self.graphs.step(ids, positions, rows)
-        if outputs is None:
-            where = torch.tensor([ids, positions, rows], device=self.device)
-            step = Step(
-                tables=self.slots.tables.to(self.device),
-                slots=where[2].int(),
-                positions=where[1].int(),
-                decoding=len(living),
-                longest=longest,
-                prompts=[len(p.tokens) for p, _ in starting],
-            )
-            outputs = self.run(where, step)
+    def _next(self, ids: Tensor, where: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """For sequences whose newest tokens are `ids` (B,): where (4, B) holds their positions, slots, numbers and how
+        many tokens are out. `longest`: no position is at or above it."""
+        rows, positions = where[1].int(), where[0].int()
+        step = Step(self.tables, rows, positions, decoding=len(rows), longest=longest, prompts=[])
+        hidden = self._states(ids, where[0], step)
         if self.recorder is not None:
-            self.recorder.states = outputs[1]
-        return outputs[0]
+            self.recorder.record(where[1], where[3] - 1)
+        return self._draw(hidden, where)
+
+    def _with_newcomers(
+        self, where: Tensor, living: Sequence[slotting.Sequence], came: Admission, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        n, prompts = len(living), [p for p, _ in came.starting]
+        ids, positions, rows = self.newest[where[1, :n]], where[0, :n], where[1, :n]
+        states = None
+        if prompts:
+            tokens: list[int] = []
+            at: list[int] = []
+            theirs: list[int] = []
+            for prompt, row in came.starting:
+                tokens += prompt.tokens
+                at += range(len(prompt.tokens))
+                theirs += [row] * len(prompt.tokens)
+            more = upload([tokens, at, theirs], self.device)
+            ids, positions, rows = (torch.cat(pair) for pair in zip((ids, positions, rows), more, strict=True))
+        if n or prompts:
+            step = Step(
+                tables=self.tables,
+                slots=rows.int(),
+                positions=positions.int(),
+                decoding=n,
+                longest=longest,
+                prompts=[len(p.tokens) for p in prompts],
+            )
+            states = self._states(ids, positions, step)
+            if self.recorder is not None:
+                self.recorder.record(where[1, :n], where[3, :n] - 1)
+            if prompts:
+                self._keep_prompts(prompts, states, n)
+        self.arena.copy_pages(*came.tails)
+        fresh = torch.stack([s.prompt.hidden for s in came.sequences])  # type: ignore[misc]
+        return self._draw(fresh if states is None or not n else torch.cat([states[:n], fresh]), where)
+
+    def _keep_prompts(self, prompts: list[slotting.Prompt], states: Tensor, at: int) -> None:
+        """What later steps need of prompts whose tokens stand in `states` from row `at` on."""
+        ends = []
+        for prompt in prompts:
+            if self.recorder is not None:
+                prompt.trunk = self.recorder.states[at : at + len(prompt.tokens)].clone()
+            at += len(prompt.tokens)
+            ends.append(at - 1)
+        for prompt, hidden in zip(prompts, states[upload(ends, self.device)], strict=True):
+            prompt.hidden = hidden
+
+    def _states(self, ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """(N, D) after the last block, of the tokens with these ids (N,) and positions (N,)."""
+        self.attention.step = step
+        states: Tensor = self.base(
+            input_ids=ids[None], position_ids=positions[None], past_key_values=self.arena, use_cache=True
+        ).last_hidden_state[0]
+        self.attention.check_all_served()
+        return states
+
+    def _draw(self, hidden: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """A token and its logprob for each state (B, D) of the sequences in `where`. Token -1: the logits were no
+        numbers."""
+        (_, _, index, drawn), sampling = where, self.draws.sampling
+        logits = self._logits(hidden)
+        if sampling.min_new_tokens and len(self.draws.eos):
+            early = (drawn < sampling.min_new_tokens)[:, None]
+            logits[:, self.draws.eos] = logits[:, self.draws.eos].masked_fill(early, -torch.inf)
+        token, logprob, _, _ = K.sample(
+            logits,
+            self.draws.seeds[index],
+            drawn,
+            temperature=float(sampling.temperature),
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            impl=sampling.impl,
+        )
+        return token, logprob
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(B, V) of states (B, D)."""
+        if self.panels is None:
+            return self.head.logits(hidden)
+        return self.head.capped(packed_linear(hidden, self.panels, self.head.bias, len(self.head.weight)))

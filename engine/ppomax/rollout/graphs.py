@@ -1,15 +1,15 @@
-"""Decoding from CUDA graphs: the forward of a step that takes in no prompt is replayed instead of launched op by op.
+"""Decoding from CUDA graphs: a step that takes in no newcomer, head and sampler included, is replayed instead of
+launched op by op.
 
-A graph has fixed shapes, so the rows of the step are rounded up to a bucket, and so is the number of pages that the
-longest of them reads. Rows that fill up a bucket are token 0 at position 0 of the arena's scratch page, and what comes
-out of them is dropped. All graphs read one set of input buffers, leave their results in one set of output buffers, and
-share one memory pool for what is between: each one's result is read before another is replayed. A bucket is captured
-when it has been met often enough in the phase; until then, and for prompts, steps are plain.
+A graph has fixed shapes, so the rows of the step are rounded up to a bucket; where attention is not ours, so is the
+number of pages that the longest of them reads. Rows that fill up a bucket stand at position 0 of the arena's scratch
+page, and what comes out of them is dropped. All graphs read one set of input buffers, leave their results in one set of
+output buffers, and share one memory pool for what is between: each one's result is read before another is replayed. A
+bucket is captured when it has been met often enough in the phase; until then, and with newcomers, steps are plain.
 
 Captured is what happens on the device. What a forward does in Python, a module's hooks included, happens once, at
-capture; the recorder's hook gives a tensor, which is one of the outputs. A model that waits for the device or copies to
-it from the host on the way cannot be captured: the warm-up finds that out, the reason is logged, and all steps of the
-phase are plain. Left out: the head and the sampler. Not run on a device yet."""
+capture. A model that waits for the device or copies to it from the host on the way cannot be captured: the warm-up
+finds that out, the reason is logged, and all steps of the phase are plain."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppomax.rollout.arena import Step, pages_for
+from ppomax.rollout.arena import pages_for
 from ppomax.rollout.sizes import RolloutError
+from ppomax.rollout.transfers import upload
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +39,18 @@ Capture = Callable[[Run], Run]
 
 
 class Bucket(NamedTuple):
-    """The shape of a captured forward."""
+    """The shape of a captured step."""
 
     rows: int
     pages: int
+    """0: any number."""
 
 
 def row_bucket(rows: int, slots: int) -> int:
-    """Rows of the forward that serves `rows` living sequences: 1, 2, 4, 8, then multiples of 8; at most `slots`."""
-    return min(slots, 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8)
+    """Rows of the step that serves `rows` living sequences: a power of two up to 64, multiples of 32 up to 128, of 64
+    up to 256, then of 128; at most `slots`."""
+    step = 32 if rows <= 128 else 64 if rows <= 256 else 128
+    return min(slots, 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // step) * step)
 
 
 def page_bucket(pages: int, width: int) -> int:
@@ -55,41 +59,45 @@ def page_bucket(pages: int, width: int) -> int:
 
 
 class DecodeGraphs:
-    """The captured forwards of one phase.
+    """The captured steps of one phase.
 
-    run((3, B) int64 of ids, positions and table rows, Step) -> tensors of B rows each, on the device of `tables`. It
-    must read nothing from the host that changes from step to step. tables: the host's, as in `Slots`, last row the
-    scratch page."""
+    run((B,) ids, (4, B) int64 of positions, table rows, sequence numbers and tokens drawn, longest) -> tensors of B
+    rows each, on the device of `tables`, whose last row is the scratch page. It must read nothing from the host that
+    changes from step to step, and give the same if it is run twice. newest: the ids, by table row. page: tokens of a
+    page, for attention whose work depends on `longest`; None: it does not."""
 
     def __init__(
         self,
-        run: Callable[[Tensor, Step], tuple[Tensor, ...]],
+        run: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]],
         capture: Capture,
+        newest: Tensor,
         tables: Tensor,
         slots: int,
-        page: int,
-        device: torch.device,
+        page: int | None,
     ):
         self.run, self.capture, self.slots, self.page = run, capture, slots, page
-        self.host_tables, self.tables = tables, tables.to(device, copy=True)
-        self.inputs = torch.zeros(3, slots, dtype=torch.int64, device=device)
+        self.newest, self.tables = newest, tables
+        self.inputs = torch.zeros(4, slots, dtype=torch.int64, device=tables.device)
+        self.ids = torch.zeros(slots, dtype=torch.int64, device=tables.device)
         self.outputs: tuple[Tensor, ...] = ()
         self.met: Counter[Bucket] = Counter()
         self.replays: dict[Bucket, Run] = {}
         self.refused = False
 
-    def step(self, ids: list[int], positions: list[int], rows: list[int]) -> tuple[Tensor, ...] | None:
-        """What `run` gives for the newest tokens of the living sequences, valid until the next step. None: not from a
-        graph, since the bucket is not captured yet or cannot be."""
-        pages = page_bucket(pages_for(max(positions) + 1, self.page), self.tables.shape[1])
-        bucket = Bucket(row_bucket(len(ids), self.slots), pages)
+    def step(self, where: list[list[int]], longest: int) -> tuple[Tensor, ...] | None:
+        """What `run` gives for the rows of `where`, valid until the next step. None: not from a graph, since the bucket
+        is not captured yet or cannot be."""
+        rows = len(where[0])
+        pages = 0 if self.page is None else page_bucket(pages_for(longest, self.page), self.tables.shape[1])
+        bucket = Bucket(row_bucket(rows, self.slots), pages)
         self.met[bucket] += 1
         if self.refused or self.met[bucket] <= MEETINGS:
             return None
-        filler, scratch = [0] * (bucket.rows - len(ids)), len(self.tables) - 1
-        here = [ids + filler, positions + filler, rows + [scratch] * len(filler)]
-        self.inputs[:, : bucket.rows] = torch.tensor(here)
-        self.tables.copy_(self.host_tables)
+        fill = bucket.rows - rows
+        scratch = len(self.tables) - 1
+        filled = [x + [filler] * fill for x, filler in zip(where, (0, scratch, 0, 0), strict=True)]
+        self.inputs[:, : bucket.rows].copy_(upload(filled, self.inputs.device), non_blocking=True)
+        self.ids[: bucket.rows] = self.newest[self.inputs[1, : bucket.rows]]
         if bucket not in self.replays:
             try:
                 self.replays[bucket] = self.capture(partial(self._forward, bucket))
@@ -97,7 +105,7 @@ class DecodeGraphs:
                 self._refuse(error)
                 return None
         self.replays[bucket]()
-        return tuple(out[: len(ids)] for out in self.outputs)
+        return tuple(out[:rows] for out in self.outputs)
 
     def close(self) -> None:
         """Drop graphs and outputs; `run` is let go too, since its owner holds this object."""
@@ -106,16 +114,8 @@ class DecodeGraphs:
 
     def _forward(self, bucket: Bucket) -> None:
         """`run` on the buffers' first rows, its results into the outputs' first rows: what is captured."""
-        here = self.inputs[:, : bucket.rows]
-        step = Step(  # made anew each time, since it keeps what is computed from it
-            tables=self.tables,
-            slots=here[2].int(),
-            positions=here[1].int(),
-            decoding=bucket.rows,
-            longest=bucket.pages * self.page,
-            prompts=[],
-        )
-        results = self.run(here, step)
+        longest = 0 if self.page is None else bucket.pages * self.page
+        results = self.run(self.ids[: bucket.rows], self.inputs[:, : bucket.rows], longest)
         if not self.outputs:  # in the first warm-up, so outside of any graph's memory
             self.outputs = tuple(out.new_zeros(self.slots, *out.shape[1:]) for out in results)
         for out, result in zip(self.outputs, results, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppomax.models import blocks_of
-from ppomax.rollout import slots as slotting
+from ppomax.rollout.slots import Sequence
 
 
 class Recorder:
@@ -17,22 +17,22 @@ class Recorder:
         self.states = torch.empty(0)
         """(N, D) of the forward just run."""
         self.rows: Tensor | None = None
-        self.size = (slots, max(1, limit - 1))
+        self.size = (slots + 1, max(1, limit - 1))
         self.done: list[Tensor] = [torch.empty(0)] * count
         self.hook = blocks_of(model)[layers].register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         self.states = (args[0] if args else kwargs["hidden_states"])[0]
 
-    def record(self, living: list[slotting.Sequence]) -> None:
-        """The states of newest tokens, into their sequences' rows."""
+    def record(self, slots: Tensor, at: Tensor) -> None:
+        """The states of newest tokens, the forward's first rows, into their slots' rows; those of no slot, which fill
+        up a captured step, into a last row."""
         if self.rows is None:
             self.rows = self.states.new_empty(*self.size, self.states.shape[1])
-        if living:
-            slot, at = torch.tensor([[s.slot for s in living], [len(s.tokens) - 1 for s in living]])
-            self.rows[slot.to(self.rows.device), at.to(self.rows.device)] = self.states[: len(living)]
+        if len(slots):
+            self.rows[slots.clamp(max=self.size[0] - 1), at] = self.states[: len(slots)]
 
-    def finish(self, sequence: slotting.Sequence) -> None:
+    def finish(self, sequence: Sequence) -> None:
         """Prompt and response states of a sequence that has ended; its last token never went through the model."""
         assert self.rows is not None
         assert sequence.prompt.trunk is not None

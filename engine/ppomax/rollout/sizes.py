@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ppomax.models import embedding_weight, head_of, window_of
 from ppomax.rollout.arena import cache_shape, pages_for
 from ppomax.rollout.attention import check_model, choose, page_of
+from ppomax.rollout.gpu_trunk import joined, joined_bytes
 from ppomax.rollout.packed_weights import packed_bytes
 from ppomax.rollout.sampling import Sampling
-from ppomax.rollout.slots import PREFILL_TOKENS, Prompt, need_of, pages_wanted
+from ppomax.rollout.slots import Prompt, need_of, pages_wanted, prefill_tokens
 
 MIB = 2**20
 TEMPORARIES = 2.4
@@ -39,7 +40,7 @@ class RolloutSizes:
     workspace_bytes: int
     """Activations of the widest forward, and one step's logits."""
     packed_bytes: int
-    """Weights packed for the phase."""
+    """Weights packed or joined for the phase."""
     trunk_bytes: int
     """Recorded states, if asked for: what is returned, and the rows of living sequences."""
     graph_bytes: int = 0
@@ -89,8 +90,8 @@ def rollout_sizes(
     tokens = sum(len(p.tokens) * (len(p.sequences) + 1) for p in prompts) + (sequences + slots) * (max_new_tokens - 1)
     width = embedding_weight(model).shape[1]
     row = width * model.dtype.itemsize
-    blocks = pages_for(longest + max_new_tokens - 1, page)
-    gathered = _gathered(model, slots, blocks * page) if attention == "sdpa" else 0
+    capacity = pages_for(longest + max_new_tokens - 1, page) * page
+    gathered = _gathered(model, slots, capacity) if attention == "sdpa" else 0
     return RolloutSizes(
         slots=slots,
         attention=attention,
@@ -98,9 +99,9 @@ def rollout_sizes(
         pages=pages,
         arena_bytes=arena_bytes(config, pages + graphs, page, model.dtype),
         workspace_bytes=_workspace(model, prompts, slots) + gathered,
-        packed_bytes=packed_bytes(model, attention),
+        packed_bytes=joined_bytes(joined(model)) if attention == "triton" else packed_bytes(model, attention),
         trunk_bytes=tokens * row if trunk else 0,
-        graph_bytes=_graphs(slots, blocks, (1 + trunk) * row) + _activations(model, slots) + gathered if graphs else 0,
+        graph_bytes=_graphs(slots) + _activations(model, slots) + gathered if graphs else 0,
     )
 
 
@@ -118,7 +119,7 @@ def arena_bytes(config: PreTrainedConfig, pages: int, page: int, dtype: torch.dt
 def _workspace(model: PreTrainedModel, prompts: Sequence[Prompt], slots: int) -> int:
     """Bytes of the widest forward's live activations and of a step's logits."""
     whole = sum(len(p.tokens) for p in prompts)
-    tokens = slots + min(whole, max(PREFILL_TOKENS, *(len(p.tokens) for p in prompts)))
+    tokens = slots + min(whole, max(prefill_tokens(model.device.type), *(len(p.tokens) for p in prompts)))
     head = head_of(model)
     copies = 1 + (head.scale != 1.0) + 2 * (head.softcap is not None)
     return _activations(model, tokens) + copies * slots * head.weight.shape[0] * model.dtype.itemsize
@@ -140,6 +141,7 @@ def _gathered(model: PreTrainedModel, slots: int, capacity: int) -> int:
     return 3 * slots * capacity * shape.kv_heads * shape.head_dim * model.dtype.itemsize
 
 
-def _graphs(slots: int, blocks: int, row: int) -> int:
-    """Bytes of the buffers of DecodeGraphs: ids, positions and table rows, tables, and results of `row` bytes each."""
-    return slots * (3 * 8 + row) + (2 * slots + 1) * blocks * 4
+def _graphs(slots: int) -> int:
+    """Bytes of the buffers of DecodeGraphs: ids, positions, table rows, numbers and counts; tokens and
+    logprobs."""
+    return slots * (5 * 8 + 8 + 4)

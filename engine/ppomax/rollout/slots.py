@@ -14,8 +14,13 @@ from torch import Tensor
 
 from ppomax.rollout.arena import Arena, pages_for
 
-PREFILL_TOKENS = 512
-"""Prompt tokens let into one forward, unless a single prompt has more: bounds its activations."""
+PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Prompt tokens let into one forward on a device, unless a single prompt has more: bounds its activations."""
+
+
+def prefill_tokens(device: str) -> int:
+    """Of a kind of device, "cpu", "cuda" ..."""
+    return PREFILL_TOKENS.get(device, PREFILL_TOKENS["cpu"])
 
 
 @dataclass(eq=False)
@@ -46,12 +51,16 @@ class Sequence:
     pages: list[int]
     """Its own."""
     tokens: list[int] = field(default_factory=list)
+    """Those that the host knows; the device may be some ahead."""
     logprobs: list[float] = field(default_factory=list)
+    drawn: int = 0
+    """Tokens drawn, or on their way."""
+    ended: bool = False
 
     @property
     def position(self) -> int:
         """Of its newest token, which the next forward takes in."""
-        return len(self.prompt.tokens) + len(self.tokens) - 1
+        return len(self.prompt.tokens) + self.drawn - 1
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,9 @@ class Slots:
         self.queue = [(p, i) for p in reversed(prompts) for i in reversed(p.sequences)]
         self.free = list(range(slots - 1, -1, -1))
         self.living: list[Sequence] = []
+        self.prefill = prefill_tokens(arena.stores[0][0].device.type)
+        self.changed = False
+        """Whether `tables` was written to; who copies it says when it has."""
         blocks = max(pages_for(len(p.tokens) + max_new_tokens - 1, arena.page) for p in prompts)
         self.tables = torch.zeros(2 * slots, blocks, dtype=torch.int32)
         """Page numbers, on the host: a row for each slot, one for the prompt that starts with it, and a last one of
@@ -126,7 +138,7 @@ class Slots:
             new = not prompt.started
             if need.own + (need.prompt if new else 0) > len(self.arena.free):
                 break
-            if new and prefill and prefill + len(prompt.tokens) > PREFILL_TOKENS:
+            if new and prefill and prefill + len(prompt.tokens) > self.prefill:
                 break
             self.queue.pop()
             if new:
@@ -161,4 +173,5 @@ class Slots:
 
     def _write(self, row: int, pages: list[int]) -> None:
         if pages:
+            self.changed = True
             self.tables[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)

@@ -59,8 +59,8 @@ class Usage:
 
 def cases() -> Iterator[Case]:
     """Calls of every op's launchers, each with a name: shapes, dtypes and options of real use."""
-    for op in with_triton_kernels():
-        yield from import_module(f"ppomax_kernels.{op}_triton").cases()
+    for module in with_triton_kernels():
+        yield from import_module(f"ppomax_kernels.{module}_triton").cases()
 
 
 def launches(backend: str) -> list[Launch]:

@@ -6,6 +6,7 @@ outside +-20 is clamped, and the clamp passes no gradient.
 All arithmetic is fp32 (fp64 inputs stay fp64, for gradcheck)."""
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -336,3 +337,23 @@ def paged_attention(
     # A value that is not attended to may be anything, NaN included.
     values = _f(values).masked_fill(~seen[:, None, :, None], 0.0)
     return (weights @ values).reshape(tokens, heads, -1).to(query.dtype)
+
+
+def write_row_pages(
+    key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, tables: Tensor, sequences: Tensor, at: Tensor
+) -> None:
+    """`write_pages` where keys lie as values do: (pages, G, P, D)."""
+    write_pages(key, value, key_pages.transpose(2, 3), value_pages, tables, sequences, at)
+
+
+def paged_decode(
+    query: Tensor, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, *rest: Any
+) -> Tensor:
+    """`paged_attention` over such pages."""
+    return paged_attention(query, key, value, key_pages.transpose(2, 3), value_pages, *rest)
+
+
+def gated_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+    act = silu(_f(gate)) if activation == "silu" else gelu(_f(gate), approximate="tanh")
+    return (act * _f(up)).to(gate.dtype)

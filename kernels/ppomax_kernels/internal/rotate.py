@@ -1,13 +1,14 @@
-"""Rotary position embedding on a CPU in one pass, where eager torch takes two halves, a negation, a concatenation, two
-products and a sum. Internal to the engine."""
+"""Rotary position embedding in one pass, where eager torch takes two halves, a negation, a concatenation, two
+products and a sum: `rotate` on a CPU, `rotate_pair` on a GPU. Internal to the engine."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import late
+from ..dispatch import Table, late, pick
 
+PAIR: Table = {"triton": late("internal.rotate_triton", "rotate_triton")}
 _run = late("backends.native_internal", "rotate_cpu")
 
 
@@ -29,6 +30,24 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rotate.apply(x, cosine, sine)  # type: ignore[no-any-return,no-untyped-call]
     return _run(x, cosine, sine, False)  # type: ignore[no-any-return]
+
+
+def rotate_pair(
+    query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`rotate` of query (B, H, T, D) and key (B, G, T, D) on a GPU, in one launch; no gradient. In float32, bfloat16 or
+    float16, computed in float32 and rounded once. ValueError if they do not fit."""
+    name = pick("rotate_pair", impl, query.device, PAIR)
+    batch, _, tokens, dim = query.shape
+    fits = key.ndim == 4 and (key.shape[0], *key.shape[2:]) == (batch, tokens, dim) and cosine.shape == sine.shape
+    if not fits or cosine.shape not in ((1, tokens, dim), (batch, tokens, dim)) or dim % 2 or not dim:
+        raise ValueError(
+            "rotate_pair: query must be (B, H, T, D) and key (B, G, T, D) with an even D, cosine and sine (B or 1, T, "
+            f"D), got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(cosine.shape)} and {tuple(sine.shape)}"
+        )
+    if not (query.dtype == key.dtype == cosine.dtype == sine.dtype):
+        raise ValueError(f"rotate_pair: one dtype is wanted, got {query.dtype}, {key.dtype} and {cosine.dtype}")
+    return PAIR[name](query, key, cosine.contiguous(), sine.contiguous())  # type: ignore[no-any-return]
 
 
 class _Rotate(torch.autograd.Function):
