@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .backends.launch_triton import Case, backend, floats, integers, launch
 from .backends.math_triton import LOG2E
-from .token_logprobs_triton import row_stats
+from .token_logprobs_triton import grouping, row_stats
 
 
 @triton.jit
@@ -126,11 +126,12 @@ def _first_of(row_ptr, end, value, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["top_k"], do_not_specialize_on_alignment=["seeds_ptr", "positions_ptr"])
 def _sample_kernel(
     logits_ptr, seeds_ptr, positions_ptr, token_ptr, logprob_ptr, plain_ptr, entropy_ptr, V, stride, temperature, top_k,
-    top_p, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+    top_p, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
-    top, plain_total, weighted = row_stats(row_ptr, V, LOG2E, 1.0, BLOCK, False, True)
+    top, plain_total, weighted = row_stats(row_ptr, V, LOG2E, 1.0, BLOCK, GROUP, APART, False, True)
     good = plain_total > 0.0  # NaN: a NaN or +inf logit; 0: nothing above -inf
     end = tl.where(good, V, 0)
     top = tl.where(good, top, 0.0)
@@ -169,10 +170,9 @@ def constants(vocab: int, element_size: int, chips: str) -> dict[str, int]:
     """Few rows and many dependent passes: 512 threads a row, one 16 B load each, or 4 logits where rows start anywhere
     and loads are narrow. NVIDIA's assembler is told that it may use 128 registers (all that 512 threads can have): left
     to itself it spills a few bytes to stay under 40 or 64, for more programs a multiprocessor than there are rows."""
+    block, warps = (1024, 8) if vocab <= 1024 else (8192 // element_size if vocab % 16 == 0 else 2048, 16)
     limit = {"maxnreg": 128} if chips == "cuda" else {}
-    if vocab <= 1024:
-        return {"BLOCK": 1024, "num_warps": 8} | limit
-    return {"BLOCK": 8192 // element_size if vocab % 16 == 0 else 2048, "num_warps": 16} | limit
+    return {"BLOCK": block, "num_warps": warps, **grouping(vocab, element_size, block, warps)} | limit
 
 
 def sample_triton(

@@ -8,9 +8,10 @@ dx = (g*(1[y] - p) - h*p*(z - (lse - H))) / temperature * (softcap: 1 - tanh^2),
 
 Forward, one read of the row (2 B a logit in bf16, 12 B a row out): maximum, sum and weighted sum are kept while walking
 blocks of the row, all relative to the running maximum, so a common offset of the logits costs no digits. One exp2 a
-logit, the scale log2(e)/temperature folded in. The sums stay one per lane until the end; only the maximum is reduced
-in each block. The next block is loaded before the present one is used, so that 8 KiB a program are under way at all
-times; three or more programs a multiprocessor cover what an H100 needs in flight (about 18 KiB: 3 TB/s times 0.8 us).
+logit, the scale log2(e)/temperature folded in. A thread's logits have a maximum and sums of their own until the end: no
+barrier in the loop. The next block is loaded before the present one is used, so that 8 KiB a program are under way at
+all times; three or more programs a multiprocessor cover what an H100 needs in flight (about 18 KiB: 3 TB/s times 0.8
+us).
 Backward, one read and one write of the row, from the saved lse and entropy. lse is a single float: where it is large
 its rounding alone would show in p, so such a row (|lse| > REDO: seldom in bf16, often in fp32) reads its logits once
 more, for m and log(sum e) apart. `out` may be the logits themselves: each block is read before it is written.
@@ -32,6 +33,7 @@ from .backends.math_triton import LOG2E, narrow, tanh
 from .vocab_shard import FOREIGN as FOREIGN_LABEL
 
 FOREIGN = tl.constexpr(FOREIGN_LABEL)  # a label in another rank's shard: the row counts, without a label here
+LEAST = tl.constexpr(-3.4028234663852886e38)  # of finite floats
 ROWS = ["inner", "labels_outer", "labels_inner"]
 
 
@@ -49,36 +51,56 @@ def _capped(x, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def row_stats(row_ptr, end, scale, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
-    """(m, sum e, sum e*d) of the first `end` logits; scale is log2(e)/temperature. A row of -inf gives (-inf, 0, 0)."""
-    lanes = tl.arange(0, BLOCK)
-    top = tl.full((), float("-inf"), tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
+def row_stats(
+    row_ptr, end, scale, softcap, BLOCK: tl.constexpr, GROUP: tl.constexpr, APART: tl.constexpr, SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """(m, sum e, sum e*d) of the first `end` logits; scale is log2(e)/temperature. A row of -inf gives (LEAST, 0, 0).
+
+    GROUP logits of one thread, side by side or APART, have a maximum of their own, to which their sums refer until the
+    end, so no thread waits for another in the loop."""
+    outer: tl.constexpr = BLOCK // GROUP
+    if APART:
+        lanes = tl.arange(0, outer)[:, None] + tl.arange(0, GROUP)[None, :] * outer
+    else:
+        lanes = tl.arange(0, outer)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    top = tl.full((outer,), LEAST, tl.float32)
+    sums = tl.zeros((outer,), tl.float32)
+    weighted = tl.zeros((outer,), tl.float32)
     ahead = tl.load(row_ptr + lanes, mask=lanes < end, other=float("-inf"))
     for start in range(0, end, BLOCK):
-        inside = start + lanes < end
         x = ahead.to(tl.float32)
         ahead = tl.load(row_ptr + start + BLOCK + lanes, mask=start + BLOCK + lanes < end, other=float("-inf"))
         if SOFTCAP:  # the tail again: tanh(-inf) is -1, not -inf
-            x = tl.where(inside, _capped(x, softcap, SOFTCAP), float("-inf"))
-        new_top = tl.maximum(top, tl.max(x, 0))
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shift = tl.exp2((top - safe_top) * scale)
-        d = x - safe_top
+            x = tl.where(start + lanes < end, _capped(x, softcap, SOFTCAP), float("-inf"))
+        new_top = tl.maximum(top, tl.max(x, 1))
+        shift = tl.exp2((top - new_top) * scale)
+        d = x - new_top[:, None]
         e = tl.exp2(d * scale)
-        if ENTROPY:  # zeros are taken apart: 0 * inf is NaN, and a mask value of -3e38 makes (sum * shift) overflow
-            moved = tl.where(shift == 0.0, 0.0, shift * (weighted + sums * tl.where(shift == 0.0, 0.0, top - safe_top)))
-            weighted = moved + e * tl.where(e == 0.0, 0.0, d)
-        sums = sums * shift + e
+        if ENTROPY:
+            here = tl.sum(e * tl.maximum(d, LEAST), 1)  # 0 * inf is NaN
+            weighted = _moved(weighted, sums, shift, top - new_top) + here
+        sums = sums * shift + tl.sum(e, 1)
         top = new_top
-    return top, tl.sum(sums, 0), tl.sum(weighted, 0)
+    whole = tl.max(top, 0)
+    shift = tl.exp2((top - whole) * scale)
+    if ENTROPY:
+        weighted = _moved(weighted, sums, shift, top - whole)
+    return whole, tl.sum(sums * shift, 0), tl.sum(weighted, 0)
+
+
+@triton.jit
+def _moved(weighted, sums, shift, by):
+    """sum e*d when the maximum grows by -by, e shrinks to e * shift. Zeros are taken apart: 0 * inf is NaN, and a mask
+    value of -3e38 makes (sum * by) overflow."""
+    return tl.where(shift == 0.0, 0.0, shift * (weighted + sums * tl.where(shift == 0.0, 0.0, by)))
 
 
 @triton.jit(do_not_specialize=[*ROWS, "ignore_index"], do_not_specialize_on_alignment=["labels_ptr"])
 def _token_logprobs_kernel(
     logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, lse_ptr, V, inner, logits_outer, logits_inner, labels_outer,
-    labels_inner, temperature, softcap, ignore_index, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+    labels_inner, temperature, softcap, ignore_index, BLOCK: tl.constexpr, GROUP: tl.constexpr, APART: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_offset(row, inner, logits_outer, logits_inner)
@@ -87,7 +109,8 @@ def _token_logprobs_kernel(
     valid = (label >= 0) & (label < V)
     per_nat = 1.0 / temperature
     end = tl.where(keep, V, 0)  # a skipped row reads no logit
-    top, total, weighted = row_stats(row_ptr, end, per_nat * LOG2E, softcap, BLOCK, SOFTCAP, entropy_ptr is not None)
+    entropic: tl.constexpr = entropy_ptr is not None
+    top, total, weighted = row_stats(row_ptr, end, per_nat * LOG2E, softcap, BLOCK, GROUP, APART, SOFTCAP, entropic)
     picked = _capped(tl.load(row_ptr + label, mask=keep & valid, other=0.0).to(tl.float32), softcap, SOFTCAP)
     dead = total == 0.0
     total = tl.where(dead, 1.0, total)  # dead: -inf throughout, or skipped
@@ -108,7 +131,8 @@ def _token_logprobs_kernel(
 def _token_logprobs_backward_kernel(
     logits_ptr, out_ptr, labels_ptr, lse_ptr, entropy_ptr, dlogprobs_ptr, dentropy_ptr, V, inner, logits_outer,
     logits_inner, out_outer, out_inner, labels_outer, labels_inner, dlogprobs_outer, dlogprobs_inner, dentropy_outer,
-    dentropy_inner, temperature, softcap, ignore_index, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, REDO: tl.constexpr,
+    dentropy_inner, temperature, softcap, ignore_index, BLOCK: tl.constexpr, GROUP: tl.constexpr, APART: tl.constexpr,
+    SOFTCAP: tl.constexpr, REDO: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_offset(row, inner, logits_outer, logits_inner)
@@ -130,7 +154,7 @@ def _token_logprobs_backward_kernel(
     rest = tl.where(live, lse - center * per_nat, 0.0)
     redo = live & (tl.abs(lse) > REDO)
     if redo:
-        top, total, _ = row_stats(row_ptr, V, per_nat * LOG2E, softcap, BLOCK, SOFTCAP, False)
+        top, total, _ = row_stats(row_ptr, V, per_nat * LOG2E, softcap, BLOCK, GROUP, APART, SOFTCAP, False)
         whole = tl.abs(top * per_nat + tl.log(total) - lse) <= 1e-6 * tl.abs(lse)  # else lse is of all shards of V
         center = tl.where(whole, top, center)
         rest = tl.where(whole, tl.log(total), rest)
@@ -156,10 +180,17 @@ def _token_logprobs_backward_kernel(
 
 
 def constants(vocab: int, element_size: int) -> dict[str, int]:
-    """BLOCK and warps from V and the dtype alone: 8 KiB a step over 256 threads, two 16 B loads each; at least 1024."""
-    if vocab <= 1024:
-        return {"BLOCK": 1024, "num_warps": 4}
-    return {"BLOCK": 8192 // element_size, "num_warps": 8}
+    """From V and the dtype alone: 8 KiB a step over 256 threads, at least 1024 logits."""
+    block, warps = (1024, 4) if vocab <= 1024 else (8192 // element_size, 8)
+    return {"BLOCK": block, "num_warps": warps, **grouping(vocab, element_size, block, warps)}
+
+
+def grouping(vocab: int, element_size: int, block: int, warps: int) -> dict[str, int]:
+    """Which logits of a block are one thread's: those of one load of 16 B; where rows start anywhere, and a thread
+    loads single logits, all of them, as far apart as there are threads."""
+    if vocab % 16 == 0:
+        return {"GROUP": 16 // element_size, "APART": False}
+    return {"GROUP": max(1, block // (32 * warps)), "APART": True}
 
 
 def redo_above(dtype: torch.dtype) -> float:
