@@ -53,6 +53,9 @@ def test_a_healthy_run_raises_nothing():
     "change",
     [
         {"rollout__length": lambda s: 90.0},
+        {"rollout__length": lambda s: 9.0},
+        {"rollout__ref_perplexity": lambda s: 40.0},
+        {"rollout__ref_perplexity": lambda s: 2.0},
         {"rollout__truncated": lambda s: 0.6},
         {"policy__entropy_avg": lambda s: 0.9},
         {"rollout__perplexity": lambda s: 2.0},
@@ -72,11 +75,63 @@ def test_one_kind_of_sign_is_named_and_raises_nothing(change):
         {"rollout__length": lambda s: 90.0, "policy__entropy_avg": lambda s: 0.5},
         {"rollout__truncated": lambda s: 0.9, "objective__kl_per_token": lambda s: 0.6},
         {"rollout__perplexity": lambda s: 1.5, "objective__kl_per_token": lambda s: 0.6},
+        {"rollout__length": lambda s: 5.0, "rollout__ref_perplexity": lambda s: 90.0},
+        {"objective__kl_per_token": lambda s: 1.2},
     ],
 )
-def test_two_kinds_raise_it_once_and_within_the_window(change):
+def test_two_kinds_or_a_large_kl_raise_it_once_and_within_the_window(change):
     (step,) = alarms(series(80, **change))
     assert 21 <= step <= 25
+
+
+COLLAPSED = {
+    "rollout/length": 48.0,
+    "objective/kl_per_token": 2.4,
+    "policy/entropy_avg": 0.8,
+    "rollout/truncated": 1.0,
+}
+COLLAPSES = {
+    "length to 1, the text of another model": lambda s: {
+        "rollout/length": max(1.0, 30.0 - 2 * max(0, s - 10)),
+        "objective/kl_per_token": 0.01 + 0.02 * max(0, s - 10),
+        "rollout/ref_perplexity": 8.0 * (1 + max(0, s - 10)),
+    },
+    "from the first step on": lambda s: {
+        "rollout/length": 30.0 * (1 + s / 4),
+        "objective/kl_per_token": 0.05 * s,
+        "policy/entropy_avg": 4.5 / (1 + s / 3),
+    },
+    "at once after two steps": lambda s: {} if s < 3 else COLLAPSED,
+    "without any growth of KL": lambda s: {"rollout/length": 30.0 if s < 4 else 3.0, "policy/entropy_avg": 2 / s},
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_a_collapse_is_raised_wherever_it_begins(name):
+    rows = [{"step": s, **HEALTHY, **COLLAPSES[name](s)} for s in range(1, 51)]
+    (step,) = alarms(rows)
+    assert step <= 25
+
+
+def test_a_reward_that_stays_flat_and_a_slow_learner_raise_nothing():
+    """KL from 0 to its plateau, length by a third, entropy by a fifth, perplexity by two fifths."""
+
+    def part(s):
+        return min(1.0, s / 30)
+
+    rows = [
+        {
+            "step": s,
+            **HEALTHY,
+            "objective/kl_per_token": 0.12 * part(s),
+            "rollout/length": 30 + 10 * part(s),
+            "policy/entropy_avg": 2 - 0.4 * part(s),
+            "rollout/ref_perplexity": 8 + 3 * part(s),
+        }
+        for s in range(1, 200)
+    ]
+    assert alarms(rows) == []
+    assert alarms([{"step": s, **HEALTHY} for s in range(1, 300)]) == []
 
 
 def test_the_window_keeps_a_single_outlier_quiet():
@@ -115,7 +170,7 @@ def test_signs_that_do_not_count_are_named_but_raise_nothing():
     }
     found = history(series(60, **change), SETTINGS)
     assert found.alarms == []
-    assert {sign.kind for _, sign in found.first} == {"distinct", "perplexity", "tail", "critic"}
+    assert {sign.kind for _, sign in found.first} == {"distinct", "drift", "tail", "critic"}
     assert not any(sign.counted for _, sign in found.first)
 
 

@@ -48,6 +48,10 @@ class ModelConfig:
     """Tokenizer directory. None: the policy's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type of the trained models; logprobs, values and losses are float32 in any case."""
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """How scoring and update attend. `varlen`: torch's kernel over packed sequences, without padding, on a CUDA device
+    in bfloat16; `flash_attention_2` does the same where flash-attn is installed; the rest pad. auto: varlen where it
+    serves, else as the model was loaded."""
     gradient_checkpointing: bool = False
     """Run each decoder block of policy and critic once more in the backward instead of keeping what its forward held:
     an update then holds one block's activations and every block's input, for a third more compute. Same gradients."""
@@ -119,9 +123,9 @@ class RolloutConfig:
     cache_tokens: int | None = None
     """Most tokens that the KV cache holds; sequences wait for room. None: what `slots` sequences of the longest kind
     need. The tokens do not depend on it."""
-    cuda_graphs: bool = False
-    """Replay decoding steps from CUDA graphs, with their rows rounded up. Not yet run on a device, so off; an error on
-    a CPU."""
+    cuda_graphs: bool | None = None
+    """Replay decoding steps from CUDA graphs, with their rows rounded up. None: on a CUDA device; true is an error
+    elsewhere."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
@@ -443,16 +447,17 @@ class MonitorConfig:
     alarm: Literal["off", "warn", "stop", "rollback"] = "warn"
     """What a collapse alarm does."""
     alarm_baseline_steps: int = 10
-    """First steps, whose means are the healthy state."""
+    """First steps, whose means are the healthy state, as long as their KL is small."""
     alarm_window: int = 5
     """Steps of the moving mean that is held against it."""
     alarm_kl: float = 0.25
     """KL per token (k3, nats) that counts as one sign of collapse; so does its doubling within 50 steps above half of
-    this."""
+    this. Four times this raises the alarm by itself."""
     alarm_truncated: float = 0.3
-    """Rise of the truncated share that counts as one sign; so does a mean length of twice the start's."""
+    """Rise of the truncated share that counts as one sign; so does a mean length of twice or half the start's."""
     alarm_entropy: float = 0.6
-    """Entropy or NLL below this multiple of the start's counts as one sign. Two of the three signs raise the alarm."""
+    """Entropy or NLL below this multiple of the start's counts as one sign; the fourth is a perplexity under the start
+    model of three times or a third of its first. Two of the four raise the alarm."""
 
     def __post_init__(self) -> None:
         require(self.samples_every >= 0, "monitor.samples_every", "0 or more", self.samples_every)

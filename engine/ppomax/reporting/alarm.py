@@ -1,11 +1,15 @@
-"""Collapse alarm: signs that a run leaves the healthy state of its first steps.
+"""Collapse alarm: signs that a run leaves the healthy state that it starts in.
 
-    start = mean over the first `alarm_baseline_steps` steps ;  now = mean over the newest `alarm_window` steps
-    (a) length    now > 2 x start, or the truncated share rose by more than alarm_truncated
-    (b) entropy   entropy or response NLL < alarm_entropy x start
-    (c) kl        KL per token > alarm_kl, or doubled within 50 steps and above alarm_kl / 2
-Two of the three raise the alarm. Rewards and losses do not show a collapse (Secrets of RLHF I, section 5). More signs
-are named by a report but raise nothing: the scores' right tail, distinct bigrams, perplexity, a useless critic.
+    start = mean over step 1, where policy and start model are equal, and those of the first `alarm_baseline_steps` that
+            follow it at once with a KL below alarm_kl / 5: a collapse in the first steps is not taken for health
+    now   = mean over the newest `alarm_window` steps
+    (a) length      now > 2 x start or < start / 2, or the truncated share rose by more than alarm_truncated
+    (b) entropy     entropy or response NLL < alarm_entropy x start
+    (c) kl          KL per token > alarm_kl, or doubled within 50 steps and above alarm_kl / 2
+    (d) perplexity  under the start model, now > 3 x start or < start / 3
+Two of the four raise the alarm, and so does a KL above 4 x alarm_kl by itself. Rewards and losses do not show a
+collapse (Secrets of RLHF I, section 5). More signs are named by a report but raise nothing: the scores' right tail,
+distinct bigrams, a drift of perplexity, a useless critic.
 A pure function of the metrics of a run so far, so a resumed run and a report see what the run saw."""
 
 from __future__ import annotations
@@ -20,11 +24,17 @@ from ppomax.config import MonitorConfig
 
 DOUBLING_STEPS = 50
 LENGTH_FACTOR = 2.0
+PERPLEXITY_FACTOR = 3.0
+"""Of the responses' perplexity under the start model, up or down."""
+KL_ALONE = 4.0
+"""Multiple of alarm_kl that needs no second sign."""
+KL_HEALTHY = 0.2
+"""Multiple of alarm_kl below which a step of the first ones counts as the healthy state."""
 TAIL_FACTOR = 2.0
 """Growth of p99 - p50 of the scores that counts as a long right tail."""
 DRIFT = 0.3
 """Relative change of perplexity and fall of distinct-2 that counts as drift."""
-COUNTED = ("length", "entropy", "kl")
+COUNTED = ("length", "entropy", "kl", "perplexity")
 KL, ENTROPY, LENGTH, TRUNCATED = "objective/kl_per_token", "policy/entropy_avg", "rollout/length", "rollout/truncated"
 PERPLEXITY, REF_PERPLEXITY, DISTINCT = "rollout/perplexity", "rollout/ref_perplexity", "rollout/distinct_2"
 P50, P99, EXPLAINED = "objective/scores_p50", "objective/scores_p99", "val/explained_var"
@@ -35,7 +45,8 @@ class Sign:
     """One sign that holds at a step."""
 
     kind: str
-    """`length`, `entropy` or `kl`, which count for the alarm; or `tail`, `distinct`, `perplexity`, `critic`."""
+    """`length`, `entropy`, `kl` or `perplexity`, which count for the alarm; or `tail`, `distinct`, `drift` or
+    `critic`."""
     metric: str
     """The metric that shows it."""
     text: str
@@ -49,7 +60,7 @@ class Sign:
 
 @dataclass
 class CollapseAlarm:
-    """Feed it each step's metrics: `signs` are those that hold now, `raised` says whether two counted kinds do."""
+    """Feed it each step's metrics: `signs` are those that hold now, `raised` says whether they are enough."""
 
     config: MonitorConfig
     signs: list[Sign] = field(default_factory=list)
@@ -57,6 +68,9 @@ class CollapseAlarm:
 
     def __post_init__(self) -> None:
         self._first: list[dict[str, float]] = []
+        self._steps = 0
+        self._healthy = True
+        """Whether steps still count as the start."""
         self._window: deque[dict[str, float]] = deque(maxlen=self.config.alarm_window)
         self._kl: deque[float] = deque(maxlen=DOUBLING_STEPS)
 
@@ -64,21 +78,26 @@ class CollapseAlarm:
         """Take one step's metrics; True if the alarm is raised by this step (it was not before)."""
         before = self.raised
         self._window.append(metrics)
+        self._steps += 1
         now = means(self._window)
-        if len(self._first) < self.config.alarm_baseline_steps:
+        self._healthy &= self._steps <= self.config.alarm_baseline_steps
+        self._healthy &= self._steps == 1 or not metrics.get(KL, 0.0) >= KL_HEALTHY * self.config.alarm_kl
+        if self._healthy:
             self._first.append(metrics)
-            full = len(self._window) == self.config.alarm_window
-            self.signs = list(self._kl_signs(now)) if full else []  # the KL alone has a limit that needs no start
-        else:
+        self.signs = []
+        if len(self._window) == self.config.alarm_window:
             start = means(self._first)
             counted = [*self._length(start, now), *self._entropy(start, now), *self._kl_signs(now)]
-            self.signs = [*counted, *further(start, now)]
+            self.signs = [*counted, *_under_the_start(start, now)]
+        if self._steps > self.config.alarm_baseline_steps:
+            self.signs += further(means(self._first), now)
             self._kl.extend([now[KL]] if KL in now else [])
-        self.raised = len({sign.kind for sign in self.signs if sign.counted}) >= 2
+        alone = bool(self.signs) and now.get(KL, 0.0) > KL_ALONE * self.config.alarm_kl
+        self.raised = alone or len({sign.kind for sign in self.signs if sign.counted}) >= 2
         return self.raised and not before
 
     def _length(self, start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
-        if _both(LENGTH, start, now) and now[LENGTH] > LENGTH_FACTOR * start[LENGTH]:
+        if _both(LENGTH, start, now) and _far(now[LENGTH], start[LENGTH], LENGTH_FACTOR):
             yield Sign("length", LENGTH, f"mean length {now[LENGTH]:.1f} tokens, {start[LENGTH]:.1f} at the start")
         if _both(TRUNCATED, start, now) and now[TRUNCATED] > start[TRUNCATED] + self.config.alarm_truncated:
             yield Sign(
@@ -111,6 +130,19 @@ class CollapseAlarm:
             )
 
 
+def _under_the_start(start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
+    if _both(REF_PERPLEXITY, start, now) and _far(now[REF_PERPLEXITY], start[REF_PERPLEXITY], PERPLEXITY_FACTOR):
+        yield Sign("perplexity", REF_PERPLEXITY, _perplexities(start, now))
+
+
+def _perplexities(start: dict[str, float], now: dict[str, float]) -> str:
+    return f"perplexity under the start model {now[REF_PERPLEXITY]:.1f}, {start[REF_PERPLEXITY]:.1f} at the start"
+
+
+def _far(now: float, start: float, factor: float) -> bool:
+    return now > factor * start or now < start / factor
+
+
 def further(start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
     """Signs that do not count for the alarm."""
     if all(_both(m, start, now) for m in (P50, P99)):
@@ -119,12 +151,9 @@ def further(start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
             yield Sign("tail", P99, f"right tail of the scores (p99 - p50) {tail:.2f}, {was:.2f} at the start")
     if _both(DISTINCT, start, now) and now[DISTINCT] < (1 - DRIFT) * start[DISTINCT]:
         yield Sign("distinct", DISTINCT, f"distinct bigrams {now[DISTINCT]:.2f}, {start[DISTINCT]:.2f} at the start")
-    if _both(REF_PERPLEXITY, start, now) and abs(now[REF_PERPLEXITY] / start[REF_PERPLEXITY] - 1) > DRIFT:
-        yield Sign(
-            "perplexity",
-            REF_PERPLEXITY,
-            f"perplexity under the start model {now[REF_PERPLEXITY]:.1f}, {start[REF_PERPLEXITY]:.1f} at the start",
-        )
+    drifted = _both(REF_PERPLEXITY, start, now) and abs(now[REF_PERPLEXITY] / start[REF_PERPLEXITY] - 1) > DRIFT
+    if drifted and not _far(now[REF_PERPLEXITY], start[REF_PERPLEXITY], PERPLEXITY_FACTOR):
+        yield Sign("drift", REF_PERPLEXITY, _perplexities(start, now))
     if EXPLAINED in now and now[EXPLAINED] < 0:
         yield Sign("critic", EXPLAINED, f"the critic explains nothing: explained variance {now[EXPLAINED]:.2f}")
 
