@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -31,9 +31,11 @@ from ppomax.models import (
     load_tokenizer,
     make_critic,
     pick_device,
+    set_attention,
 )
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
+from ppomax.models.critic import take_length_out
 from ppomax.models.fingerprints import fingerprints
 from ppomax.models.modes import set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
@@ -51,6 +53,7 @@ from ppomax.recipe.rewards import (
 )
 from ppomax.recipe.rollout import Scorers, rollout
 from ppomax.recipe.streams import Purpose, stream
+from ppomax.recipe.units import RAW, Units, moved, units_of
 from ppomax.recipe.update import Health, NextTexts, update
 from ppomax.rollout import RolloutSizes, Sampling
 from ppomax.saving.engine_state import read_state, restore_state, save_state, saved_parts
@@ -124,6 +127,8 @@ class Engine:
         self._set_up(models)
         self._shard(models)
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
+        self.units = RAW if self.critic.module.raw else None
+        """Of the critic's values; None: a new head's, which are the first ones that rewards have."""
         self.buffers, self.episodes = 0, 0
         self._announced: tuple[int, str] | None = None
 
@@ -146,6 +151,7 @@ class Engine:
         self.reward = self._reward_source(reward, zero.frozen)
         self.trunk_layers = trunk_layers(lm, self.config.model)
         value_model = self._critic(critic, lm, zero.critic).to(self.device).eval()
+        log.info("attention of scoring and update: %s", set_attention(value_model, self.config.model.attention))
         if reference is None and self.config.model.train == "full" and is_sharded(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
         given = None if reference is None else self._language_model(reference, zero.frozen)
@@ -181,10 +187,12 @@ class Engine:
         return self._generate(ids, uids, stream(self.config.run.seed, Purpose.MINIBATCHES, self.buffers))
 
     def experience(self, roll: Rollout) -> Experience:
-        """Raw scores -> running moments -> shaped scores -> token rewards -> advantages and returns. Changes nothing
-        of the engine: `update` takes up the moments that these scores lead to."""
+        """Raw scores -> running moments -> shaped scores, values in their units -> token rewards -> advantages and
+        returns. Changes nothing of the engine: `update` takes up the moments that these scores lead to."""
         scores = self.reward(roll)
         moments = self.moments.with_scores(scores)
+        units = units_of(moments, self.config.reward)
+        roll = replace(roll, values=moved(roll.values, self.units or units, units))
         shaped = shape_scores(scores, roll.finished, moments, self.config.reward)
         rewards = token_rewards(shaped, roll, self.controller.coef, self.config.kl.estimator, self.config.impl)
         advantages, returns = advantages_and_returns(rewards, roll, self.config.advantage, self.config.impl)
@@ -197,12 +205,19 @@ class Engine:
             returns=returns,
             kl_coef=self.controller.coef,
             moments=moments,
+            units=units,
         )
+
+    def take_up(self, experience: Experience) -> None:
+        """The running moments that its scores led to; the critic's values mean from here on what its own do."""
+        self.moments = experience.moments
+        self.critic.module.scale.move(*(self.units or experience.units), *experience.units)
+        self.units = experience.units
 
     def update(self, experience: Experience) -> dict[str, float]:
         """PPO epochs over the buffer, then the KL controller; takes up the experience's moments. Returns metrics;
         Diverged after too many bad steps in a row."""
-        self.moments = experience.moments
+        self.take_up(experience)
         metrics = update(
             self.policy,
             self.critic,
@@ -222,7 +237,7 @@ class Engine:
         roll = self.rollout(prompts)
         times.append(time.perf_counter())
         experience = self.experience(roll)
-        metrics = experience_metrics(experience, self.config.impl) | roll.stats
+        metrics = experience_metrics(experience, self.config.impl, self.config.advantage.gamma) | roll.stats
         times.append(time.perf_counter())
         metrics.update(self.update(experience))
         times.append(time.perf_counter())
@@ -276,6 +291,8 @@ class Engine:
             "buffers": self.buffers,
             "episodes": self.episodes,
             "moments": asdict(self.moments),
+            "units": None if self.units is None else list(self.units),
+            "critic_scale": vars(self.critic.module.scale),
             "kl_coef": self.controller.coef,
             "skipped": self.health.skipped,
             "skipped_in_a_row": self.health.in_a_row,
@@ -286,6 +303,8 @@ class Engine:
         stay this engine's own."""
         self.buffers, self.episodes = state["buffers"], state["episodes"]
         self.moments = RunningMoments(**state["moments"])
+        self.units = None if state["units"] is None else Units(*state["units"])
+        vars(self.critic.module.scale).update(state["critic_scale"])
         self.controller.coef = state["kl_coef"]
         self.health.skipped, self.health.in_a_row = state["skipped"], state["skipped_in_a_row"]
 
@@ -323,13 +342,14 @@ class Engine:
 
     def _language_model(self, source: ModelSource, zero: dict[str, Any] | None) -> PreTrainedModel:
         model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, zero=zero)
-        return model.to(self.device)  # type: ignore[arg-type]
+        set_attention(model.to(self.device), self.config.model.attention)  # type: ignore[arg-type]
+        return model
 
     def _reward_source(self, reward: Any, zero: dict[str, Any] | None) -> RewardSource:
         if isinstance(reward, (str, Path, PreTrainedModel, RewardModel)):
             trust = self.config.model.trust_remote_code
             self.reward_model = load_reward_model(reward, self.dtype, trust_remote_code=trust, zero=zero)
-            freeze(self.reward_model.to(self.device))
+            set_attention(freeze(self.reward_model.to(self.device)), self.config.model.attention)
             return ModelReward(self.reward_model)
         if not callable(reward):
             raise TypeError(
@@ -360,7 +380,10 @@ class Engine:
             )
         if isinstance(wanted, (Critic, TrunkCritic)) and not isinstance(wanted, RewardModel):
             return wanted.requires_grad_(True)
-        return make_critic(wanted, self.dtype, seed=self.config.run.seed, zero=zero)
+        made = make_critic(wanted, self.dtype, seed=self.config.run.seed, zero=zero)
+        if made.raw:
+            take_length_out(made)
+        return made
 
 
 def optimizer_steps(config: TrainConfig) -> int:

@@ -3,6 +3,7 @@ first ratio 1; two streams at once. Skipped where there is none."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 
@@ -12,9 +13,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
 
-from ppomax.models import base_of
+from ppomax.models import base_of, packed_hidden, set_attention
 from ppomax.rollout.forward import Forward
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests.engine.families import FAMILIES, SHARED, family
 from tests.engine.sampled import decode
@@ -127,6 +128,32 @@ def test_weights_that_changed_are_seen_by_the_next_rollout() -> None:
     assert after.tokens == decode(fresh, GIVEN, range(10), **options | {"cuda_graphs": False}).tokens != before.tokens
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_packed_batches_are_those_of_the_padded_ones(name: str) -> None:
+    """States and gradients in bfloat16, by torch's variable-length attention, no further from float32's than padded."""
+    torch.manual_seed(0)
+    window = {} if name == "llama" else {"sliding_window": 7}
+    shape = SHARED | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
+    kind, config = (LlamaForCausalLM, LlamaConfig) if name == "llama" else (MistralForCausalLM, MistralConfig)
+    exact = kind(config(**shape, **window)).eval().to(DEVICE)
+    cu = torch.tensor([0, 3, 4, 40, 51], device=DEVICE).int()
+    tokens = torch.randint(3, 60, (51,), device=DEVICE)
+
+    def found(model: torch.nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        hidden = packed_hidden(model, tokens, cu)
+        hidden.float().pow(2).mean().backward()
+        return [hidden.detach().float(), *(p.grad.float() for p in model.parameters() if p.grad is not None)]
+
+    want, half = found(exact), copy.deepcopy(exact).bfloat16()
+    padded = found(half)
+    assert set_attention(half) == "varlen"
+    packed = found(half)
+    assert len(packed) == len(padded) == len(want)
+    for x, y, truth in zip(packed, padded, want, strict=True):
+        assert (x - truth).norm() <= 1.5 * (y - truth).norm() + 1e-6 * truth.norm()
+
+
 def test_two_streams_at_once() -> None:
     """The kernels keep no state beside their arguments."""
     model = family("llama").to(DEVICE)
@@ -142,11 +169,13 @@ def test_two_streams_at_once() -> None:
         assert decode(model, GIVEN, range(10), **options).tokens == want
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["full", "lora", "hydra"])
-def test_a_step_of_the_engine(mode: str, graphs: bool) -> None:
+def test_a_step_of_the_engine(mode: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
     knobs = {"run__device": "cuda", "impl": "auto", "model__train": mode, "model__trained_layers": 1}
-    engine = tiny_engine(small_config(**knobs, rollout__cuda_graphs=graphs))
+    with caplog.at_level(logging.INFO, logger="ppomax"):
+        engine = tiny_engine(small_config(**knobs, model__dtype=dtype))
+    assert f"attention of scoring and update: {'varlen' if dtype == 'bfloat16' else 'sdpa'}" in caplog.text
     for _ in range(2):
         metrics = engine.step(prompts()).metrics
         assert metrics["val/first_ratio_gap"] == 0.0

@@ -157,14 +157,15 @@ MODES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_engine_on_our_kernels_learns_what_one_of_plain_torch_does(mode: str) -> None:
-    """And scores and trains by the same forward: ratio and values of the first minibatch agree to the bit."""
+    """And scores and trains by the same forward: ratios of the first minibatch agree to the bit, values but for the
+    rounding of their change of units."""
     found = []
     for impl in ("auto", "ref"):
         engine = tiny_engine(small_config(impl=impl, **MODES[mode]))
         metrics, _ = engine.step(prompts(8))
         found.append((metrics, [p.detach().clone() for p in engine.policy.params]))
         assert metrics["val/first_ratio_gap"] == 0.0
-        assert metrics["val/first_value_gap"] == 0.0
+        assert metrics["val/first_value_gap"] <= 1e-6
     for name in ("loss/policy_avg", "loss/value_avg", "objective/kl", "policy/grad_norm", "critic/grad_norm"):
         assert found[0][0][name] == pytest.approx(found[1][0][name], rel=1e-4, abs=1e-5)
     for p, q in zip(found[0][1], found[1][1], strict=True):

@@ -27,7 +27,9 @@ SUMS = dict(rtol=1e-5, atol=1e-5)
 @pytest.fixture(scope="module")
 def experience():
     engine = tiny_engine()
-    return engine, engine.experience(engine.rollout(prompts(8)))
+    experience = engine.experience(engine.rollout(prompts(8)))
+    engine.take_up(experience)
+    return engine, experience
 
 
 def test_first_minibatch_has_ratio_one_and_old_values(experience) -> None:

@@ -113,7 +113,8 @@ def test_fused_and_reference_updates_agree(monkeypatch: pytest.MonkeyPatch) -> N
         before = torch.cat([p.detach().clone().flatten() for p in params])
         rows.append(engine.step(prompts(8)).metrics)
         moves.append(torch.cat([p.detach().flatten() for p in params]) - before)
-    for key in ("loss/policy_avg", "loss/value_avg", "loss/ptx_avg", "policy/grad_norm", "critic/grad_norm",
+    for key in ("loss/policy_avg", "loss/policy_total", "loss/value_avg",
+                "loss/ptx_avg", "policy/grad_norm", "critic/grad_norm",
                 "objective/kl_per_token", "policy/entropy_avg", "val/ratio_max"):  # fmt: skip
         assert rows[0][key] == pytest.approx(rows[1][key], rel=SAME, abs=SAME), key
     assert len(gradients["ref"]) == len(gradients["auto"]) == 8  # 2 epochs of 2 minibatches, two models
@@ -258,16 +259,23 @@ def test_length_adaptive_lambda_is_per_sequence_and_not_negative() -> None:
         torch.testing.assert_close(got[part], alone[part], rtol=1e-4, atol=1e-5)
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 60), st.booleans())
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    st.integers(1, 8),
+    st.integers(1, 60),
+    st.booleans(),
+    st.booleans(),
+)
 def test_plans_hold_each_sequence_once_within_the_budget(
-    lengths: list[int], size: int, budget: int, shuffle: bool
+    lengths: list[int], size: int, budget: int, shuffle: bool, padded: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0) if shuffle else None
-    plan = split_minibatches(torch.tensor(lengths), size, budget, generator)
+    plan = split_minibatches(torch.tensor(lengths), size, budget, generator, padded=padded)
     assert sorted(i for mb in plan for micro in mb for i in micro.tolist()) == list(range(len(lengths)))
     assert all(sum(len(m) for m in mb) == size for mb in plan[:-1])
     for micro in (m for mb in plan for m in mb):
-        assert len(micro) == 1 or sum(lengths[i] for i in micro.tolist()) <= budget
+        held = [lengths[i] for i in micro.tolist()]
+        assert len(micro) == 1 or (len(held) * max(held) if padded else sum(held)) <= budget
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.randoms(use_true_random=False))

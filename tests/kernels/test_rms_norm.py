@@ -55,9 +55,7 @@ def test_bad_arguments_are_named() -> None:
         rms_norm(torch.zeros(2, 5), torch.ones(4), eps=1e-6)
     with pytest.raises(ValueError, match=r"rms_norm: x must be \(..., D\)"):
         rms_norm(torch.zeros(2, 0), torch.ones(0), eps=1e-6)
-    with pytest.raises(
-        ValueError, match=r"must be of torch.float32 or torch.bfloat16 on one device"
-    ):
+    with pytest.raises(ValueError, match=r"must be of torch.float32 or torch.bfloat16 on one device"):
         rms_norm(torch.zeros(2, 4).double(), torch.ones(4), eps=1e-6)
     with pytest.raises(RuntimeError, match="scalar outside its range"):
         rms_norm(torch.zeros(2, 4), torch.ones(4), eps=-1.0)

@@ -8,7 +8,7 @@ A batch is one row of tokens (N,) with cu_seqlens (S+1,) int32: sequence s is to
 
 from ppomax.models.critic import Critic, RewardModel, load_reward_model, make_critic, make_reward_model
 from ppomax.models.head import Head, check_head, head_of
-from ppomax.models.packed import packed_forward, packed_hidden
+from ppomax.models.packed import any_pads, packed_forward, packed_hidden
 from ppomax.models.policy import load_policy
 from ppomax.models.sources import ModelSource, load_tokenizer, pick_device, use_threads
 from ppomax.models.trunk import (
@@ -22,12 +22,14 @@ from ppomax.models.trunk import (
     window_words,
     with_blocks,
 )
+from ppomax.models.varlen import set_attention
 
 __all__ = [
     "Critic",
     "Head",
     "ModelSource",
     "RewardModel",
+    "any_pads",
     "base_of",
     "blocks_name",
     "blocks_of",
@@ -43,6 +45,7 @@ __all__ = [
     "packed_forward",
     "packed_hidden",
     "pick_device",
+    "set_attention",
     "train_as_scored",
     "use_threads",
     "window_of",

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ppomax.models.head import Head, head_of
 from ppomax.models.packed import packed_forward, packed_hidden
-from ppomax.models.score_head import draw_score_head
+from ppomax.models.score_head import Scale, draw_score_head
 from ppomax.models.trunk import base_of, blocks_name, blocks_of, with_blocks
 
 TOLERANCE = {torch.float32: 1e-4}
@@ -51,7 +51,7 @@ class Branch(nn.Module):
         """trunk (N, D) and cu_seqlens (S+1,) as in packed_hidden -> hidden (N, D), what the head sees."""
         return packed_forward(self._run, trunk, cu_seqlens, self.base.config, layout=layout)
 
-    def _run(self, states: Tensor, **positions: Tensor) -> Tensor:
+    def _run(self, states: Tensor, **positions: Any) -> Tensor:
         entry = getattr(self.base, self.name)[0]
         entry.states = states
         try:
@@ -84,7 +84,7 @@ def bottom_states(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, la
     blocks = getattr(base, blocks_name(base))
     tap = blocks[-1] = _Tap(blocks[-1])
 
-    def run(ids: Tensor, **positions: Tensor) -> Tensor:
+    def run(ids: Tensor, **positions: Any) -> Tensor:
         base(input_ids=ids, use_cache=False, **positions)
         return tap.states  # type: ignore[return-value]
 
@@ -145,9 +145,11 @@ def with_top_of(model: PreTrainedModel, branch: Branch) -> PreTrainedModel:
 
 
 class TrunkCritic(nn.Module):
-    """A scalar at every trunk state: values = (score head in fp32)(branch(trunk)).
+    """A scalar at every trunk state: values = gain * (score head in fp32)(branch(trunk)) + shift, as in Critic.
 
     Starts as a copy of the policy's top blocks with a new head (score_head.py)."""
+
+    raw = False
 
     def __init__(self, policy: PreTrainedModel, layers: int, *, seed: int = 0):
         super().__init__()
@@ -156,10 +158,11 @@ class TrunkCritic(nn.Module):
         width = head_of(policy).weight.shape[1]
         self.score = nn.Linear(width, 1, bias=False, device=policy.device, dtype=policy.dtype)
         draw_score_head(self.score.weight, seed)
+        self.scale = Scale()
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> values (N,) fp32."""
-        return nn.functional.linear(hidden.float(), self.score.weight.float())[:, 0]
+        return self.scale.of(nn.functional.linear(hidden.float(), self.score.weight.float())[:, 0])
 
 
 # ---- parts of a base model ------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from transformers import (
 
 from ppomax.models.files import model_config
 from ppomax.models.packed import packed_hidden
-from ppomax.models.partitioned import load_partitioned
+from ppomax.models.partitioned import gathered, load_partitioned
 from ppomax.models.policy import load_policy
-from ppomax.models.score_head import draw_score_head
+from ppomax.models.score_head import Scale, draw_score_head
 from ppomax.models.sources import ModelSource, read_whole
 from ppomax.models.trunk import base_of, blocks_name, blocks_of, train_as_scored, with_blocks
 
@@ -53,11 +53,15 @@ def load_reward_model(
 
 
 class Critic(nn.Module):
-    """A scalar at every token: values = (score head in fp32)(hidden) + score_offset.
+    """A scalar at every token: values = gain * ((score head in fp32)(hidden) + score_offset) + shift.
 
     Holds a HF `*ForSequenceClassification` as `.model`, so that it saves and loads as one. `config.score_offset` is the
     centring of a reward model (see stages/reward_model.py); HF score heads have no bias, hence it lives in the config.
+    `scale` is what a critic's units ask for: 1 and 0 in a reward model, which gives raw scores.
     """
+
+    raw = True
+    """Whether its first values are a reward model's, in raw units; else those of a new head, near 0."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -68,7 +72,7 @@ class Critic(nn.Module):
                 "AutoModelForSequenceClassification with num_labels=1, or build one by make_critic(policy)"
             )
         train_as_scored(model)
-        self.model = model
+        self.model, self.scale = model, Scale()
 
     @property
     def score(self) -> nn.Linear:
@@ -85,7 +89,8 @@ class Critic(nn.Module):
     def values_of(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> values (N,) fp32."""
         bias = None if self.score.bias is None else self.score.bias.float()
-        return nn.functional.linear(hidden.float(), self.score.weight.float(), bias)[:, 0] + self.offset
+        found = nn.functional.linear(hidden.float(), self.score.weight.float(), bias)[:, 0]
+        return self.scale.of(found + self.offset if self.offset else found)
 
 
 class RewardModel(Critic):
@@ -115,16 +120,38 @@ def make_critic(
     if isinstance(source, PreTrainedModel):
         if hasattr(source, "score"):
             return Critic(copy.deepcopy(source).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
-        return Critic(_score_model_of(source, seed).to(dtype)).requires_grad_(True)  # type: ignore[arg-type]
+        return _new_critic(_score_model_of(source, seed).to(dtype))  # type: ignore[arg-type]
     architectures = model_config(source).architectures or []
     scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
     if zero is not None:
         options: dict[str, Any] = {"settings": zero, "new_head": not scorer, "seed": seed}
         model = load_partitioned(source, dtype, "sequence_classification", **options)
-        return Critic(model).requires_grad_(True)
+        return Critic(model).requires_grad_(True) if scorer else _new_critic(model)
     if scorer:
         return Critic(load_reward_model(source, dtype).model).requires_grad_(True)
-    return Critic(_score_model_of(load_policy(source, dtype), seed)).requires_grad_(True)
+    return _new_critic(_score_model_of(load_policy(source, dtype), seed))
+
+
+def _new_critic(model: PreTrainedModel) -> Critic:
+    """With a head that was just drawn."""
+    critic = Critic(model).requires_grad_(True)
+    critic.raw = False
+    return critic
+
+
+@torch.no_grad()
+def take_length_out(critic: Critic) -> None:
+    """Divide the head by its length, and multiply `scale.gain` by it: the values stay, and what an optimiser's step of
+    a given size does to them no longer depends on the scale that a reward model was trained to."""
+    parts = [p for p in (critic.score.weight, critic.score.bias) if p is not None]
+    with gathered(critic.score, modify=True):
+        length = float(critic.score.weight.float().norm())
+        if length > 0:
+            for part in parts:
+                part.div_(length)
+    if length > 0:
+        critic.scale.gain *= length
+        critic.model.config.score_offset = critic.offset / length
 
 
 def make_reward_model(policy: PreTrainedModel, *, layers: int | None = None, seed: int = 0) -> RewardModel:

@@ -245,7 +245,8 @@ def _turns_halves(real: Any) -> bool:
         found = real(q, k, angles.cos(), angles.sin())
     except Exception:  # whatever a function of another kind makes of these arguments: it is not ours to replace
         return False
-    ours = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
+    halves = (torch.cat([-x[..., 4:], x[..., :4]], -1) for x in (q, k))
+    ours = [x * angles.cos() + half * angles.sin() for x, half in zip((q, k), halves, strict=True)]
     return len(found) == 2 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, ours, strict=True))
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
 
+from ppomax.models import varlen
 from ppomax.models.trunk import base_of, window_of, window_words
 
 
@@ -25,9 +26,9 @@ def packed_hidden(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, *,
     whatever the lengths, so ranks of a sharded run stay in step.
 
     layout: "packed" feeds one row with positions that restart (attention is kept inside each sequence by transformers'
-    packed detection); "padded" feeds (S, T) with padding on the right, which causal attention never looks at, so that
-    no mask is needed. "auto" is packed for flash-attention, which reads variable lengths, and padded for the rest,
-    where a packed row would cost N x N attention. Raises TypeError and ValueError for malformed batches.
+    packed detection, or by varlen.py); "padded" feeds (S, T) with padding on the right, which causal attention never
+    looks at, so that no mask is needed. "auto" is packed where attention reads variable lengths, and padded for the
+    rest, where a packed row would cost N x N attention. Raises TypeError and ValueError for malformed batches.
     """
     if tokens.dtype != torch.int64:
         raise TypeError(f"packed_hidden: tokens must be int64, got {tokens.dtype}; use tokens.long()")
@@ -37,7 +38,7 @@ def packed_hidden(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, *,
         )
     base = base_of(model)
 
-    def run(ids: Tensor, **positions: Tensor) -> Tensor:
+    def run(ids: Tensor, **positions: Any) -> Tensor:
         return base(input_ids=ids, use_cache=False, **positions).last_hidden_state  # type: ignore[no-any-return]
 
     return packed_forward(run, tokens, cu_seqlens, model.config, layout=layout)
@@ -59,9 +60,13 @@ def packed_forward(
             "or responses"
         )
     if layout == "auto":
-        layout = "packed" if "flash" in str(config._attn_implementation) else "padded"
+        layout = "padded" if pads(config) else "packed"
     starts = cu_seqlens[:-1].long()
     positions = torch.arange(inputs.shape[0], device=inputs.device) - torch.repeat_interleave(starts, lengths)
+    if layout == "packed" and config._attn_implementation == varlen.NAME:
+        ends = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest}
+        with varlen.packed_call():
+            return run(inputs[None], position_ids=positions[None], max_length_k=longest, **ends)[0]
     if layout == "packed":
         return run(inputs[None], position_ids=positions[None])[0]
     if layout != "padded":
@@ -71,6 +76,19 @@ def packed_forward(
     # The fill (id 0, or zeros) is never attended to by anything that is kept.
     padded = inputs.new_zeros(lengths.numel() * longest, *inputs.shape[1:]).index_copy(0, slots, inputs)
     return run(padded.unflatten(0, (-1, longest))).flatten(0, 1).index_select(0, slots)
+
+
+def pads(config: Any) -> bool:
+    """Whether a packed batch is padded for a model with this config, by how it attends."""
+    name = str(config._attn_implementation)
+    return "flash" not in name and name != varlen.NAME
+
+
+def any_pads(*owners: Any) -> bool:
+    """Whether one of these transformers models, or of what holds one as a part or as `module`, pads packed batches."""
+    modules = [o if isinstance(o, nn.Module) else getattr(o, "module", None) for o in owners]
+    inner = [next((m for m in x.modules() if isinstance(m, PreTrainedModel)), None) for x in modules if x is not None]
+    return any(m is not None and pads(m.config) for m in inner)
 
 
 def _lengths_of(inputs: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -73,16 +73,16 @@ def load_partitioned(
 
 
 @contextmanager
-def gathered(what: nn.Module | nn.Parameter) -> Iterator[None]:
+def gathered(what: nn.Module | nn.Parameter, modify: bool = False) -> Iterator[None]:
     """Inside, a module's sharded parameters, or the one parameter, are gathered on every rank; nothing happens to
-    others. Every rank must enter."""
+    others. Every rank must enter. modify: what rank 0 makes of them is kept, else nothing is."""
     sharded = [p for p in (what.parameters() if isinstance(what, nn.Module) else [what]) if hasattr(p, "ds_id")]
     if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None):
         yield
 
 

@@ -4,7 +4,7 @@ measurement: it says which phase a run will spend its time in, and what a knob d
     forward, FLOPs a token   2 * (parameters - embedding) + 2 * layers * hidden * length   (causal: half of 4)
     backward                 twice the forward; adapters: once (no weight gradients); gradient checkpointing: once more;
                              hydra: of the trained blocks alone
-    decode step              max(weights + KV cache read over bandwidth, FLOPs) + host time of the blocks' launches
+    decode step              max(weights + KV cache read over bandwidth, FLOPs) + what the blocks' small ops take
     collective of b bytes    b * (ranks - 1) / ranks / link
 Lengths are taken at their limits."""
 
@@ -54,12 +54,13 @@ class Assumptions:
     """Share of peak FLOPs that forward and backward reach."""
     forward_efficiency: float = 0.5
     """Share of peak FLOPs that prefill and scoring reach."""
-    bandwidth_efficiency: float = 0.6
+    bandwidth_efficiency: float = 0.7
     """Share of peak memory bandwidth that a decode step reaches."""
     link_efficiency: float = 0.7
     """Share of link bandwidth that collectives reach."""
-    launch_seconds: float = 0.0005
-    """Host time of one block of a decode step; CUDA graphs bring it near 0."""
+    launch_seconds: float = 0.00002
+    """What a block of a decode step takes beside its bytes and FLOPs, replayed from CUDA graphs; launched op by op it
+    was 25 times that on an H200's host."""
     node_link: float = 25e9
     """Bytes a second between nodes, one direction and GPU."""
     host_bandwidth: float = 200e9

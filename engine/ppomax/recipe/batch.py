@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppomax.recipe.moments import RunningMoments
+from ppomax.recipe.units import Units
 
 MicroBatches = list[list[Tensor]]
 """Minibatches of micro-batches of sequence indices (int64). Under several ranks, this rank's part: an empty micro-batch
@@ -97,6 +98,8 @@ class Experience:
     """Coefficient that `rewards` was made with."""
     moments: RunningMoments
     """Of all scores up to and with these."""
+    units: Units
+    """Of values, advantages and returns: those of the shaped scores."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +207,11 @@ def split_minibatches(
     micro_tokens: int,
     generator: torch.Generator | None,
     position: tuple[int, int] = (0, 1),
+    *,
+    padded: bool = False,
 ) -> MicroBatches:
-    """Cut sequences into minibatches of `minibatch_size`, each into micro-batches of at most `micro_tokens` tokens.
+    """Cut sequences into minibatches of `minibatch_size`, each into micro-batches of at most `micro_tokens` tokens:
+    those that a forward computes, so rows times the longest where it is `padded`.
 
     lengths: (S,) whole lengths, of all ranks. Every sequence is in exactly one micro-batch; the last minibatch may be
     smaller. A sequence longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the
@@ -219,7 +225,7 @@ def split_minibatches(
     minibatches: MicroBatches = []
     for start in range(0, len(order), minibatch_size):
         hands = _deal(order[start : start + minibatch_size], host, ranks)
-        packed = [_pack_micro(hand, host, micro_tokens) for hand in hands]
+        packed = [_pack_micro(hand, host, micro_tokens, padded) for hand in hands]
         mine = packed[rank] + [[]] * (max(map(len, packed)) - len(packed[rank]))
         minibatches.append([torch.tensor(m, dtype=torch.int64) for m in mine])
     return minibatches
@@ -238,13 +244,13 @@ def _deal(which: list[int], lengths: list[int], ranks: int) -> list[list[int]]:
     return [[i for i in which if i in hand] for hand in hands]
 
 
-def _pack_micro(which: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
+def _pack_micro(which: list[int], lengths: list[int], micro_tokens: int, padded: bool) -> list[list[int]]:
     micros: list[list[int]] = []
     used = 0
-    for i in sorted(which, key=lengths.__getitem__):
-        if not micros or used + lengths[i] > micro_tokens:
+    for i in sorted(which, key=lengths.__getitem__):  # so the one that joins is the longest
+        used = (len(micros[-1]) + 1) * lengths[i] if padded and micros else used + lengths[i]
+        if not micros or used > micro_tokens:
             micros.append([])
-            used = 0
+            used = lengths[i]
         micros[-1].append(i)
-        used += lengths[i]
     return micros

@@ -9,16 +9,23 @@ import ppomax_kernels as K
 import torch
 from torch import Tensor
 
-from ppomax.recipe.batch import Experience
+from ppomax.recipe.batch import Experience, Rollout
 from ppomax.recipe.rewards import sequence_sums
 
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """`1 - var(returns - values) / var(returns)`; 0 if the returns do not vary."""
+    """`1 - mean((returns - values)**2) / var(returns)`: 1 if they are equal, 0 for the returns' mean, less for a
+    constant off it; 0 if the returns do not vary."""
     spread = returns.double().var(unbiased=False)
-    return float(1 - (returns.double() - values.double()).var(unbiased=False) / spread) if spread > 1e-12 else 0.0
+    return float(1 - (returns.double() - values.double()).pow(2).mean() / spread) if spread > 1e-12 else 0.0
+
+
+def monte_carlo_returns(rewards: Tensor, roll: Rollout, gamma: float, impl: str = "auto") -> Tensor:
+    """(N,) discounted sums of the rewards to come, whatever the critic says."""
+    _, returns = K.gae(rewards, torch.zeros_like(rewards), roll.response_cu, gamma=gamma, lam=1.0, impl=impl)
+    return returns
 
 
 def distinct_n(responses: list[list[int]], n: int = 2) -> float:
@@ -27,8 +34,9 @@ def distinct_n(responses: list[list[int]], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def experience_metrics(experience: Experience, impl: str = "auto") -> dict[str, float]:
-    """Scores, KL, entropy, perplexity, lengths and diversity of one buffer."""
+def experience_metrics(experience: Experience, impl: str = "auto", gamma: float = 1.0) -> dict[str, float]:
+    """Scores, KL, entropy, perplexity, lengths and diversity of one buffer; the critic is held against Monte-Carlo
+    returns with this gamma."""
     roll, scores = experience.rollout, experience.scores
     u = roll.logprobs - roll.ref_logprobs
     kl = K.kl_penalty(roll.logprobs, roll.ref_logprobs, estimator="k3", impl=impl)
@@ -61,6 +69,7 @@ def experience_metrics(experience: Experience, impl: str = "auto") -> dict[str, 
     out.update({f"objective/scores_{name}": q for name, q in zip(QUANTILES, quantiles, strict=True)})
     metrics = dict(zip(out, torch.stack([x.float() for x in out.values()]).tolist(), strict=True))
     metrics["rollout/distinct_2"] = distinct_n([r for _, r in roll.sequences()])
-    metrics["val/explained_var"] = explained_variance(roll.values, experience.returns)
+    returns = monte_carlo_returns(experience.rewards, roll, gamma, impl)
+    metrics["val/explained_var"] = explained_variance(roll.values, returns)
     metrics["objective/kl_coef"] = experience.kl_coef
     return metrics

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.config import BatchConfig
-from ppomax.models import Critic, embedding_weight
+from ppomax.models import Critic, any_pads, embedding_weight
 from ppomax.models.adapters import adapters_off
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states
 from ppomax.models.fused_trunk import fused_trunk
@@ -77,7 +77,8 @@ def rollout(
     responses = joined(own, models.policy)
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses.tokens, strict=True)])
     size, budget = batch.minibatch_size, batch.micro_tokens
-    micro_batches = split_minibatches(lengths, size, budget, generator, ranks.position())
+    padded = any_pads(models.policy, models.reference, models.critic)
+    micro_batches = split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded)
     began = time.perf_counter()
     roll = score(models, prompts, responses, micro_batches, temperature=sampling.temperature, impl=sampling.impl)
     scored = {"perf/scoring_tokens_per_second": float(lengths.sum()) / (time.perf_counter() - began)}

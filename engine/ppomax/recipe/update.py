@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ppomax.config import TrainConfig
 from ppomax.data import Text
-from ppomax.models import Critic, head_of
+from ppomax.models import Critic, any_pads, head_of
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.fused_trunk import fused_trunk
 from ppomax.recipe.batch import (
@@ -104,14 +104,13 @@ def update(
     `generator` shuffles the epochs after the first, which keeps the rollout's plan. `texts` feeds the ptx term if its
     coefficient is above 0."""
     lengths = experience.rollout.cu_seqlens.diff().cpu()
-    tally = Tally()
+    tally, padded = Tally(), any_pads(policy, critic)
     with fused_trunk(policy, critic, impl=config.impl):
         for epoch in range(config.batch.epochs):
             minibatches: MicroBatches = experience.rollout.micro_batches
             if epoch:
-                minibatches = split_minibatches(
-                    lengths, config.batch.minibatch_size, config.batch.micro_tokens, generator, ranks.position()
-                )
+                size, budget = config.batch.minibatch_size, config.batch.micro_tokens
+                minibatches = split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded)
             for micros in minibatches:
                 row = train_minibatch(policy, critic, [minibatch(experience, m) for m in micros], config, health, texts)
                 tally.rows.append(row)
@@ -245,7 +244,8 @@ def ptx_backward(
     rows = [Text(t.tokens[: config.ptx.max_tokens], t.loss_from) for t in texts(config.ptx.batch_size)]
     targets = torch.tensor(float(sum(max(0, len(t.tokens) - t.loss_from) for t in rows)), device=device)
     loss, lengths = torch.zeros((), device=device), torch.tensor([len(t.tokens) for t in rows])
-    micros = split_minibatches(lengths, len(rows), config.batch.micro_tokens, None, ranks.position())[0]
+    budget, padded = config.batch.micro_tokens, any_pads(policy)
+    micros = split_minibatches(lengths, len(rows), budget, None, ranks.position(), padded=padded)[0]
     for i, micro in enumerate(micros):
         part = [rows[i] for i in with_stand_in(micro, cumulative(lengths)).tolist()]
         tokens, cu = pack([t.tokens for t in part], device)
@@ -268,13 +268,16 @@ def _nll(policy: PreTrainedModel, tokens: Tensor, cu: Tensor, at: Tensor, target
 
 def _row(parts: Sequence[MicroLosses], ptx: Tensor, stepped: OptimizerStep) -> dict[str, float]:
     """Metrics of one minibatch, read back from the device once: sums of shares are means, except the largest ratio."""
-    pg = dict(zip(PG_METRICS, ranks.sum(torch.stack([p.pg_metrics for p in parts]).sum(0)).tolist(), strict=True))
+    shares = torch.stack([torch.cat([p.pg_metrics, p.pg_loss.view(1)]) for p in parts])
+    *figures, optimised = ranks.sum(shares.sum(0)).tolist()
+    pg = dict(zip(PG_METRICS, figures, strict=True))
     v = dict(zip(V_METRICS, ranks.sum(torch.stack([p.v_metrics for p in parts]).sum(0)).tolist(), strict=True))
     at = PG_METRICS.index("ratio_max")
     most = torch.stack([torch.stack([p.pg_metrics[at], p.value_gap]) for p in parts]).amax(0)
     ratio_max, value_gap = ranks.max(most).tolist()
     return {
         "loss/policy_avg": pg["pg_loss"],
+        "loss/policy_total": optimised,
         "loss/value_avg": v["v_loss"],
         "loss/ptx_avg": float(ptx),
         "policy/approxkl_avg": pg["approx_kl"],

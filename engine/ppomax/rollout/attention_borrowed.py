@@ -7,14 +7,13 @@ elsewhere sequence by sequence, without a mask where a causal one is all there i
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from ppomax_kernels.backends import reference
 from torch import Tensor, nn
 
+from ppomax.models.varlen import WIDEST_HEAD, torch_varlen, varlen
 from ppomax.rollout.arena import Step
 
 
@@ -38,8 +37,10 @@ def decode_sdpa(query: Tensor, pages: tuple[Tensor, Tensor], step: Step, terms: 
 def attend_prompts(query: Tensor, key: Tensor, value: Tensor, step: Step, terms: AttentionTerms) -> Tensor:
     """query (N, H, D), key and value (N, G, D) of a step's prompts, each of which attends to itself."""
     half, dim = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
-    if query.is_cuda and half and not terms.softcap and dim % 8 == 0 and dim <= 256 and _varlen() is not None:
-        return _by_varlen(query, key, value, step, terms)
+    served = query.is_cuda and half and not terms.softcap and dim % 8 == 0 and dim <= WIDEST_HEAD
+    if served and torch_varlen() is not None:
+        longest = max(step.prompts)
+        return varlen(query, key, value, step.prompt_ends, longest, scale=terms.scale, window=terms.window)
     parts = []
     for mine in zip(*(x.split(step.prompts) for x in (query, key, value)), strict=True):
         length = len(mine[0])
@@ -50,28 +51,6 @@ def attend_prompts(query: Tensor, key: Tensor, value: Tensor, step: Step, terms:
             seen = _seen(at, at[:, None], terms.window)
         parts.append(_sdpa(q, k, v, seen, terms)[0].transpose(0, 1))
     return torch.cat(parts)
-
-
-def _by_varlen(query: Tensor, key: Tensor, value: Tensor, step: Step, terms: AttentionTerms) -> Tensor:
-    attend, grouped = _varlen()  # type: ignore[misc]
-    more = {"enable_gqa": True} if grouped else {}
-    if not grouped:
-        repeat = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    ends, longest = step.prompt_ends, max(step.prompts)
-    window = (terms.window - 1 if terms.window else -1, 0)  # keys to the left of its own, and to the right
-    return attend(query, key, value, ends, ends, longest, longest, scale=terms.scale, window_size=window, **more)  # type: ignore[no-any-return]
-
-
-@cache
-def _varlen() -> tuple[Any, bool] | None:
-    """torch's variable-length attention, and whether it takes fewer key heads than query heads; None before 2.11."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    return (varlen_attn, "enable_gqa" in known) if "window_size" in known else None
 
 
 def _seen(at: Tensor, own: Tensor, window: int) -> Tensor:

@@ -12,6 +12,7 @@ own."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppomax.models import blocks_of, embedding_weight
 from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Arena
-from ppomax.rollout.attention import arena_attention
+from ppomax.rollout.attention import arena_attention, choose
 from ppomax.rollout.forward import Draws, Extras, Forward
 from ppomax.rollout.gpu_trunk import gpu_trunk
 from ppomax.rollout.graphs import capture_for
@@ -64,14 +65,18 @@ def decode(
     anything is allocated. Raises RolloutError for prompts, ends or sizes that cannot be served."""
     ends = frozenset(eos_ids)
     _check(model, prompts, uids, ends, sampling, tokenizer, trunk_layers)
-    capture = capture_for(model.device) if sampling.cuda_graphs else None
+    graphs = sampling.cuda_graphs
+    if graphs is None:
+        graphs = model.device.type == "cuda" and choose(model, sampling.impl) == "triton"
+    sampling = dataclasses.replace(sampling, cuda_graphs=graphs)
+    capture = capture_for(model.device) if graphs else None
     if not prompts:
         return Responses([], [], [], None if trunk_layers is None else [])
     distinct = slotting.grouped(prompts)
     sizes = rollout_sizes(model, distinct, sampling, trunk=trunk_layers is not None)
     if announce is not None:
         announce(sizes)
-    arena = Arena(model.config, sizes.pages, model.dtype, model.device, sizes.page, scratch=sampling.cuda_graphs)
+    arena = Arena(model.config, sizes.pages, model.dtype, model.device, sizes.page, scratch=graphs)
     texts = [TextStream(tokenizer) for _ in prompts] if sampling.stop else []  # type: ignore[arg-type]
     trunk = gpu_trunk(model) if sizes.attention == "triton" else packed_trunk(model, sizes.attention)
     with arena_attention(model, arena, sizes.attention) as attention, trunk as panels:

@@ -29,8 +29,9 @@ class Sampling:
     """Sequences decoded at once."""
     cache_tokens: int | None = None
     """Most tokens that the KV arena holds; None: what the slots need."""
-    cuda_graphs: bool = False
-    """Replay steps without prompts, with their rows rounded up; the model must be on a CUDA device."""
+    cuda_graphs: bool | None = None
+    """Replay steps without prompts, with their rows rounded up; the model must be on a CUDA device. None: where it is
+    on one and attention is ours."""
     impl: str = "auto"
     """Back-end of the kernels."""
 

@@ -69,7 +69,7 @@ def rollout_sizes(
     window or the arena cannot hold one sequence; UnsupportedModel if the model cannot take an arena."""
     check_model(model)
     attention = choose(model, sampling.impl)
-    max_new_tokens, cache_tokens, graphs = sampling.max_new_tokens, sampling.cache_tokens, sampling.cuda_graphs
+    max_new_tokens, cache_tokens, graphs = sampling.max_new_tokens, sampling.cache_tokens, bool(sampling.cuda_graphs)
     page, config = page_of(attention), model.config.get_text_config()
     longest = max(len(p.tokens) for p in prompts)
     if longest + max_new_tokens > window_of(model.config):

@@ -23,7 +23,7 @@ from ppomax.sharding import ranks
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 """Of the manifest."""
 
 

@@ -1,7 +1,7 @@
 """Critic pre-training: the policy frozen, the critic regressed on Monte-Carlo returns.
 
     G_t = sum of rewards from t on (gamma discounted);  1/2 * mean (V - G)^2;  stop once a fresh buffer has
-    1 - Var(G - V)/Var(G) >= critic.pretrain_explained_variance
+    1 - mean (G - V)^2 / Var(G) >= critic.pretrain_explained_variance
 A critic that starts as a reward model scores early tokens as if the text ended there; PPO's first advantages would
 carry that error (arXiv 2503.01491). The optimiser's moments carry over into PPO, its schedule does not move."""
 
@@ -13,8 +13,9 @@ import ppomax_kernels as K
 import torch
 
 from ppomax.engine import Engine
+from ppomax.models import any_pads
 from ppomax.recipe.batch import MicroBatches, Rollout, select, select_trunk, split_minibatches, with_stand_in
-from ppomax.recipe.measures import explained_variance
+from ppomax.recipe.measures import explained_variance, monte_carlo_returns
 from ppomax.recipe.scoring import state_values
 from ppomax.recipe.streams import Purpose, stream
 from ppomax.sharding import ranks
@@ -25,11 +26,9 @@ def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[d
     was."""
     config = engine.config
     experience = engine.experience(engine.rollout(prompts))
-    engine.moments = experience.moments
+    engine.take_up(experience)
     roll = experience.rollout
-    _, returns = K.gae(
-        experience.rewards, roll.values, roll.response_cu, gamma=config.advantage.gamma, lam=1.0, impl=config.impl
-    )
+    returns = monte_carlo_returns(experience.rewards, roll, config.advantage.gamma, config.impl)
     explained = explained_variance(roll.values, returns)
     metrics = {
         "pretrain/explained_var": explained,
@@ -44,9 +43,8 @@ def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[d
     for epoch in range(config.critic.pretrain_epochs):
         minibatches: MicroBatches = roll.micro_batches
         if epoch:
-            minibatches = split_minibatches(
-                lengths, config.batch.minibatch_size, config.batch.micro_tokens, shuffle, ranks.position()
-            )
+            size, budget, padded = config.batch.minibatch_size, config.batch.micro_tokens, any_pads(engine.critic)
+            minibatches = split_minibatches(lengths, size, budget, shuffle, ranks.position(), padded=padded)
         losses += [_train(engine, experience.rollout, returns, micros) for micros in minibatches]
     metrics["pretrain/value_loss"] = sum(losses) / len(losses)
     return metrics, False

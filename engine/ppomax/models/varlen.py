@@ -1,0 +1,147 @@
+"""Attention of scoring and update over packed sequences, by torch's variable-length kernel: no padding, no mask. On a
+CUDA device, in bfloat16 or float16, for heads of up to 256, without a cap on the scores.
+
+    set_attention(model, "auto")       from here on the model attends by the best there is; returns its name
+
+A model that attends by "varlen" does so where `packed_forward` tells it where sequences end; every other call, a user's
+own with a mask or a cache, goes to torch's scaled_dot_product_attention as transformers would send it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "ppomax_varlen"
+Attention = Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"]
+WIDEST_HEAD = 256
+
+_PACKED: ContextVar[bool] = ContextVar("ppomax_packed", default=False)
+
+
+def set_attention(model: nn.Module, wanted: str = "auto") -> str:
+    """Let a transformers model, or what holds one, attend by `wanted`; returns what that is.
+
+    auto: varlen where it serves; else what the model has, but eager for a model that caps its scores, since torch's
+    attention has no cap and transformers below 5.18 leaves it out in silence. ValueError for varlen where it does not
+    serve."""
+    if wanted not in get_args(Attention):
+        raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {wanted!r}")
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise ValueError(f"set_attention: {type(model).__name__} holds no transformers model")
+    why_not = why_not_varlen(inner)
+    if wanted == "varlen" and why_not:
+        raise ValueError(f"attention varlen does not serve {type(inner).__name__}: {why_not}; leave it auto")
+    if wanted == "auto":
+        present = str(inner.config._attn_implementation)
+        capped = bool(getattr(inner.config.get_text_config(), "attn_logit_softcapping", None))
+        wanted = "varlen" if not why_not else "eager" if capped and present == "sdpa" else present
+    if wanted == "varlen":
+        AttentionInterface.register(NAME, _attend)
+        AttentionMaskInterface.register(NAME, _mask)
+    name = NAME if wanted == "varlen" else wanted
+    if name != inner.config._attn_implementation:
+        inner.set_attn_implementation(name)
+    return "varlen" if wanted == NAME else wanted
+
+
+def why_not_varlen(model: PreTrainedModel) -> str:
+    """Why this model cannot attend by varlen; empty if it can."""
+    config = model.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for bad, reason in (
+        (model.device.type != "cuda", f"it is on {model.device}, not on a CUDA device"),
+        (model.dtype not in (torch.bfloat16, torch.float16), f"its weights are {model.dtype}, not 16 bits wide"),
+        (dim % 8 or dim > WIDEST_HEAD, f"its heads are {dim} wide, not a multiple of 8 up to {WIDEST_HEAD}"),
+        (getattr(config, "attn_logit_softcapping", None), "it caps its attention scores"),
+        (torch_varlen() is None, f"torch {torch.__version__} has no variable-length attention; 2.11 has"),
+        (not getattr(model, "_supports_attention_backend", False), "its attention is no backend of transformers"),
+    ):
+        if bad:
+            return reason
+    return ""
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, *, scale: float, window: int = 0
+) -> Tensor:
+    """Causal attention within packed sequences: query (N, H, D), key and value (N, G, D) -> (N, H, D). ends (S+1,)
+    int32: where each starts, and where the last ends; `longest` of them in tokens. window 0: none. Differentiable; on
+    the device torch's kernel asks for. Key heads are repeated where this torch does not take groups."""
+    found = torch_varlen()
+    assert found is not None
+    attend, grouped = found
+    more = {"enable_gqa": True} if grouped else {}
+    repeat = query.shape[1] // key.shape[1]
+    if not grouped and repeat > 1:
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    left = window - 1 if window else -1  # keys to the left of its own
+    return attend(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(left, 0), **more)  # type: ignore[no-any-return]
+
+
+@cache
+def torch_varlen() -> tuple[Callable[..., Any], bool] | None:
+    """torch's function, and whether it takes fewer key heads than query heads; None before 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return (varlen_attn, "enable_gqa" in known) if "window_size" in known else None
+
+
+@contextmanager
+def packed_call() -> Iterator[None]:
+    """Inside, a forward is of packed sequences: no mask is made for a model that attends by varlen."""
+    token = _PACKED.set(True)
+    try:
+        yield
+    finally:
+        _PACKED.reset(token)
+
+
+def _mask(*args: Any, **named: Any) -> Tensor | None:
+    return None if _PACKED.get() else sdpa_mask(*args, **named)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """One layer: query (1, H, N, D), key and value (1, G, N, D) -> (1, N, H, D)."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        if _PACKED.get():
+            raise ValueError(
+                f"{type(module).__name__} does not hand on where packed sequences end; set model.attention: sdpa"
+            )
+        named = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **rest}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **named)  # type: ignore[no-any-return]
+    if dropout or attention_mask is not None or rest.get("softcap") or rest.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} attends with dropout, a mask, a cap or sinks, which variable-length attention "
+            "has not; set model.attention: sdpa"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window or 0)
+    return out[None], None

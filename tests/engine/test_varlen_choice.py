@@ -1,0 +1,49 @@
+"""Which attention a model gets, and what is said where the one asked for does not serve."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ppomax.models import set_attention, varlen
+
+from tests.engine.families import family
+
+
+def test_a_cpu_keeps_what_it_has_and_capped_scores_are_not_left_out() -> None:
+    assert set_attention(family("llama")) == "sdpa"
+    model = family("gemma2")
+    model.config._attn_implementation = "sdpa"  # as transformers below 5.18 loads it
+    assert set_attention(model) == model.config._attn_implementation == "eager"
+    assert set_attention(family("llama"), "eager") == "eager"
+
+
+def test_varlen_by_name_says_why_not() -> None:
+    with pytest.raises(ValueError, match="attention varlen does not serve LlamaForCausalLM: it is on cpu"):
+        set_attention(family("llama"), "varlen")
+    with pytest.raises(ValueError, match="attention must be one of auto, varlen, sdpa"):
+        set_attention(family("llama"), "flash")
+    with pytest.raises(ValueError, match="Linear holds no transformers model"):
+        set_attention(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("llama", torch.float32, "its weights are torch.float32"),
+        ("gemma3", torch.bfloat16, "its heads are 12 wide"),
+        ("gemma2", torch.bfloat16, "heads are 12 wide|caps its attention scores"),
+        ("llama", torch.bfloat16, ""),
+    ],
+)
+def test_reasons(name: str, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family(name)
+    seen = SimpleNamespace(
+        config=model.config, device=torch.device("cuda"), dtype=dtype, _supports_attention_backend=True
+    )
+    monkeypatch.setattr(varlen, "torch_varlen", lambda: (None, True))
+    import re
+
+    assert re.search(reason, varlen.why_not_varlen(seen))
+    assert bool(varlen.why_not_varlen(seen)) == bool(reason)
