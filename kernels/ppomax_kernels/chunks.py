@@ -23,14 +23,16 @@ TILE_TOKENS = 2048  # rows of a chunk whose logits are made tile by tile
 # Logits of a chunk: 40 MiB in float32, more than the last-level cache holds: smaller chunks pass over the weight's
 # gradient so often that this costs more (bench/LOG.md).
 CPU_ELEMENTS = 5 * 2**21
-GPU_ELEMENTS = 2**28  # 512 MiB in bfloat16: GEMMs of >= 1024 rows at V = 151936
+# On a GPU each chunk after the first reads and writes the float32 gradient of the weight, 5 GB at 151936 x 4096.
+GPU_ELEMENTS = 2**30  # 2 GiB in bfloat16
+GPU_TOKENS = 4096
 
 
 def default_chunk(vocab: int, device_type: str) -> int:
     """Tokens per GEMM: a multiple of 64 that fits CPU_ELEMENTS, or a power of two that fits GPU_ELEMENTS."""
     if device_type == "cpu":
         return min(4096, max(64, CPU_ELEMENTS // vocab // 64 * 64))
-    return min(8192, max(256, 1 << (GPU_ELEMENTS // vocab).bit_length() - 1))
+    return min(GPU_TOKENS, max(256, 1 << (GPU_ELEMENTS // vocab).bit_length() - 1))
 
 
 def even_chunk(size: int, n: int, invariant: bool) -> int:

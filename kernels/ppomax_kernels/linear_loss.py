@@ -79,6 +79,7 @@ class ReadyGradients(torch.autograd.Function):
         loss, metrics, *grads = compute(*ctx.needs_input_grad[:3])
         ctx.save_for_backward(*grads)
         ctx.op, ctx.spent = op, False
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -94,10 +95,7 @@ class ReadyGradients(torch.autograd.Function):
         ctx.spent = True
         if dloss is None:
             return (None,) * 5
-        grads = ctx.saved_tensors
-        if not is_one(dloss):
-            for g in grads:
-                g.mul_(dloss)
+        grads = [scaled(g, dloss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad)), None, None
 
 
@@ -123,6 +121,15 @@ def composed(
     if wants_gradient(hidden, weight, bias):
         return ReadyGradients.apply(hidden, weight, bias, compute, op)  # type: ignore[no-any-return, no-untyped-call]
     return compute(False, False, False)[:2]  # type: ignore[return-value]
+
+
+def scaled(gradient: Tensor, dloss: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """gradient * dloss in the dtype of what it is of, in one pass: in place where that is the gradient's own."""
+    if is_one(dloss):
+        return gradient
+    if dtype is None or gradient.dtype == dtype:
+        return gradient.mul_(dloss)
+    return torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def is_one(x: Tensor) -> bool:
