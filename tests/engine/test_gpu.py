@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
 
 from ppomax.models import base_of, packed_hidden, set_attention
+from ppomax.recipe import rollout as scoring
+from ppomax.recipe import update
 from ppomax.rollout.forward import Forward
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -152,6 +154,35 @@ def test_packed_batches_are_those_of_the_padded_ones(name: str) -> None:
     assert len(packed) == len(padded) == len(want)
     for x, y, truth in zip(packed, padded, want, strict=True):
         assert (x - truth).norm() <= 1.5 * (y - truth).norm() + 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("mode", ["full", "hydra"])
+def test_no_micro_batch_waits_for_the_device(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of scoring and update, once kernels are compiled and libraries set up: from its packing to its losses."""
+    knobs = {"run__device": "cuda", "impl": "auto", "model__train": mode, "model__trained_layers": 1}
+    engine = tiny_engine(small_config(**knobs, model__dtype="bfloat16"))
+    engine.step(prompts())
+    watched: list[str] = []
+
+    def watch(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def strict(*args: object, **named: object) -> object:
+            watched.append(name)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return real(*args, **named)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(module, name, strict)
+
+    for module, name in ((scoring, "_micro"), (scoring, "policy_logprobs"), (scoring, "state_values")):
+        watch(module, name)
+    for name in ("policy_loss", "critic_loss"):
+        watch(update, name)
+    engine.step(prompts())
+    assert set(watched) == {"_micro", "policy_logprobs", "state_values", "policy_loss", "critic_loss"}
 
 
 def test_two_streams_at_once() -> None:

@@ -119,12 +119,12 @@ def test_dropout_and_models_that_hand_nothing_on_are_refused(monkeypatch: pytest
     def forgetful(*args: Any, cu_seq_lens_q: Any = None, **named: Any) -> Any:
         return real(*args, **named)
 
-    varlen.AttentionInterface.register(varlen.NAME, forgetful)
+    varlen.AttentionInterface.register(varlen.PACKED, forgetful)
     try:
         with pytest.raises(ValueError, match=r"does not hand on where packed sequences end; set model.attention: sdpa"):
             packed_hidden(model, TOKENS, CU)
     finally:
-        varlen.AttentionInterface.register(varlen.NAME, real)
+        varlen.AttentionInterface.register(varlen.PACKED, real)
     for layer in base_of(model).layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attends with dropout, a mask, a cap or sinks"):

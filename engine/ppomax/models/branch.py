@@ -88,7 +88,7 @@ def bottom_states(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, la
         base(input_ids=ids, use_cache=False, **positions)
         return tap.states  # type: ignore[return-value]
 
-    return packed_forward(run, tokens, cu_seqlens, model.config)
+    return packed_forward(run, tokens, cu_seqlens, base.config)
 
 
 def train_top(model: PreTrainedModel, layers: int) -> None:

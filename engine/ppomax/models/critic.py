@@ -23,6 +23,7 @@ from ppomax.models.partitioned import gathered, load_partitioned
 from ppomax.models.policy import load_policy
 from ppomax.models.score_head import Scale, draw_score_head
 from ppomax.models.sources import ModelSource, read_whole
+from ppomax.models.transfers import sent
 from ppomax.models.trunk import base_of, blocks_name, blocks_of, train_as_scored, with_blocks
 
 
@@ -99,7 +100,7 @@ class RewardModel(Critic):
     def scores(self, tokens: Tensor, cu_seqlens: Tensor, *, layout: str = "auto") -> Tensor:
         """tokens (N,), cu_seqlens (S+1,) -> scores (S,) fp32."""
         hidden = packed_hidden(self.model, tokens, cu_seqlens, layout=layout)
-        return self.values_of(hidden.index_select(0, cu_seqlens[1:].long() - 1))
+        return self.values_of(hidden.index_select(0, sent(cu_seqlens[1:].long() - 1, hidden.device)))
 
 
 def make_critic(

@@ -15,15 +15,16 @@ from transformers import (
 )
 
 from ppomax.models import varlen
+from ppomax.models.transfers import sent
 from ppomax.models.trunk import base_of, window_of, window_words
 
 
 def packed_hidden(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor, *, layout: str = "auto") -> Tensor:
     """Last hidden states of a packed batch; equals running the base model on each sequence alone and concatenating.
 
-    tokens (N,) int64; cu_seqlens (S+1,) int32 with cu_seqlens[0] = 0, cu_seqlens[-1] = N, every length >= 1, both on
-    the model's device. Returns hidden (N, D) in the model's dtype, differentiable. One forward of the base model
-    whatever the lengths, so ranks of a sharded run stay in step.
+    tokens (N,) int64 on the model's device; cu_seqlens (S+1,) int32 with cu_seqlens[0] = 0, cu_seqlens[-1] = N, every
+    length >= 1, there or on the host, in which case nothing waits for the device. Returns hidden (N, D) in the model's
+    dtype, differentiable. One forward of the base model whatever the lengths, so ranks of a sharded run stay in step.
 
     layout: "packed" feeds one row with positions that restart (attention is kept inside each sequence by transformers'
     packed detection, or by varlen.py); "padded" feeds (S, T) with padding on the right, which causal attention never
@@ -62,17 +63,19 @@ def packed_forward(
     if layout == "auto":
         layout = "padded" if pads(config) else "packed"
     starts = cu_seqlens[:-1].long()
-    positions = torch.arange(inputs.shape[0], device=inputs.device) - torch.repeat_interleave(starts, lengths)
+    count, device = inputs.shape[0], inputs.device
+    positions = torch.arange(count, device=starts.device) - starts.repeat_interleave(lengths, output_size=count)
     if layout == "packed" and config._attn_implementation == varlen.NAME:
-        ends = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest}
-        with varlen.packed_call():
-            return run(inputs[None], position_ids=positions[None], max_length_k=longest, **ends)[0]
+        cu = sent(cu_seqlens, device)
+        ends = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
+        with varlen.packed_call(config):
+            return run(inputs[None], position_ids=sent(positions, device)[None], **ends)[0]
     if layout == "packed":
-        return run(inputs[None], position_ids=positions[None])[0]
+        return run(inputs[None], position_ids=sent(positions, device)[None])[0]
     if layout != "padded":
         raise ValueError(f"packed_hidden: layout must be 'auto', 'packed' or 'padded', got {layout!r}")
-    rows = torch.repeat_interleave(torch.arange(lengths.numel(), device=inputs.device), lengths)
-    slots = rows * longest + positions
+    rows = torch.arange(lengths.numel(), device=starts.device).repeat_interleave(lengths, output_size=count)
+    slots = sent(rows * longest + positions, device)
     # The fill (id 0, or zeros) is never attended to by anything that is kept.
     padded = inputs.new_zeros(lengths.numel() * longest, *inputs.shape[1:]).index_copy(0, slots, inputs)
     return run(padded.unflatten(0, (-1, longest))).flatten(0, 1).index_select(0, slots)

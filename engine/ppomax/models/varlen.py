@@ -17,11 +17,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "ppomax_varlen"
+PACKED = "ppomax_packed"
+"""What NAME is called during a packed forward: transformers makes no mask for an attention without a mask function."""
 Attention = Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"]
 WIDEST_HEAD = 256
 
@@ -48,7 +50,8 @@ def set_attention(model: nn.Module, wanted: str = "auto") -> str:
         wanted = "varlen" if not why_not else "eager" if capped and present == "sdpa" else present
     if wanted == "varlen":
         AttentionInterface.register(NAME, _attend)
-        AttentionMaskInterface.register(NAME, _mask)
+        AttentionInterface.register(PACKED, _attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
     name = NAME if wanted == "varlen" else wanted
     if name != inner.config._attn_implementation:
         inner.set_attn_implementation(name)
@@ -101,17 +104,18 @@ def torch_varlen() -> tuple[Callable[..., Any], bool] | None:
 
 
 @contextmanager
-def packed_call() -> Iterator[None]:
-    """Inside, a forward is of packed sequences: no mask is made for a model that attends by varlen."""
+def packed_call(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside, a forward of the model with this config is of packed sequences, and no mask is made."""
+    configs = {id(c): c for c in (config, config.get_text_config())}.values()
     token = _PACKED.set(True)
     try:
+        for each in configs:
+            each._attn_implementation_internal = PACKED
         yield
     finally:
+        for each in configs:
+            each._attn_implementation_internal = NAME
         _PACKED.reset(token)
-
-
-def _mask(*args: Any, **named: Any) -> Tensor | None:
-    return None if _PACKED.get() else sdpa_mask(*args, **named)
 
 
 def _attend(

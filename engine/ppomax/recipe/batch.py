@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ppomax.models.transfers import sent
 from ppomax.recipe.moments import RunningMoments
 from ppomax.recipe.units import Units
 
@@ -62,6 +64,11 @@ class Rollout:
     stats: dict[str, float] = field(default_factory=dict)
     """What making it cost, by metric name: tokens a second by phase, slot occupancy, cache use."""
 
+    @cached_property
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """cu_seqlens and response_cu on the host, so that cutting micro-batches waits for the device once."""
+        return self.cu_seqlens.cpu(), self.response_cu.cpu()
+
     @property
     def labels(self) -> Tensor:
         """(N,) int64, the response tokens."""
@@ -108,6 +115,7 @@ class Minibatch:
 
     tokens: Tensor
     cu_seqlens: Tensor
+    """On the host, so that a forward need not ask the device for lengths; all others on the device."""
     states: Tensor
     labels: Tensor
     sampler_logprobs: Tensor
@@ -138,7 +146,7 @@ def spans(cu: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
     cu[i+1])])`."""
     starts, lengths = cu[:-1].long()[which], cu.diff().long()[which]
     new_cu = cumulative(lengths)
-    shift = torch.repeat_interleave(starts - new_cu[:-1].long(), lengths)
+    shift = (starts - new_cu[:-1].long()).repeat_interleave(lengths)
     return torch.arange(len(shift), device=cu.device) + shift, new_cu
 
 
@@ -153,13 +161,15 @@ def last_tokens(cu: Tensor) -> Tensor:
 
 
 def select(rollout: Rollout, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sequences `which` packed anew: their tokens, cu_seqlens, states (into those tokens), and their slots in the (N,)
-    fields."""
-    which = which.to(rollout.tokens.device)
-    at, cu = spans(rollout.cu_seqlens, which)
-    slots, response_cu = spans(rollout.response_cu, which)
-    moved = cu[:-1].long() - rollout.cu_seqlens[:-1].long()[which]
-    return rollout.tokens[at], cu, rollout.states[slots] + per_token(moved, response_cu), slots
+    """Sequences `which` packed anew: their tokens, cu_seqlens (on the host), states (into those tokens), and their
+    slots in the (N,) fields."""
+    which, device = which.cpu(), rollout.tokens.device
+    old_cu, old_response_cu = rollout.on_host
+    at, cu = spans(old_cu, which)
+    slots, response_cu = spans(old_response_cu, which)
+    moved = sent(per_token(cu[:-1].long() - old_cu[:-1].long()[which], response_cu), device)
+    at, slots = sent(at, device), sent(slots, device)
+    return rollout.tokens[at], cu, rollout.states[slots] + moved, slots
 
 
 def trunk_cu(cu: Tensor) -> Tensor:
@@ -168,11 +178,11 @@ def trunk_cu(cu: Tensor) -> Tensor:
 
 
 def select_trunk(trunk: Trunk | None, cu: Tensor, which: Tensor) -> Trunk | None:
-    """The trunk states of the sequences `which`, in that order; `cu` is that of the whole sequences."""
+    """The trunk states of the sequences `which`, in that order; `cu` is that of the whole sequences, on the host."""
     if trunk is None:
         return None
-    at, _ = spans(trunk_cu(cu), which.to(cu.device))
-    return Trunk(trunk.layers, trunk.states[at])
+    at, _ = spans(trunk_cu(cu), which.cpu())
+    return Trunk(trunk.layers, trunk.states[sent(at, trunk.states.device)])
 
 
 def with_stand_in(which: Tensor, cu: Tensor) -> Tensor:
@@ -183,7 +193,7 @@ def with_stand_in(which: Tensor, cu: Tensor) -> Tensor:
 def minibatch(experience: Experience, which: Tensor) -> Minibatch:
     """The sequences `which` of `experience`, packed for one forward; a stand-in if there are none."""
     roll = experience.rollout
-    weight, which = float(len(which) > 0), with_stand_in(which, roll.cu_seqlens)
+    weight, which = float(len(which) > 0), with_stand_in(which, roll.on_host[0])
     tokens, cu, states, slots = select(roll, which)
     return Minibatch(
         tokens=tokens,
@@ -196,7 +206,7 @@ def minibatch(experience: Experience, which: Tensor) -> Minibatch:
         old_values=roll.values[slots],
         advantages=experience.advantages[slots],
         returns=experience.returns[slots],
-        trunk=select_trunk(roll.trunk, roll.cu_seqlens, which),
+        trunk=select_trunk(roll.trunk, roll.on_host[0], which),
         weight=weight,
     )
 

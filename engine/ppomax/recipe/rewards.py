@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ppomax.config import AdvantageConfig, KLConfig, RewardConfig
 from ppomax.models import RewardModel
 from ppomax.models.fused_trunk import fused_trunk
+from ppomax.models.transfers import sent
 from ppomax.recipe.batch import Rollout, per_token, spans, with_stand_in
 from ppomax.recipe.moments import RunningMoments
 from ppomax.sharding import call, ranks
@@ -50,9 +51,10 @@ class ModelReward:
         scores = torch.zeros(len(rollout.finished), device=rollout.tokens.device)
         with fused_trunk(self.model, impl=self.impl):
             for micro in (m for minibatch in rollout.micro_batches for m in minibatch):
-                which = with_stand_in(micro, rollout.cu_seqlens).to(scores.device)
-                at, cu = spans(rollout.cu_seqlens, which)
-                scores[which] = float(len(micro) > 0) * call(self.model, RewardModel.scores, rollout.tokens[at], cu)
+                which = with_stand_in(micro, rollout.on_host[0])
+                at, cu = spans(rollout.on_host[0], which)
+                found = call(self.model, RewardModel.scores, rollout.tokens[sent(at, scores.device)], cu)
+                scores[sent(which, scores.device)] = float(len(micro) > 0) * found
         return finite_scores(ranks.sum(scores), "the reward model")
 
 

@@ -20,6 +20,7 @@ from ppomax.models import Critic, any_pads, embedding_weight
 from ppomax.models.adapters import adapters_off
 from ppomax.models.branch import Branch, TrunkCritic, bottom_states
 from ppomax.models.fused_trunk import fused_trunk
+from ppomax.models.transfers import sent
 from ppomax.recipe.batch import (
     MicroBatches,
     Rollout,
@@ -100,25 +101,26 @@ def score(
     What enters the lowest trained block is taken from the responses, or computed once if the sampler did not record
     it."""
     device = models.policy.device
-    tokens, cu = pack([list(p) + list(r) for p, r in zip(prompts, responses.tokens, strict=True)], device)
-    response_cu = cumulative(torch.tensor([len(r) for r in responses.tokens])).to(device)
+    tokens, host_cu = pack([list(p) + list(r) for p, r in zip(prompts, responses.tokens, strict=True)])
+    host_response_cu = cumulative(torch.tensor([len(r) for r in responses.tokens]))
+    tokens, cu, response_cu = tokens.to(device), host_cu.to(device), host_response_cu.to(device)
     sampled = torch.tensor([x for row in responses.logprobs for x in row], dtype=torch.float32, device=device)
     trunk = None
     if models.trunk_layers is not None:
-        trunk = _trunk(models.policy, responses, tokens, cu, micro_batches, models.trunk_layers)
+        trunk = _trunk(models.policy, responses, tokens, host_cu, micro_batches, models.trunk_layers)
 
     def micros() -> Iterator[_Micro]:
         """Packed when its turn comes, so that no two are held at once."""
-        return (_micro(micro, tokens, cu, response_cu, trunk) for each in micro_batches for micro in each)
+        return (_micro(micro, tokens, host_cu, host_response_cu, trunk) for each in micro_batches for micro in each)
 
     with fused_trunk(models.policy, models.reference, models.critic, impl=impl):
-        fields = _fields(models, micros, int(response_cu[-1]), temperature=temperature, impl=impl)
+        fields = _fields(models, micros, int(host_response_cu[-1]), temperature=temperature, impl=impl)
     logprobs, entropy, ref_logprobs, values = ranks.sum(fields)
     return Rollout(
         tokens=tokens,
         cu_seqlens=cu,
         response_cu=response_cu,
-        states=_states(cu, response_cu),
+        states=_states(host_cu, host_response_cu).to(device),
         finished=torch.tensor(responses.finished, device=device),
         sampler_logprobs=sampled,
         logprobs=logprobs,
@@ -142,11 +144,13 @@ class _Micro(NamedTuple):
 
 
 def _micro(which: Tensor, tokens: Tensor, cu: Tensor, response_cu: Tensor, trunk: Trunk | None) -> _Micro:
-    weight, which = float(len(which) > 0), with_stand_in(which, cu).to(cu.device)
+    """cu and response_cu on the host, where the cutting is done."""
+    weight, which, device = float(len(which) > 0), with_stand_in(which, cu), tokens.device
     at, micro_cu = spans(cu, which)
     slots, micro_response_cu = spans(response_cu, which)
-    packed = (tokens[at], micro_cu, _states(micro_cu, micro_response_cu), select_trunk(trunk, cu, which))
-    return _Micro(slots, weight, packed)
+    states = sent(_states(micro_cu, micro_response_cu), device)
+    packed = (tokens[sent(at, device)], micro_cu, states, select_trunk(trunk, cu, which))
+    return _Micro(sent(slots, device), weight, packed)
 
 
 def _fields(
@@ -175,12 +179,14 @@ def _trunk(
     """What enters block `layers` at all tokens but each sequence's last: recorded while decoding, or computed here."""
     if responses.trunk is not None:
         return Trunk(layers, torch.cat(responses.trunk))
-    ends = trunk_cu(cu)
-    keep = torch.ones(len(tokens), dtype=torch.bool, device=cu.device).index_fill_(0, last_tokens(cu), False)
-    states = torch.zeros(int(ends[-1]), embedding_weight(policy).shape[1], dtype=policy.dtype, device=cu.device)
+    ends, device = trunk_cu(cu), tokens.device
+    keep = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, last_tokens(cu), False)
+    kept = tokens[keep.nonzero()[:, 0].to(device)]
+    states = torch.zeros(int(ends[-1]), embedding_weight(policy).shape[1], dtype=policy.dtype, device=device)
     for micro in (m for micros in micro_batches for m in micros if len(m)):
-        at, micro_cu = spans(ends, micro.to(cu.device))
-        states[at] = bottom_states(policy, tokens[keep][at], micro_cu, layers)
+        at, micro_cu = spans(ends, micro)
+        at = sent(at, device)
+        states[at] = bottom_states(policy, kept[at], micro_cu, layers)
     return Trunk(layers, ranks.sum(states))
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ppomax.models import Critic, Head, head_of, packed_hidden
 from ppomax.models.branch import Branch, TrunkCritic
+from ppomax.models.transfers import sent
 from ppomax.recipe.batch import Trunk, trunk_cu
 
 
@@ -32,7 +33,8 @@ def state_hidden(
     if branch.layers != trunk.layers:
         raise ValueError(f"state_hidden: the branch starts at block {branch.layers}, the trunk ends at {trunk.layers}")
     hidden = branch(trunk.states, trunk_cu(cu_seqlens))
-    sequence = torch.searchsorted(cu_seqlens[1:], states, right=True)  # one token less in each sequence before it
+    ends = sent(cu_seqlens, states.device)[1:]
+    sequence = torch.searchsorted(ends, states, right=True)  # one token less in each sequence before it
     return hidden.index_select(0, states - sequence)
 
 
@@ -50,6 +52,7 @@ def head_logprobs(
         temperature=temperature,
         softcap=head.softcap,
         return_entropy=entropy,
+        kept=len(labels),
         impl=impl,
     )
     return out if isinstance(out, tuple) else (out, None)

@@ -27,6 +27,7 @@ from ppomax.data import Text
 from ppomax.models import Critic, any_pads, head_of
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.fused_trunk import fused_trunk
+from ppomax.models.transfers import sent, upload
 from ppomax.recipe.batch import (
     Experience,
     MicroBatches,
@@ -219,6 +220,7 @@ def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config
         ref_logprobs=micro.ref_logprobs if kl.loss_coef else None,
         kl_coef=kl.loss_coef,
         estimator=kl.loss_estimator,
+        kept=len(micro.labels),
         impl=config.impl,
     )
     return pg_loss, figures.tensor
@@ -248,10 +250,10 @@ def ptx_backward(
     micros = split_minibatches(lengths, len(rows), budget, None, ranks.position(), padded=padded)[0]
     for i, micro in enumerate(micros):
         part = [rows[i] for i in with_stand_in(micro, cumulative(lengths)).tolist()]
-        tokens, cu = pack([t.tokens for t in part], device)
+        tokens, cu = pack([t.tokens for t in part])
         states = [s + i - 1 for t, s in zip(part, cu.tolist(), strict=False) for i in range(t.loss_from, len(t.tokens))]
         share = config.ptx.coef * float(len(micro) > 0)
-        nll = policy.call(_nll, tokens, cu, torch.tensor(states, device=device), targets, config.impl)
+        nll = policy.call(_nll, sent(tokens, device), cu, upload(states, device), targets, config.impl)
         policy.backward(share * nll, last=i + 1 == len(micros))
         loss += share * nll.detach()
     return loss
@@ -260,8 +262,9 @@ def ptx_backward(
 def _nll(policy: PreTrainedModel, tokens: Tensor, cu: Tensor, at: Tensor, targets: Tensor, impl: str) -> Tensor:
     head = head_of(policy)
     hidden, bias = scaled(state_hidden(policy, tokens, cu, at), head)
+    labels, cap = tokens[at + 1], head.softcap
     nll, _ = K.linear_nll(
-        hidden, head.weight, tokens[at + 1], bias=bias, softcap=head.softcap, normalizer=targets, impl=impl
+        hidden, head.weight, labels, bias=bias, softcap=cap, normalizer=targets, kept=len(labels), impl=impl
     )
     return nll
 

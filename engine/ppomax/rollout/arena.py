@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from ppomax.rollout.transfers import upload
+from ppomax.models.transfers import upload
 
 ROW_PAGE = 32
 """Tokens of a page on a GPU, where keys lie in rows: on an H200 pages of 64 are read as fast and waste twice as much,

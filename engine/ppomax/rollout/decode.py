@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.models import blocks_of, embedding_weight
+from ppomax.models.transfers import Arriving
 from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Arena
 from ppomax.rollout.attention import arena_attention, choose
@@ -35,7 +36,6 @@ from ppomax.rollout.sizes import RolloutError, RolloutSizes, rollout_sizes
 from ppomax.rollout.slots import Admission, Slots
 from ppomax.rollout.streams import stream_seeds
 from ppomax.rollout.text import TextStream
-from ppomax.rollout.transfers import Arriving
 
 NOBODY = Admission([], [], ([], []))
 OnToken = Callable[[int, int, bool], None]

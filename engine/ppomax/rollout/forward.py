@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.models import base_of, head_of
+from ppomax.models.transfers import upload
 from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Step
 from ppomax.rollout.attention import Attention
@@ -21,7 +22,6 @@ from ppomax.rollout.graphs import Capture, DecodeGraphs
 from ppomax.rollout.recorder import Recorder
 from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.slots import Admission, Slots
-from ppomax.rollout.transfers import upload
 
 
 class Draws(NamedTuple):

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppomax.models.transfers import upload
 from ppomax.rollout.arena import pages_for
 from ppomax.rollout.sizes import RolloutError
-from ppomax.rollout.transfers import upload
 
 log = logging.getLogger(__name__)
 

@@ -57,9 +57,9 @@ def _train(engine: Engine, roll: Rollout, returns: torch.Tensor, micros: list[to
     own = sum(int(roll.lengths[m.to(device)].sum()) for m in micros)
     count = ranks.sum(torch.tensor(float(own), device=device))
     for i, micro in enumerate(micros):
-        which = with_stand_in(micro, roll.cu_seqlens)
+        which = with_stand_in(micro, roll.on_host[0])
         tokens, cu, states, slots = select(roll, which)
-        values = critic.call(state_values, tokens, cu, states, select_trunk(roll.trunk, roll.cu_seqlens, which))
+        values = critic.call(state_values, tokens, cu, states, select_trunk(roll.trunk, roll.on_host[0], which))
         share, _ = K.value_loss(values, values.detach(), returns[slots], clip=None, normalizer=count, impl=config.impl)
         share = share * float(len(micro) > 0)
         critic.backward(share, last=i + 1 == len(micros))
