@@ -89,4 +89,4 @@ def test_the_plan_of_the_readme_is_printed_as_it_stands(capsys: pytest.CaptureFi
     (words,) = [w for w in commands() if w[:3] == ["plan", "--config", "llama-7b"]]
     assert main(words) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "fits: 59.4 GiB of 80.0 GiB a rank, fullest in update" in shown
+    assert "fits: 62.5 GiB of 80.0 GiB a rank, fullest in rollout" in shown
