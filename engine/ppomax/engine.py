@@ -48,6 +48,7 @@ from ppomax.recipe.rewards import (
     ModelReward,
     RewardSource,
     advantages_and_returns,
+    check_columns,
     shape_scores,
     token_rewards,
 )
@@ -177,14 +178,17 @@ class Engine:
         if self.reward_model is not None:
             self.reward = ModelReward(freeze_model(self.reward_model, config.sharding), config.impl)
 
-    def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
+    def rollout(self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]] | None = None) -> Rollout:
         """One scored response to each prompt (token ids; text or a chat with a tokenizer). Counts the buffer and its
-        episodes, which name the random streams of the next ones."""
+        episodes, which name the random streams of the next ones. columns: lists of one entry for each prompt, which a
+        reward function gets by these names."""
+        known = check_columns(columns or {}, len(prompts))
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
         uids = range(self.episodes, self.episodes + len(ids))
         self.episodes += len(ids)
         self.buffers += 1
-        return self._generate(ids, uids, stream(self.config.run.seed, Purpose.MINIBATCHES, self.buffers))
+        roll = self._generate(ids, uids, stream(self.config.run.seed, Purpose.MINIBATCHES, self.buffers))
+        return replace(roll, columns=known)
 
     def experience(self, roll: Rollout) -> Experience:
         """Raw scores -> running moments -> shaped scores, values in their units -> token rewards -> advantages and
@@ -231,10 +235,11 @@ class Engine:
         self.controller.update(float((roll.logprobs - roll.ref_logprobs).mean()), len(roll.finished))
         return metrics
 
-    def step(self, prompts: Sequence[Prompt]) -> StepResult:
-        """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too."""
+    def step(self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]] | None = None) -> StepResult:
+        """Rollout, experience and update: one PPO-max iteration; prompts and columns as `rollout` takes them. The
+        metrics hold phase times in seconds too."""
         times = [time.perf_counter()]
-        roll = self.rollout(prompts)
+        roll = self.rollout(prompts, columns)
         times.append(time.perf_counter())
         experience = self.experience(roll)
         metrics = experience_metrics(experience, self.config.impl, self.config.advantage.gamma) | roll.stats
@@ -253,11 +258,14 @@ class Engine:
         )
         return StepResult(metrics, experience.scores)
 
-    def preview(self, prompts: Sequence[Prompt]) -> tuple[Rollout, Tensor]:
+    def preview(
+        self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> tuple[Rollout, Tensor]:
         """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing
         counted."""
+        known = check_columns(columns or {}, len(prompts))
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
-        roll = self._generate(ids, range(-1, -1 - len(ids), -1), None)
+        roll = replace(self._generate(ids, range(-1, -1 - len(ids), -1), None), columns=known)
         return roll, self.reward(roll)
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:

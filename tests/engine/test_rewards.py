@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from ppomax.config import KLConfig
+from ppomax.config import ConfigError, KLConfig, load_config
+from ppomax.integrations.rewards import from_trl, from_verl
 from ppomax.recipe.moments import RunningMoments
 from ppomax.recipe.rewards import (
     KLController,
@@ -16,9 +17,11 @@ from ppomax.recipe.rewards import (
     finite_scores,
     load_function,
     shape_scores,
+    wanted_by,
 )
+from ppomax.stages.ppo import train_ppo
 
-from tests.engine.tiny import prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
+from tests.engine.tiny import SMALL, prompts, small_config, tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer
 
 
 def function_engine(function):
@@ -176,3 +179,104 @@ def test_reward_model_of_another_vocabulary_is_refused() -> None:
     other.resize_token_embeddings(80)
     with pytest.raises(ValueError, match=r"the policy has 64 tokens, the .* has 80"):
         tiny_engine(reward=make_reward_model(other))
+
+
+# ---- functions that know the row ------------------------------------------------------------------------------------
+
+
+def test_a_function_gets_what_its_signature_names() -> None:
+    seen: list[dict[str, object]] = []
+
+    def named(prompts, responses, answer, *, level=0, finished):
+        seen.append({"answer": answer, "level": level, "finished": finished})
+        return [float(a in r) for a, r in zip(answer, responses, strict=True)]
+
+    columns = {"answer": [f"w{i}" for i in range(4, 12)], "other": list(range(8))}
+    engine = function_engine(named)
+    roll = engine.rollout(prompts(8), columns)
+    assert roll.columns == columns
+    scores = engine.experience(roll).scores.tolist()
+    texts = [tiny_tokenizer().decode(r, skip_special_tokens=True) for _, r in roll.sequences()]
+    assert scores == [float(a in r) for a, r in zip(columns["answer"], texts, strict=True)]
+    assert seen == [{"answer": columns["answer"], "level": 0, "finished": roll.finished.tolist()}]
+
+    def anything(prompts, responses, **columns):
+        seen.append(columns)
+        return [0.0] * len(responses)
+
+    engine = function_engine(anything)
+    engine.step(prompts(8), columns)
+    assert set(seen[-1]) == {"answer", "other", "prompt_ids", "response_ids", "finished"}
+    assert seen[-1]["prompt_ids"] == prompts(8)
+    engine.preview(prompts(2), {"other": [5, 6]})
+    assert seen[-1]["other"] == [5, 6]
+
+
+def test_columns_that_do_not_fit_are_named() -> None:
+    engine = function_engine(lambda p, r, answer: [0.0] * len(r))
+    with pytest.raises(RewardError, match=r"takes 'answer', which the data has not: its columns are \['finished'"):
+        engine.experience(engine.rollout(prompts(8)))
+    with pytest.raises(ValueError, match="column 'answer' has 3 entries for 8 prompts"):
+        engine.rollout(prompts(8), {"answer": [1, 2, 3]})
+    with pytest.raises(ValueError, match="column 'finished' has a name that reward functions get otherwise"):
+        engine.rollout(prompts(8), {"finished": [True] * 8})
+
+
+def test_a_builtin_without_a_signature_gets_prompts_and_responses() -> None:
+    assert wanted_by(max) == ((), (), False)
+    assert wanted_by(lambda p, r: []) == ((), (), False)
+
+
+def test_a_function_in_the_form_of_trl() -> None:
+    """As its documentation has them: keywords, with or without columns."""
+
+    def reward_func(completions, ground_truth, **kwargs):
+        assert set(kwargs) == {"prompts", "completion_ids", "prompt_ids", "other"}
+        return [1.0 if c == g else 0.0 for c, g in zip(completions, ground_truth, strict=True)]
+
+    def by_ids(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    columns = {"ground_truth": ["a", "x"], "other": [0, 0], "prompt_ids": [[1], [1]], "finished": [True, True]}
+    columns |= {"response_ids": [[1, 2], [3]], "prompt": ["p", "q"]}
+    assert call_reward(from_trl(reward_func), ["p", "q"], ["a", "b"], columns).tolist() == [1.0, 0.0]
+    assert call_reward(from_trl(by_ids), ["p", "q"], ["a", "b"], columns).tolist() == [2.0, 1.0]
+    assert from_trl(by_ids).__name__ == "by_ids"
+
+
+def test_a_function_in_the_form_of_verl() -> None:
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        assert data_source == "sums"
+        right = solution_str == ground_truth
+        return {"score": 1.0, "acc": True} if right and extra_info else float(right)
+
+    columns = {"data_source": ["sums"] * 2, "reward_model": [{"ground_truth": "4"}, {"ground_truth": "5"}]}
+    columns |= {"extra_info": [{"index": 1}, {"index": 2}]}
+    assert call_reward(from_verl(compute_score), ["2+2", "2+3"], ["4", "6"], columns).tolist() == [1.0, 0.0]
+    with pytest.raises(RewardError, match="takes 'reward_model', which the data has not"):
+        call_reward(from_verl(compute_score), ["2+2"], ["4"], {"data_source": ["sums"]})
+    with pytest.raises(RewardError, match="reward_model must be a mapping with ground_truth"):
+        call_reward(from_verl(compute_score), ["2"], ["4"], {"data_source": ["sums"], "reward_model": ["4"]})
+
+
+def test_training_hands_each_row_to_the_function(tmp_path) -> None:
+    """From a file, through shuffles and samples, each prompt keeps its own answer; missing ones are found at once."""
+    assets = tiny_assets(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    rows = [{**row, "answer": row["prompt"][::-1]} for row in rows]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "f.py").write_text(
+        "calls = []\n"
+        "def f(prompts, responses, answer):\n"
+        "    calls.append((prompts, answer))\n"
+        "    assert [p[::-1] for p in prompts] == answer\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    knobs = {**SMALL, **assets, "reward.function": f"{tmp_path / 'f.py'}:f", "model.critic": "policy", "run.steps": 2}
+    knobs |= {"run.out": str(tmp_path / "run"), "rollout.samples_per_prompt": 2, "monitor.samples_every": 1}
+    knobs.pop("model.reward_model")
+    train_ppo(load_config(overrides=knobs))
+    path.write_text("".join(json.dumps(r if i else {"prompt": r["prompt"]}) + "\n" for i, r in enumerate(rows)))
+    with pytest.raises(ConfigError, match=r"takes 'answer', which row 1 of the prompts has not \(1 of 12 rows"):
+        train_ppo(load_config(overrides={**knobs, "run.out": str(tmp_path / "again")}))

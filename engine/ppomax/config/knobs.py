@@ -160,7 +160,8 @@ class RewardConfig:
 
     function: str | None = None
     """Python reward instead of the reward model: `file.py:name` or `package.module:name`, called as
-    f(prompts: list[str], responses: list[str]) -> one number each."""
+    f(prompts: list[str], responses: list[str]) -> one number each. By keyword it gets what its further arguments name
+    of the prompts' columns, and of `prompt_ids`, `response_ids` and `finished`; with `**columns` all of it."""
     standardize: Literal["norm", "scale", "none"] = "norm"
     """`norm`: (score - running mean) / running std; `scale`: score / running std; `none`. Moments over the whole
     history, this batch included."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ppomax.data.encode import (
     BadRow,
@@ -99,6 +99,13 @@ def _need(row: Row, columns: Sequence[str], where: str) -> None:
         raise DataError(f"{where}: column {missing[0]!r} is missing; the row has {sorted(row)}")
 
 
+class PromptRow(NamedTuple):
+    """A prompt and the row that it came from."""
+
+    tokens: list[int]
+    row: Row
+
+
 def load_prompts(
     source: Source,
     tokenizer: Tokenizer,
@@ -113,9 +120,35 @@ def load_prompts(
 
     overlong: a prompt of more than max_prompt_tokens is an error, keeps BOS and its last tokens, or is left out.
     """
+    rows, counts = load_prompt_rows(
+        source, tokenizer, max_prompt_tokens, column=column, overlong=overlong, bad_rows=bad_rows, split=split
+    )
+    return [r.tokens for r in rows], counts
+
+
+def columns_of(rows: Sequence[PromptRow], names: Iterable[str] | None = None) -> dict[str, list[Any]]:
+    """The named columns of these rows, or all that one of them has, None where a row has not."""
+    names = dict.fromkeys(k for r in rows for k in r.row) if names is None else names
+    return {name: [r.row.get(name) for r in rows] for name in names}
+
+
+def load_prompt_rows(
+    source: Source,
+    tokenizer: Tokenizer,
+    max_prompt_tokens: int,
+    *,
+    column: str = "prompt",
+    overlong: Literal["error", "truncate", "drop"] = "error",
+    bad_rows: BadRows = "error",
+    split: str = "train",
+) -> tuple[list[PromptRow], Counts]:
+    """As load_prompts, with each prompt's row."""
     check_tokenizer(tokenizer)
 
-    def encode(row: Row) -> list[int]:
+    def encode(row: Row) -> PromptRow:
+        return PromptRow(tokens_of(row), row)
+
+    def tokens_of(row: Row) -> list[int]:
         value = row[column]
         if is_chat(value) and not value:
             raise BadRow("empty prompt", "remove the row or fill it")

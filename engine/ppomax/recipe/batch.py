@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ class Rollout:
     """Which sequences were scored together; the first epoch trains on the same ones."""
     trunk: Trunk | None = None
     """Of the policy, where its lower blocks are frozen (`model.train: hydra`); else None."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """What the data says of each prompt besides, by name: a list of S each, for reward functions."""
     stats: dict[str, float] = field(default_factory=dict)
     """What making it cost, by metric name: tokens a second by phase, slot occupancy, cache use."""
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import ppomax_kernels as K
 import torch
@@ -58,10 +59,17 @@ class ModelReward:
         return finite_scores(ranks.sum(scores), "the reward model")
 
 
-class FunctionReward:
-    """A Python function of texts: f(prompts: list[str], responses: list[str]) -> one number each."""
+RewardFunction = Callable[..., Sequence[float]]
+"""f(prompts: list[str], responses: list[str], **columns) -> one number for each response. By keyword it gets what its
+signature names of the data's columns and of RESERVED, all of it if it takes `**anything`."""
+RESERVED = ("prompt_ids", "response_ids", "finished")
+"""Token ids of prompts and responses, and whether a response ended by itself (False: it was cut at the limit)."""
 
-    def __init__(self, function: Callable[[list[str], list[str]], Sequence[float]], tokenizer: PreTrainedTokenizerBase):
+
+class FunctionReward:
+    """A Python function of texts; each rank asks it about its own share."""
+
+    def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase):
         self.function, self.tokenizer = function, tokenizer
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -70,19 +78,70 @@ class FunctionReward:
         prompts, responses = (
             [str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1)
         )
-        scores = call_reward(self.function, prompts, responses) if pairs else torch.zeros(0)
+        columns = {name: [values[i] for i in mine] for name, values in rollout.columns.items()}
+        ended = rollout.finished.tolist()
+        columns |= {"prompt_ids": [p for p, _ in pairs], "response_ids": [r for _, r in pairs]}
+        columns["finished"] = [ended[i] for i in mine]
+        scores = call_reward(self.function, prompts, responses, columns) if pairs else torch.zeros(0)
         return ranks.gather(scores.to(rollout.tokens.device))
 
 
+class Wanted(NamedTuple):
+    """What a reward function takes by keyword beside prompts and responses."""
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    anything: bool
+
+    def of(self, columns: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Those of the columns; RewardError if one that is needed is not there."""
+        missing = [n for n in self.needed if n not in columns]
+        if missing:
+            raise RewardError(
+                f"{name} takes {missing[0]!r}, which the data has not: its columns are {sorted(columns) or 'none'}; "
+                "rename the column or give the argument a default"
+            )
+        return {n: x for n, x in columns.items() if self.anything or n in self.needed or n in self.optional}
+
+
+def wanted_by(function: RewardFunction) -> Wanted:
+    """By its signature: what follows its first two arguments. Nothing of a function that has none to be read."""
+    try:
+        rest = list(inspect.signature(function).parameters.values())[2:]
+    except (TypeError, ValueError):  # builtins
+        return Wanted((), (), False)
+    named = [p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return Wanted(
+        tuple(p.name for p in named if p.default is p.empty),
+        tuple(p.name for p in named if p.default is not p.empty),
+        any(p.kind is p.VAR_KEYWORD for p in rest),
+    )
+
+
+def check_columns(columns: Mapping[str, Sequence[Any]], count: int) -> dict[str, list[Any]]:
+    """`columns` as lists of `count` entries each, none with a reserved name. ValueError names the one that is not."""
+    for name, values in columns.items():
+        if name in RESERVED:
+            raise ValueError(f"column {name!r} has a name that reward functions get otherwise; rename it")
+        if len(values) != count:
+            raise ValueError(f"column {name!r} has {len(values)} entries for {count} prompts; give one for each")
+    return {name: list(values) for name, values in columns.items()}
+
+
 def call_reward(
-    function: Callable[[list[str], list[str]], Sequence[float]], prompts: list[str], responses: list[str]
+    function: RewardFunction,
+    prompts: list[str],
+    responses: list[str],
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Tensor:
-    """`function(prompts, responses)` as (n,) float32 scores on the CPU, one for each response. RewardError: it raised
-    (or called sys.exit), or gave something else than n finite numbers."""
+    """`function(prompts, responses, **what it names of columns)` as (n,) float32 scores on the CPU, one for each
+    response. RewardError: it raised (or called sys.exit), needs a column that is not there, or gave something else than
+    n finite numbers."""
     name = f"the reward function {getattr(function, '__name__', repr(function))}"
+    more = wanted_by(function).of(columns or {}, name)
     grad = torch.is_grad_enabled()
     try:
-        given = function(list(prompts), list(responses))
+        given = function(list(prompts), list(responses), **more)
     except (Exception, SystemExit) as error:  # SystemExit would end training as if it were done
         raise RewardError(f"{name} raised {raised_where(error, function)}") from error
     finally:

@@ -10,8 +10,8 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Answer:
     whole: str
     """Prompt and response as one text."""
     finished: bool
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The prompt's, with its other columns."""
 
 
 @dataclass(frozen=True)
@@ -146,15 +148,16 @@ def as_json(
 
 def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]:
     """This checkpoint's responses to the prompts, and its tokenizer."""
-    from ppomax.data import load_prompts
+    from ppomax.data import load_prompt_rows
     from ppomax.models import pick_device
     from ppomax.models.checks import eos_ids_of
     from ppomax.rollout import Sampling, decode
 
     model, tokenizer = load_checkpoint(checkpoint, config.trust_remote_code)
     source = config.prompts or str(shipped("prompts.jsonl"))
-    prompts, _ = load_prompts(source, tokenizer, config.max_prompt_tokens, column=config.prompt_column)
-    prompts = prompts[: config.limit or None]
+    read, _ = load_prompt_rows(source, tokenizer, config.max_prompt_tokens, column=config.prompt_column)
+    read = read[: config.limit or None]
+    prompts = [r.tokens for r in read]
     sampling = Sampling(
         config.max_new_tokens,
         temperature=config.temperature,
@@ -168,8 +171,8 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
     def text(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    rows = zip(prompts, given.tokens, given.finished, strict=True)
-    return [Answer(list(p), r, text(p), text(r), text([*p, *r]), done) for p, r, done in rows], tokenizer
+    rows = zip(read, given.tokens, given.finished, strict=True)
+    return [Answer(list(p), r, text(p), text(r), text([*p, *r]), done, row) for (p, row), r, done in rows], tokenizer
 
 
 def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list[float]:
@@ -180,10 +183,12 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
         classifier = SentimentClassifier.load(shipped("classifier.json"))
         return [classifier.logit(a.whole) for a in given]
     if config.judge == "function":
-        from ppomax.recipe.rewards import call_reward, load_function
+        from ppomax.recipe.rewards import RESERVED, call_reward, load_function
 
         function = load_function(str(config.function))
-        return call_reward(function, [a.prompt for a in given], [a.text for a in given]).tolist()
+        columns = {name: [a.row.get(name) for a in given] for a in given[:1] for name in a.row}
+        columns |= {name: [getattr(a, name) for a in given] for name in RESERVED}
+        return call_reward(function, [a.prompt for a in given], [a.text for a in given], columns).tolist()
     from ppomax.data import Text, encode_prompt, encode_response
     from ppomax.models import freeze, load_reward_model, load_tokenizer, pick_device
     from ppomax.stages.reward_model import score_texts

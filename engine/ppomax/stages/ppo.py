@@ -8,21 +8,22 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
-from ppomax.data import Text, check_same_vocabulary, load_prompts, load_texts
+from ppomax.data import PromptRow, Text, check_same_vocabulary, columns_of, load_prompt_rows, load_texts
 from ppomax.engine import Engine
 from ppomax.models import load_tokenizer, use_threads
 from ppomax.models.fingerprints import fingerprint_rows
 from ppomax.models.modes import start_policy
-from ppomax.recipe.rewards import load_function
+from ppomax.recipe.rewards import RESERVED, check_columns, load_function, wanted_by
 from ppomax.recipe.streams import Purpose
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
@@ -96,6 +97,38 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
     return out
 
 
+class Given(NamedTuple):
+    """Prompts, and what a reward function gets of their rows."""
+
+    prompts: list[list[int]]
+    columns: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, rows: Sequence[PromptRow], function: Any) -> Given:
+        """With the columns that the function names, or all if it takes any. ConfigError: one that it needs is missing,
+        in all rows or in some."""
+        if function is None:
+            return cls([r.tokens for r in rows], {})
+        wanted = wanted_by(function)
+        names = None if wanted.anything else [n for n in (*wanted.needed, *wanted.optional) if n not in RESERVED]
+        columns = columns_of(rows, names)
+        for name in wanted.needed:
+            without = [i for i, r in enumerate(rows) if r.row.get(name) is None]
+            if without and name not in RESERVED:
+                raise ConfigError(
+                    f"config: the reward function {function.__name__} takes {name!r}, which row {without[0] + 1} of "
+                    f"the prompts has not ({len(without)} of {len(rows)} rows; columns "
+                    f"{sorted(columns_of(rows))}); rename the column, or give the argument a default"
+                )
+        there = {k: v for k, v in columns.items() if any(x is not None for x in v)}
+        return cls([r.tokens for r in rows], check_columns(there, len(rows)))
+
+    def at(self, which: Sequence[int]) -> Given:
+        """Those prompts, in that order."""
+        columns = {name: [values[i] for i in which] for name, values in self.columns.items()}
+        return Given([self.prompts[i] for i in which], columns)
+
+
 class PpoLoop:
     """An engine with its prompts and its place in the loop."""
 
@@ -105,13 +138,12 @@ class PpoLoop:
         sources = run_sources(config)
         trust = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.tokenizer or sources.policy, trust_remote_code=trust)
-        self.prompts = self._load_prompts(sources.prompts)
-        shown = self._load_prompts(config.data.eval_prompts) if config.data.eval_prompts else self.prompts
-        self.fixed = shown[: config.monitor.sample_prompts]
-        reward: Any = sources.reward_model
-        if config.reward.function:
-            reward = load_function(config.reward.function)
-        elif (Path(reward) / "tokenizer_config.json").is_file():
+        rows = self._load_prompts(sources.prompts)
+        shown = self._load_prompts(config.data.eval_prompts) if config.data.eval_prompts else rows
+        function = load_function(config.reward.function) if config.reward.function else None
+        self.given, self.fixed = Given.of(rows, function), Given.of(shown[: config.monitor.sample_prompts], function)
+        reward: Any = function or sources.reward_model
+        if function is None and (Path(reward) / "tokenizer_config.json").is_file():
             check_same_vocabulary(self.tokenizer, load_tokenizer(reward, trust_remote_code=trust))
         critic = None if config.model.critic in ("reward_model", "policy", "trunk") else config.model.critic
         self.engine = Engine(
@@ -123,22 +155,22 @@ class PpoLoop:
             tokenizer=self.tokenizer,
             texts=self.next_texts if config.ptx.coef else None,
         )
-        self.order = Order(len(self.prompts), config.run.seed)
+        self.order = Order(len(self.given.prompts), config.run.seed)
         self.texts = self._load_texts() if config.ptx.coef else []
         self.text_order = Order(max(1, len(self.texts)), config.run.seed, Purpose.TEXTS)
         self.data = self._agreed_data()
 
-    def _load_prompts(self, source: str) -> list[list[int]]:
+    def _load_prompts(self, source: str) -> list[PromptRow]:
         data = self.config.data
-        prompts, _ = load_prompts(
+        rows, _ = load_prompt_rows(
             source, self.tokenizer, data.max_prompt_tokens, column=data.prompt_column, overlong=data.overlong
         )
-        return prompts
+        return rows
 
     def _agreed_data(self) -> dict[str, str | None]:
         """Fingerprints of what was read. ConfigError on all ranks if they have read different rows."""
         read = {
-            "prompts": fingerprint_rows(self.prompts),
+            "prompts": fingerprint_rows(self.given.prompts),
             "ptx texts": fingerprint_rows(t.tokens for t in self.texts) if self.config.ptx.texts else None,
         }
         for number, found in enumerate(ranks.gather_objects(read)):
@@ -150,13 +182,13 @@ class PpoLoop:
                 )
         return dict(read)
 
-    def next_prompts(self) -> list[list[int]]:
-        """The prompts of the next buffer, each as often as it is sampled."""
+    def next_prompts(self) -> Given:
+        """The prompts of the next buffer, each as often as it is sampled, with their columns."""
         each = self.config.rollout.samples_per_prompt
         count = self.config.batch.rollout_size // each
         drawn = self.order.take(self.progress.prompts_drawn, count)
         self.progress.prompts_drawn += count
-        return [self.prompts[i] for i in drawn for _ in range(each)]
+        return self.given.at([i for i in drawn for _ in range(each)])
 
     def next_texts(self, count: int) -> list[Text]:
         """The next ptx texts."""
@@ -169,7 +201,7 @@ class PpoLoop:
         limit, every = self.config.critic.pretrain_steps, self.config.run.checkpoint_every
         while not self.progress.critic_ready and self.progress.pretrained < limit and not self.stopped(stop):
             began = time.perf_counter()
-            metrics, self.progress.critic_ready = pretrain_critic(self.engine, self.next_prompts())
+            metrics, self.progress.critic_ready = pretrain_critic(self.engine, *self.next_prompts())
             self.progress.pretrained += 1
             monitor.log(
                 0, {**metrics, "pretrain/buffers": self.progress.pretrained, "time/step": time.perf_counter() - began}
@@ -184,7 +216,7 @@ class PpoLoop:
             monitor.samples(0, self.sample_rows())
         halt: Halt | None = None
         while progress.step < run.steps and halt is None and not self.stopped(stop):
-            metrics, scores = self.engine.step(self.next_prompts())
+            metrics, scores = self.engine.step(*self.next_prompts())
             progress.step += 1
             halt = ranks.broadcast(monitor.log(progress.step, metrics))
             monitor.scores(progress.step, scores.tolist())
@@ -226,7 +258,7 @@ class PpoLoop:
 
     def sample_rows(self) -> list[dict[str, Any]]:
         """Responses to the fixed prompts, from the same random streams each time."""
-        roll, scores = self.engine.preview(self.fixed)
+        roll, scores = self.engine.preview(*self.fixed)
         return [
             {
                 "prompt": self.tokenizer.decode(p, skip_special_tokens=True),
@@ -250,7 +282,8 @@ class PpoLoop:
         ptx, config = self.config.ptx, self.config
         if ptx.texts:
             return load_texts(ptx.texts, self.tokenizer, ptx.max_tokens, overlong="truncate")[0]
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(ptx.pool)]
+        known = self.given.prompts
+        prompts = [known[i % len(known)] for i in range(ptx.pool)]
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
         mine = ranks.part_of(ptx.pool)
         with start_policy(self.engine.policy, self.engine.reference) as start:

@@ -7,7 +7,8 @@ carry that error (arXiv 2503.01491). The optimiser's moments carry over into PPO
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ppomax_kernels as K
 import torch
@@ -21,11 +22,13 @@ from ppomax.recipe.streams import Purpose, stream
 from ppomax.sharding import ranks
 
 
-def pretrain_critic(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, float], bool]:
+def pretrain_critic(
+    engine: Engine, prompts: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]] | None = None
+) -> tuple[dict[str, float], bool]:
     """One fresh buffer: measure, and train on it unless the critic is good enough. Returns metrics, and whether it
     was."""
     config = engine.config
-    experience = engine.experience(engine.rollout(prompts))
+    experience = engine.experience(engine.rollout(prompts, columns))
     engine.take_up(experience)
     roll = experience.rollout
     returns = monte_carlo_returns(experience.rewards, roll, config.advantage.gamma, config.impl)
