@@ -14,7 +14,7 @@ from ppomax.config import TrainConfig
 from ppomax.config.stages import EvaluateConfig
 from ppomax.planning.command import split
 
-from tests.engine.tiny import prompts, tiny_policy, tiny_reward
+from tests.engine.tiny import prompts, small_config, tiny_policy, tiny_reward, tiny_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -48,7 +48,18 @@ def test_python_runs_as_it_stands(imports: str, names: Any) -> None:
 
 
 def test_every_python_block_is_run() -> None:
-    assert sum(kind == "python" for kind, _ in BLOCKS) == 2
+    """Here or in the tests above."""
+    assert sum(kind == "python" for kind, _ in BLOCKS) == 3
+
+
+def test_the_reward_function_of_the_readme_scores_rows() -> None:
+    (block,) = [text for kind, text in BLOCKS if kind == "python" and "def right" in text]
+    space: dict[str, Any] = {}
+    exec(block, space)
+    engine = ppomax.Engine(
+        tiny_policy(), None, None, space["right"], small_config(model__critic="policy"), tokenizer=tiny_tokenizer()
+    )
+    assert set(engine.step(prompts(8), {"answer": ["w"] * 8}).scores.tolist()) <= {0.0, 1.0}
 
 
 def test_an_engine_needs_no_configuration() -> None:

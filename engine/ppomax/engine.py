@@ -66,6 +66,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ModelSource = str | Path | PreTrainedModel
 Prompt = Sequence[int] | str | Sequence[Mapping[str, str]]
 """Token ids, text, or a chat: messages with `role` and `content`."""
+Columns = Mapping[str, Sequence[Any]] | None
+"""Lists of one entry for each prompt, by the names that a reward function asks for."""
 
 
 class StepResult(NamedTuple):
@@ -178,17 +180,16 @@ class Engine:
         if self.reward_model is not None:
             self.reward = ModelReward(freeze_model(self.reward_model, config.sharding), config.impl)
 
-    def rollout(self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]] | None = None) -> Rollout:
+    def rollout(self, prompts: Sequence[Prompt], columns: Columns = None) -> Rollout:
         """One scored response to each prompt (token ids; text or a chat with a tokenizer). Counts the buffer and its
-        episodes, which name the random streams of the next ones. columns: lists of one entry for each prompt, which a
-        reward function gets by these names."""
+        episodes, which name the random streams of the next ones."""
         known = check_columns(columns or {}, len(prompts))
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
         uids = range(self.episodes, self.episodes + len(ids))
         self.episodes += len(ids)
         self.buffers += 1
-        roll = self._generate(ids, uids, stream(self.config.run.seed, Purpose.MINIBATCHES, self.buffers))
-        return replace(roll, columns=known)
+        shuffle = stream(self.config.run.seed, Purpose.MINIBATCHES, self.buffers)
+        return replace(self._generate(ids, uids, shuffle), columns=known)
 
     def experience(self, roll: Rollout) -> Experience:
         """Raw scores -> running moments -> shaped scores, values in their units -> token rewards -> advantages and
@@ -235,9 +236,8 @@ class Engine:
         self.controller.update(float((roll.logprobs - roll.ref_logprobs).mean()), len(roll.finished))
         return metrics
 
-    def step(self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]] | None = None) -> StepResult:
-        """Rollout, experience and update: one PPO-max iteration; prompts and columns as `rollout` takes them. The
-        metrics hold phase times in seconds too."""
+    def step(self, prompts: Sequence[Prompt], columns: Columns = None) -> StepResult:
+        """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too."""
         times = [time.perf_counter()]
         roll = self.rollout(prompts, columns)
         times.append(time.perf_counter())
@@ -258,9 +258,7 @@ class Engine:
         )
         return StepResult(metrics, experience.scores)
 
-    def preview(
-        self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]] | None = None
-    ) -> tuple[Rollout, Tensor]:
+    def preview(self, prompts: Sequence[Prompt], columns: Columns = None) -> tuple[Rollout, Tensor]:
         """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing
         counted."""
         known = check_columns(columns or {}, len(prompts))
@@ -389,9 +387,7 @@ class Engine:
         if isinstance(wanted, (Critic, TrunkCritic)) and not isinstance(wanted, RewardModel):
             return wanted.requires_grad_(True)
         made = make_critic(wanted, self.dtype, seed=self.config.run.seed, zero=zero)
-        if made.raw:
-            take_length_out(made)
-        return made
+        return take_length_out(made) if made.raw else made
 
 
 def optimizer_steps(config: TrainConfig) -> int:

@@ -141,7 +141,7 @@ def _new_critic(model: PreTrainedModel) -> Critic:
 
 
 @torch.no_grad()
-def take_length_out(critic: Critic) -> None:
+def take_length_out(critic: Critic) -> Critic:
     """Divide the head by its length, and multiply `scale.gain` by it: the values stay, and what an optimiser's step of
     a given size does to them no longer depends on the scale that a reward model was trained to."""
     parts = [p for p in (critic.score.weight, critic.score.bias) if p is not None]
@@ -153,6 +153,7 @@ def take_length_out(critic: Critic) -> None:
     if length > 0:
         critic.scale.gain *= length
         critic.model.config.score_offset = critic.offset / length
+    return critic
 
 
 def make_reward_model(policy: PreTrainedModel, *, layers: int | None = None, seed: int = 0) -> RewardModel:
