@@ -443,6 +443,14 @@ class MonitorConfig:
     """Steps between sample texts of the fixed prompts. 0: none."""
     sample_prompts: int = 8
     """How many fixed prompts."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out prompts (`data.eval_prompts`, else those of training), before the first
+    step and after the last one too: win rate over the start policy. 0: none."""
+    eval_prompts: int = 128
+    """How many of them."""
+    eval_judge: str = "reward"
+    """Who compares: `reward`, the training's own; `classifier`, the shipped one of film reviews; or a function
+    `file.py:name` as `reward.function`."""
     tensorboard: bool = True
     """Write TensorBoard events too."""
     alarm: Literal["off", "warn", "stop", "rollback"] = "warn"
@@ -463,6 +471,8 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         require(self.samples_every >= 0, "monitor.samples_every", "0 or more", self.samples_every)
         require(self.sample_prompts >= 1, "monitor.sample_prompts", "at least 1", self.sample_prompts)
+        require(self.eval_every >= 0, "monitor.eval_every", "0 or more", self.eval_every)
+        require(self.eval_prompts >= 1, "monitor.eval_prompts", "at least 1", self.eval_prompts)
         require(self.alarm_baseline_steps >= 1, "monitor.alarm_baseline_steps", "at least 1", self.alarm_baseline_steps)
         require(self.alarm_window >= 1, "monitor.alarm_window", "at least 1", self.alarm_window)
 

@@ -7,7 +7,9 @@
     (b) entropy     entropy or response NLL < alarm_entropy x start
     (c) kl          KL per token > alarm_kl, or doubled within 50 steps and above alarm_kl / 2
     (d) perplexity  under the start model, now > 3 x start or < start / 3
-Two of the four raise the alarm, and so does a KL above 4 x alarm_kl by itself. Rewards and losses do not show a
+    (e) held_out    the judge of `monitor.eval_every` finds the policy worse than the start, the 95 % interval of its
+                    win rate below one half, while the training score is above the start's
+Two of these raise the alarm, and so does a KL above 4 x alarm_kl by itself. Rewards and losses do not show a
 collapse (Secrets of RLHF I, section 5). More signs are named by a report but raise nothing: the scores' right tail,
 distinct bigrams, a drift of perplexity, a useless critic.
 A pure function of the metrics of a run so far, so a resumed run and a report see what the run saw."""
@@ -34,9 +36,10 @@ TAIL_FACTOR = 2.0
 """Growth of p99 - p50 of the scores that counts as a long right tail."""
 DRIFT = 0.3
 """Relative change of perplexity and fall of distinct-2 that counts as drift."""
-COUNTED = ("length", "entropy", "kl", "perplexity")
+COUNTED = ("length", "entropy", "kl", "perplexity", "held_out")
 KL, ENTROPY, LENGTH, TRUNCATED = "objective/kl_per_token", "policy/entropy_avg", "rollout/length", "rollout/truncated"
 PERPLEXITY, REF_PERPLEXITY, DISTINCT = "rollout/perplexity", "rollout/ref_perplexity", "rollout/distinct_2"
+SCORES, WIN_RATE_HIGH = "objective/scores", "eval/win_rate_high"
 P50, P99, EXPLAINED = "objective/scores_p50", "objective/scores_p99", "val/explained_var"
 
 
@@ -45,8 +48,8 @@ class Sign:
     """One sign that holds at a step."""
 
     kind: str
-    """`length`, `entropy`, `kl` or `perplexity`, which count for the alarm; or `tail`, `distinct`, `drift` or
-    `critic`."""
+    """`length`, `entropy`, `kl`, `perplexity` or `held_out`, which count for the alarm; or `tail`, `distinct`, `drift`
+    or `critic`."""
     metric: str
     """The metric that shows it."""
     text: str
@@ -88,7 +91,7 @@ class CollapseAlarm:
         if len(self._window) == self.config.alarm_window:
             start = means(self._first)
             counted = [*self._length(start, now), *self._entropy(start, now), *self._kl_signs(now)]
-            self.signs = [*counted, *_under_the_start(start, now)]
+            self.signs = [*counted, *_under_the_start(start, now), *_held_out(start, now)]
         if self._steps > self.config.alarm_baseline_steps:
             self.signs += further(means(self._first), now)
             self._kl.extend([now[KL]] if KL in now else [])
@@ -133,6 +136,16 @@ class CollapseAlarm:
 def _under_the_start(start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
     if _both(REF_PERPLEXITY, start, now) and _far(now[REF_PERPLEXITY], start[REF_PERPLEXITY], PERPLEXITY_FACTOR):
         yield Sign("perplexity", REF_PERPLEXITY, _perplexities(start, now))
+
+
+def _held_out(start: dict[str, float], now: dict[str, float]) -> Iterable[Sign]:
+    if now.get(WIN_RATE_HIGH, 1.0) < 0.5 and _both(SCORES, start, now) and now[SCORES] > start[SCORES]:
+        yield Sign(
+            "held_out",
+            WIN_RATE_HIGH,
+            f"win rate over the start at most {now[WIN_RATE_HIGH]:.0%} on held-out prompts, while the training score "
+            f"rose from {start[SCORES]:.2f} to {now[SCORES]:.2f}",
+        )
 
 
 def _perplexities(start: dict[str, float], now: dict[str, float]) -> str:

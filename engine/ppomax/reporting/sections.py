@@ -28,6 +28,7 @@ GLANCE = {
 }
 STABILITY = {
     "objective/scores": "Score",
+    "eval/win_rate": "Win rate over the start, held-out prompts",
     "objective/kl_per_token": "KL to the start model, nats a token",
     "rollout/ref_perplexity": "Response perplexity, start model",
     "rollout/length": "Response length, tokens",
@@ -111,7 +112,7 @@ def outcome_section(runs: Sequence[Run]) -> str:
             parts.append(f"<table><tr><th class=num>step<th>sign<th>what was seen<th>metric{items}</table>")
     starred = any(not sign.counted for run in runs for _, sign in run.history.first)
     note = "Moving means against the first steps; each line is the first step at which the sign held."
-    note += " Two of length, entropy and kl raise the alarm; * does not count for it." if starred else ""
+    note += " Two kinds of sign, or a large KL, raise the alarm; * does not count for it." if starred else ""
     return section("What went wrong, and where first", "".join(parts) + f"<p class=faint>{note}</p>")
 
 

@@ -8,22 +8,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
-from ppomax.data import PromptRow, Text, check_same_vocabulary, columns_of, load_prompt_rows, load_texts
+from ppomax.data import PromptRow, Text, check_same_vocabulary, load_prompt_rows, load_texts
 from ppomax.engine import Engine
 from ppomax.models import load_tokenizer, use_threads
 from ppomax.models.fingerprints import fingerprint_rows
 from ppomax.models.modes import start_policy
-from ppomax.recipe.rewards import RESERVED, check_columns, load_function, wanted_by
+from ppomax.recipe.rewards import load_function
 from ppomax.recipe.streams import Purpose
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
@@ -36,6 +35,7 @@ from ppomax.saving.lock import claimed
 from ppomax.saving.random_state import seed_all
 from ppomax.sharding import ranks
 from ppomax.sharding.settle import agreed_config
+from ppomax.stages.held_out import Given, HeldOut, judge_function, sentence
 from ppomax.stages.order import Order
 from ppomax.stages.pretrain_critic import pretrain_critic
 from ppomax.stages.signals import Stopped, StopRequest, stop_requests
@@ -57,6 +57,8 @@ class Progress:
     """Position in the endless prompt order."""
     texts_drawn: int = 0
     """Position in the endless order of ptx texts."""
+    eval_start: list[float] = field(default_factory=list)
+    """The start policy's scores of the held-out prompts."""
 
 
 def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
@@ -97,38 +99,6 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
     return out
 
 
-class Given(NamedTuple):
-    """Prompts, and what a reward function gets of their rows."""
-
-    prompts: list[list[int]]
-    columns: dict[str, list[Any]]
-
-    @classmethod
-    def of(cls, rows: Sequence[PromptRow], function: Any) -> Given:
-        """With the columns that the function names, or all if it takes any. ConfigError: one that it needs is missing,
-        in all rows or in some."""
-        if function is None:
-            return cls([r.tokens for r in rows], {})
-        wanted = wanted_by(function)
-        names = None if wanted.anything else [n for n in (*wanted.needed, *wanted.optional) if n not in RESERVED]
-        columns = columns_of(rows, names)
-        for name in wanted.needed:
-            without = [i for i, r in enumerate(rows) if r.row.get(name) is None]
-            if without and name not in RESERVED:
-                raise ConfigError(
-                    f"config: the reward function {function.__name__} takes {name!r}, which row {without[0] + 1} of "
-                    f"the prompts has not ({len(without)} of {len(rows)} rows; columns "
-                    f"{sorted(columns_of(rows))}); rename the column, or give the argument a default"
-                )
-        there = {k: v for k, v in columns.items() if any(x is not None for x in v)}
-        return cls([r.tokens for r in rows], check_columns(there, len(rows)))
-
-    def at(self, which: Sequence[int]) -> Given:
-        """Those prompts, in that order."""
-        columns = {name: [values[i] for i in which] for name, values in self.columns.items()}
-        return Given([self.prompts[i] for i in which], columns)
-
-
 class PpoLoop:
     """An engine with its prompts and its place in the loop."""
 
@@ -141,7 +111,9 @@ class PpoLoop:
         rows = self._load_prompts(sources.prompts)
         shown = self._load_prompts(config.data.eval_prompts) if config.data.eval_prompts else rows
         function = load_function(config.reward.function) if config.reward.function else None
+        judge = judge_function(config.monitor.eval_judge, self.tokenizer) if config.monitor.eval_every else None
         self.given, self.fixed = Given.of(rows, function), Given.of(shown[: config.monitor.sample_prompts], function)
+        self.judged = Given.of(shown[: config.monitor.eval_prompts], function, judge)
         reward: Any = function or sources.reward_model
         if function is None and (Path(reward) / "tokenizer_config.json").is_file():
             check_same_vocabulary(self.tokenizer, load_tokenizer(reward, trust_remote_code=trust))
@@ -159,6 +131,7 @@ class PpoLoop:
         self.texts = self._load_texts() if config.ptx.coef else []
         self.text_order = Order(max(1, len(self.texts)), config.run.seed, Purpose.TEXTS)
         self.data = self._agreed_data()
+        self.held_out = HeldOut(self.engine, self.judged, judge, self.progress.eval_start)
 
     def _load_prompts(self, source: str) -> list[PromptRow]:
         data = self.config.data
@@ -214,10 +187,13 @@ class PpoLoop:
         progress, run, every = self.progress, self.config.run, self.config.monitor.samples_every
         if every and progress.step == 0 and not self.stopped(stop):
             monitor.samples(0, self.sample_rows())
+        if self.config.monitor.eval_every and progress.step == 0 and not self.stopped(stop):
+            self.held_out.metrics()
         halt: Halt | None = None
         while progress.step < run.steps and halt is None and not self.stopped(stop):
             metrics, scores = self.engine.step(*self.next_prompts())
             progress.step += 1
+            metrics |= self._evaluated()
             halt = ranks.broadcast(monitor.log(progress.step, metrics))
             monitor.scores(progress.step, scores.tolist())
             if every and (progress.step % every == 0 or progress.step == run.steps):
@@ -249,12 +225,22 @@ class PpoLoop:
         extra = self.engine.restore(path)
         compare_fingerprints(extra["data"], self.data, path, self.config.run.accept_changes)
         self.progress = Progress(**extra["progress"])
+        self.held_out.start = self.progress.eval_start
         self.saved_at = (self.progress.pretrained, self.progress.step)
         saved = json.loads((path / "engine.json").read_text(encoding="utf-8"))["config"]
         for knob in differences(saved, to_dict(self.config)):
             if not knob.startswith(("run.resume", "run.out")):
                 log.warning("resumed with another %s than %s was saved with", knob, path.name)
         log.info("resumed from %s at step %d", path, self.progress.step)
+
+    def _evaluated(self) -> dict[str, float]:
+        """Metrics of the held-out prompts, if this step is one that asks for them."""
+        monitor, step = self.config.monitor, self.progress.step
+        if not monitor.eval_every or (step % monitor.eval_every and step != self.config.run.steps):
+            return {}
+        found = self.held_out.metrics()
+        log.info(sentence(found, monitor.eval_judge, len(self.judged.prompts)))
+        return found
 
     def sample_rows(self) -> list[dict[str, Any]]:
         """Responses to the fixed prompts, from the same random streams each time."""
