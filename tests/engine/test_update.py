@@ -201,6 +201,16 @@ def test_learning_rate_schedules(schedule: str, want: dict[int, float]) -> None:
         assert lr_at(step, 100, config) == pytest.approx(2.0 * multiple)
 
 
+def test_inverse_sqrt_without_warm_up_starts_whole_and_ends_as_with_one() -> None:
+    config = OptimConfig(lr=2.0, warmup=0.0)
+    for steps in (20, 1000):
+        rates = [lr_at(step, steps, config) for step in range(steps)]
+        assert rates[0] == 2.0
+        assert rates == sorted(rates, reverse=True)
+        assert rates[steps // 10] == pytest.approx(2.0 * math.sqrt(0.5))
+        assert rates[-1] == pytest.approx(lr_at(steps - 1, steps, OptimConfig(lr=2.0, warmup=0.1)), rel=0.06)
+
+
 def test_sixteen_bit_weights_move_by_less_than_their_rounding() -> None:
     module = torch.nn.Linear(4, 4, bias=False).bfloat16()
     with torch.no_grad():

@@ -352,7 +352,8 @@ class OptimConfig:
     warmup: float = 0.1
     """Linear warm-up, as a fraction of all optimiser steps."""
     schedule: Literal["inverse_sqrt", "constant", "linear", "cosine"] = "inverse_sqrt"
-    """After warm-up: sqrt(W/s), flat, down to `min_ratio` by a line, or by a cosine."""
+    """After a warm-up of W steps: sqrt(W/s), flat, down to `min_ratio` by a line, or by a cosine. Without a warm-up the
+    first decays as after one of a tenth of the run, from the full rate."""
     min_ratio: float = 0.1
     """Least multiple of `lr`: where warm-up starts and where `linear` and `cosine` end."""
 

@@ -35,6 +35,11 @@ class Lazy:
         return cls(x.dtype, x.shape, lambda: x.detach())
 
 
+UNWARMED = 0.1
+"""Of all steps: the time scale of `inverse_sqrt` where no warm-up gives it one. Otherwise its hundredth step would have a
+tenth of the rate, however long the run."""
+
+
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of optimiser step `step` (from 0): max(s/W, min_ratio) in the warm-up of W steps, then the
     schedule."""
@@ -43,7 +48,9 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     if position <= warm:
         return config.lr * max(position / warm, config.min_ratio)
     if config.schedule == "inverse_sqrt":
-        return config.lr * math.sqrt(max(warm, 1) / position) if warm else config.lr / math.sqrt(position)
+        scale = warm or max(1.0, UNWARMED * total_steps)
+        since = position - warm if warm else step
+        return config.lr * math.sqrt(scale / (scale + since))
     done = min(1.0, (position - warm) / max(1, total_steps - warm))
     if config.schedule == "linear":
         return config.lr * (1 - (1 - config.min_ratio) * done)
