@@ -36,8 +36,8 @@ class Lazy:
 
 
 UNWARMED = 0.1
-"""Of all steps: the time scale of `inverse_sqrt` where no warm-up gives it one. Otherwise its hundredth step would have a
-tenth of the rate, however long the run."""
+"""Of all steps: the time scale of `inverse_sqrt` where no warm-up gives it one. Otherwise its hundredth step would have
+a tenth of the rate, however long the run."""
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
