@@ -28,7 +28,14 @@ def test_default_preset_is_the_defaults() -> None:
 def test_vanilla_has_none_of_ppo_max() -> None:
     c = load_config(preset="vanilla")
     assert (c.kl.coef, c.reward.standardize, c.reward.clip, c.loss.value_clip) == (0.0, "none", None, None)
-    assert (c.critic.pretrain_steps, c.ptx.coef, c.policy_optim.grad_clip) == (0, 0.0, None)
+    assert (c.critic.pretrain_steps, c.ptx.coef) == (0, 0.0)
+
+
+def test_vanilla_differs_in_the_recipe_alone() -> None:
+    plain, vanilla = load_config(), load_config(preset="vanilla")
+    for part in ("policy_optim", "critic_optim", "model", "rollout", "batch", "advantage"):
+        assert getattr(vanilla, part) == getattr(plain, part), part
+    assert vanilla.loss.clip_low == plain.loss.clip_low
 
 
 def test_presets_do_not_touch_learning_rates_models_or_data() -> None:
