@@ -91,7 +91,7 @@ CUT = {
     "rollout.slots": 4,
     "batch.rollout_size": 8,
     "batch.minibatch_size": 4,
-    "batch.micro_tokens": 48,
+    "batch.micro_tokens": 96,
     "ptx.max_tokens": 16,
     "model.trained_layers": 1,
     "sharding.zero_stage": 3,

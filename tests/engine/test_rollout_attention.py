@@ -41,10 +41,15 @@ def test_choice() -> None:
     assert on_a_device(torch.float64, 64) == "sdpa"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+WAYS = [("sdpa", name) for name in FAMILIES] + [("triton", name) for name in ("llama", "gemma2")]
+"""The interpreter is slow; the other families run it with `-m slow`."""
+SLOW = [pytest.param("triton", name, marks=pytest.mark.slow) for name in FAMILIES if ("triton", name) not in WAYS]
+
+
+@pytest.mark.parametrize(("way", "name"), WAYS + SLOW, indirect=["way"])
 def test_greedy_tokens_equal_generate(name: str, way: str) -> None:
     model, told = family(name), []
-    given, new = (GIVEN, 20) if way == "sdpa" else (GIVEN[1:5], 6)  # the interpreter is slow
+    given, new = (GIVEN, 20) if way == "sdpa" else (GIVEN[1:5], 5)
     got = decode(
         model, given, range(len(given)), eos_ids=ENDS, max_new_tokens=new, temperature=0, slots=3, announce=told.append
     )
