@@ -3,7 +3,7 @@ caps, dtypes and widths; and wrong versions of it are caught."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -71,7 +71,7 @@ def make(case: Case, seed: int = 0) -> Inputs:
 
 def truth(case: Case, made: Inputs, scale: float) -> Tensor:
     out = []
-    for row, keys, values in zip(made.args[0], made.keys, made.values, strict=True):
+    for row, keys, values in zip(made.args[0].cpu(), made.keys, made.values, strict=True):
         repeat = case.heads // case.groups
         k, v = (x.double().repeat_interleave(repeat, 1)[-case.window :] for x in (keys, values))
         scores = scale * torch.einsum("hd,lhd->hl", row.double(), k)
@@ -138,18 +138,23 @@ def _shift(args: tuple[Tensor, ...], place: int, by: int) -> tuple[Tensor, ...]:
     return (*args[:place], (args[place] + by).clamp(min=0), *args[place + 1 :])
 
 
-MUTANTS = {
-    "window ignored": lambda *a, **kw: paged_attention(*a, **kw | {"window": 0}),
-    "window one longer": lambda *a, **kw: paged_attention(*a, **kw | {"window": kw["window"] and kw["window"] + 1}),
-    "cap ignored": lambda *a, **kw: paged_attention(*a, **kw | {"softcap": 0.0}),
-    "scale ignored": lambda *a, **kw: paged_attention(*a, **kw | {"scale": 1.0}),
-    "one position short": lambda *a, **kw: paged_attention(*_shift(a, 7, -1), **kw),
-    "pages in the order of the arena": lambda *a, **kw: paged_attention(*a[:5], a[5].sort(1).values, *a[6:], **kw),
-    "sequences swapped": lambda *a, **kw: paged_attention(*a[:6], a[6].flip(0).contiguous(), a[7], **kw),
-    "new key not written": lambda *a, **kw: paged_attention(a[0], a[1] * 0, *a[2:], **kw),
-    "heads in another order": lambda *a, **kw: paged_attention(a[0].flip(1), *a[1:], **kw),
-    "a percent off": lambda *a, **kw: paged_attention(*a, **kw) * 1.01,
-}
+def mutants(op: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """Wrong versions of attention over pages, by name."""
+    return {
+        "window ignored": lambda *a, **kw: op(*a, **kw | {"window": 0}),
+        "window one longer": lambda *a, **kw: op(*a, **kw | {"window": kw["window"] and kw["window"] + 1}),
+        "cap ignored": lambda *a, **kw: op(*a, **kw | {"softcap": 0.0}),
+        "scale ignored": lambda *a, **kw: op(*a, **kw | {"scale": 1.0}),
+        "one position short": lambda *a, **kw: op(*_shift(a, 7, -1), **kw),
+        "pages in the order of the arena": lambda *a, **kw: op(*a[:5], a[5].sort(1).values, *a[6:], **kw),
+        "sequences swapped": lambda *a, **kw: op(*a[:6], a[6].flip(0).contiguous(), a[7], **kw),
+        "new key not written": lambda *a, **kw: op(a[0], a[1] * 0, *a[2:], **kw),
+        "heads in another order": lambda *a, **kw: op(a[0].flip(1), *a[1:], **kw),
+        "a percent off": lambda *a, **kw: op(*a, **kw) * 1.01,
+    }
+
+
+MUTANTS = mutants(paged_attention)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

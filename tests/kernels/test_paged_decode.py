@@ -14,6 +14,8 @@ from ppomax_kernels.internal import paged_decode as op
 from ppomax_kernels.internal.paged_decode import empty_row_pages, paged_decode, write_row_pages
 from torch import Tensor
 
+from .test_paged_attention import mutants, truth
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,17 +75,6 @@ def make(case: Case, lengths: list[int] = LENGTHS, blocks: int = 0) -> Inputs:
     new = [torch.stack([x[-1] for x in part]) for part in (keys, values)]
     args = (query, *new, *pages, tables, torch.arange(count).int(), torch.tensor(lengths).int() - 1)
     return Inputs(tuple(x.to(DEVICE) for x in args), keys, values)
-
-
-def truth(case: Case, made: Inputs, scale: float) -> Tensor:
-    out = []
-    for row, keys, values in zip(made.args[0].cpu(), made.keys, made.values, strict=True):
-        repeat = case.heads // case.groups
-        k, v = (x.double().repeat_interleave(repeat, 1)[-case.window :] for x in (keys, values))
-        scores = scale * torch.einsum("hd,lhd->hl", row.double(), k)
-        scores = case.softcap * torch.tanh(scores / case.softcap) if case.softcap else scores
-        out.append(torch.einsum("hl,lhd->hd", torch.softmax(scores, -1), v))
-    return torch.stack(out)
 
 
 def error(case: Case, run=paged_decode, impl: str = "triton") -> float:  # type: ignore[no-untyped-def]
@@ -146,22 +137,7 @@ def test_no_rows_are_no_work() -> None:
     assert got.shape == (0, 4, 32)
 
 
-def _shift(args: tuple[Tensor, ...], place: int, by: int) -> tuple[Tensor, ...]:
-    return (*args[:place], (args[place] + by).clamp(min=0), *args[place + 1 :])
-
-
-MUTANTS = {
-    "window ignored": lambda *a, **kw: paged_decode(*a, **kw | {"window": 0}),
-    "window one longer": lambda *a, **kw: paged_decode(*a, **kw | {"window": kw["window"] and kw["window"] + 1}),
-    "cap ignored": lambda *a, **kw: paged_decode(*a, **kw | {"softcap": 0.0}),
-    "scale ignored": lambda *a, **kw: paged_decode(*a, **kw | {"scale": 1.0}),
-    "one position short": lambda *a, **kw: paged_decode(*_shift(a, 7, -1), **kw),
-    "pages in the order of the arena": lambda *a, **kw: paged_decode(*a[:5], a[5].sort(1).values, *a[6:], **kw),
-    "sequences swapped": lambda *a, **kw: paged_decode(*a[:6], a[6].flip(0).contiguous(), a[7], **kw),
-    "new key not looked at": lambda *a, **kw: paged_decode(a[0], a[1] * 0, *a[2:], **kw),
-    "heads in another order": lambda *a, **kw: paged_decode(a[0].flip(1), *a[1:], **kw),
-    "a percent off": lambda *a, **kw: paged_decode(*a, **kw) * 1.01,
-}
+MUTANTS = mutants(paged_decode)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

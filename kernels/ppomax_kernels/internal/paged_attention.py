@@ -76,16 +76,29 @@ def paged_attention(
         if x.dtype != query.dtype:
             raise TypeError(f"{op}: {what} must be {query.dtype} like query, got {x.dtype}")
     checks.floating(op, impl, query=query)
-    for what, x in {"tables": tables, "sequences": sequences, "positions": positions}.items():
-        if x.dtype != torch.int32 or not x.is_contiguous() or x.device != query.device:
-            raise ValueError(f"{op}: {what} must be int32, contiguous and on {query.device}, got {x.dtype}, {x.device}")
+    check_places(op, query, tables, sequences, positions)
+    check_terms(op, window, softcap)
+    args = (query, key, value, key_pages, value_pages, tables, sequences, positions, scale, window, softcap)
+    return FORWARD[name](*args)  # type: ignore[no-any-return]
+
+
+def check_places(op: str, x: Tensor, tables: Tensor, sequences: Tensor, positions: Tensor) -> None:
+    """ValueError unless they name, on its device, a place for each of the tokens of x (N, ...)."""
+    for what, place in {"tables": tables, "sequences": sequences, "positions": positions}.items():
+        if place.dtype != torch.int32 or not place.is_contiguous() or place.device != x.device:
+            raise ValueError(
+                f"{op}: {what} must be int32, contiguous and on {x.device}, got {place.dtype}, {place.device}"
+            )
+    tokens = len(x)
     if tables.ndim != 2 or sequences.shape != (tokens,) or positions.shape != (tokens,):
         raise ValueError(
             f"{op}: tables must be (S, blocks), sequences and positions ({tokens},), got {tuple(tables.shape)}, "
             f"{tuple(sequences.shape)}, {tuple(positions.shape)}"
         )
+
+
+def check_terms(op: str, window: int, softcap: float) -> None:
+    """ValueError for a window or a cap that is none."""
     checks.number(op, "softcap", softcap, 0.0, float("inf"))
     if window < 0:
         raise ValueError(f"{op}: window must be 0 (none) or more, got {window}")
-    args = (query, key, value, key_pages, value_pages, tables, sequences, positions, scale, window, softcap)
-    return FORWARD[name](*args)  # type: ignore[no-any-return]

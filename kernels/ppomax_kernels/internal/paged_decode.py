@@ -8,9 +8,9 @@ heads of its group. Internal to the engine's rollout: no gradient, and written f
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends import reference
 from ..dispatch import Table, late, pick
+from .paged_attention import check_places, check_terms
 
 PAGES = (16, 32, 64)
 """Tokens of a page that the kernel serves."""
@@ -76,9 +76,7 @@ def paged_decode(
             f"{op}: query and key must be of one dtype, float32, bfloat16 or float16, with heads of at most "
             f"{WIDEST_HEAD}, got {query.dtype} and {key.dtype}, heads of {dim}"
         )
-    checks.number(op, "softcap", softcap, 0.0, float("inf"))
-    if window < 0:
-        raise ValueError(f"{op}: window must be 0 (none) or more, got {window}")
+    check_terms(op, window, softcap)
     args = (query, key, value, key_pages, value_pages, tables, sequences, positions, scale, window, softcap)
     return FORWARD[name](*args)  # type: ignore[no-any-return]
 
@@ -114,7 +112,7 @@ def _check(
 ) -> None:
     if key.ndim != 3 or key.shape != value.shape or not key.shape[1]:
         raise ValueError(f"{op}: key and value must be (N, G, D), got {tuple(key.shape)} and {tuple(value.shape)}")
-    tokens, groups, dim = key.shape
+    _, groups, dim = key.shape
     shape = key_pages.shape
     fits = key_pages.ndim == 4 and (shape[1], shape[3]) == (groups, dim) and value_pages.shape == shape
     if not fits or shape[2] not in PAGES or not (key_pages.is_contiguous() and value_pages.is_contiguous()):
@@ -125,11 +123,4 @@ def _check(
     for what, x in {"value": value, "key_pages": key_pages, "value_pages": value_pages}.items():
         if x.dtype != key.dtype:
             raise TypeError(f"{op}: {what} must be {key.dtype} like key, got {x.dtype}")
-    for what, x in {"tables": tables, "sequences": sequences, "positions": positions}.items():
-        if x.dtype != torch.int32 or x.stride()[-1] != 1 or x.device != key.device:
-            raise ValueError(f"{op}: {what} must be int32, contiguous and on {key.device}, got {x.dtype}, {x.device}")
-    if tables.ndim != 2 or sequences.shape != (tokens,) or positions.shape != (tokens,):
-        raise ValueError(
-            f"{op}: tables must be (S, blocks), sequences and positions ({tokens},), got {tuple(tables.shape)}, "
-            f"{tuple(sequences.shape)}, {tuple(positions.shape)}"
-        )
+    check_places(op, key, tables, sequences, positions)
