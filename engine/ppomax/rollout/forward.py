@@ -70,10 +70,9 @@ class Forward:
         where = [[s.position for s in everyone], [s.slot for s in everyone]]
         where += [[s.index for s in everyone], [s.drawn for s in everyone]]
         longest = max((s.position for s in living), default=-1) + 1
-        drawn = None
+        there, drawn = upload(where, self.device), None
         if self.graphs is not None and not came.sequences:
-            drawn = self.graphs.step(where, longest)
-        there = upload(where, self.device)
+            drawn = self.graphs.step(there, longest)
         if drawn is None and came.sequences:
             drawn = self._with_newcomers(there, living, came, longest)
         elif drawn is None:

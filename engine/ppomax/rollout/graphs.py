@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppomax.models.transfers import upload
 from ppomax.rollout.arena import pages_for
 from ppomax.rollout.sizes import RolloutError
 
@@ -78,25 +77,23 @@ class DecodeGraphs:
         self.run, self.capture, self.slots, self.page = run, capture, slots, page
         self.newest, self.tables = newest, tables
         self.inputs = torch.zeros(4, slots, dtype=torch.int64, device=tables.device)
+        self.filler = torch.tensor([[0], [len(tables) - 1], [0], [0]], device=tables.device)
         self.ids = torch.zeros(slots, dtype=torch.int64, device=tables.device)
         self.outputs: tuple[Tensor, ...] = ()
         self.met: Counter[Bucket] = Counter()
         self.replays: dict[Bucket, Run] = {}
         self.refused = False
 
-    def step(self, where: list[list[int]], longest: int) -> tuple[Tensor, ...] | None:
-        """What `run` gives for the rows of `where`, valid until the next step. None: not from a graph, since the bucket
-        is not captured yet or cannot be."""
-        rows = len(where[0])
+    def step(self, where: Tensor, longest: int) -> tuple[Tensor, ...] | None:
+        """What `run` gives for `where` (4, rows) and the newest tokens there, valid until the next step. None: not from
+        a graph, since the bucket is not captured yet or cannot be."""
+        rows = where.shape[1]
         pages = 0 if self.page is None else page_bucket(pages_for(longest, self.page), self.tables.shape[1])
         bucket = Bucket(row_bucket(rows, self.slots), pages)
         self.met[bucket] += 1
         if self.refused or self.met[bucket] <= MEETINGS:
             return None
-        fill = bucket.rows - rows
-        scratch = len(self.tables) - 1
-        filled = [x + [filler] * fill for x, filler in zip(where, (0, scratch, 0, 0), strict=True)]
-        self.inputs[:, : bucket.rows].copy_(upload(filled, self.inputs.device), non_blocking=True)
+        self.inputs[:, :rows], self.inputs[:, rows : bucket.rows] = where, self.filler
         self.ids[: bucket.rows] = self.newest[self.inputs[1, : bucket.rows]]
         if bucket not in self.replays:
             try:
