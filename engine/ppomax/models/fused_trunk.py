@@ -202,34 +202,25 @@ def fused_rotary(modules: Iterable[nn.Module], impl: str = "cpu") -> Iterator[No
     """Inside, the families of these modules rotate query and key by our kernel, "cpu" or "triton", where that is what
     they do."""
     files = {sys.modules[type(m).__module__] for m in modules}
-    make = _rotary if impl == "cpu" else _rotary_pair
-    ours = {file: make(real) for file in files if (real := getattr(file, ROTARY, None)) and _turns_halves(real)}
-    theirs = {file: getattr(file, ROTARY) for file in ours}
+    theirs = {file: real for file in files if (real := getattr(file, ROTARY, None)) and _turns_halves(real)}
     try:
-        for file, function in ours.items():
-            setattr(file, ROTARY, function)
+        for file, function in theirs.items():
+            setattr(file, ROTARY, _rotary(function, impl))
         yield
     finally:
         for file, function in theirs.items():
             setattr(file, ROTARY, function)
 
 
-def _rotary(real: Any) -> Any:
-    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **named: Any) -> Any:
-        fits = q.dtype == k.dtype == cos.dtype == torch.float32 and q.is_cpu and cos.shape[-1] == q.shape[-1]
-        if args or named or not fits or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
-            return real(q, k, cos, sin, *args, **named)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
-
-    return apply_rotary_pos_emb
-
-
-def _rotary_pair(real: Any) -> Any:
+def _rotary(real: Any, impl: str) -> Any:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **named: Any) -> Any:
         fits = q.dtype == k.dtype == cos.dtype and cos.shape[-1] == q.shape[-1]
+        fits = fits and (impl != "cpu" or (q.dtype == torch.float32 and q.is_cpu))
         if args or named or not fits or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
             return real(q, k, cos, sin, *args, **named)
-        return rotate_pair(q, k, cos, sin, impl="triton")
+        if impl == "cpu":
+            return rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate_pair(q, k, cos, sin, impl=impl)
 
     return apply_rotary_pos_emb
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
 )
@@ -89,9 +89,7 @@ def pads(config: Any) -> bool:
 
 def any_pads(*owners: Any) -> bool:
     """Whether one of these transformers models, or of what holds one as a part or as `module`, pads packed batches."""
-    modules = [o if isinstance(o, nn.Module) else getattr(o, "module", None) for o in owners]
-    inner = [next((m for m in x.modules() if isinstance(m, PreTrainedModel)), None) for x in modules if x is not None]
-    return any(m is not None and pads(m.config) for m in inner)
+    return any((m := varlen.inner_model(owner)) is not None and pads(m.config) for owner in owners)
 
 
 def _lengths_of(inputs: Tensor, cu_seqlens: Tensor) -> Tensor:

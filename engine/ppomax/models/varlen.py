@@ -38,7 +38,7 @@ def set_attention(model: nn.Module, wanted: str = "auto") -> str:
     serve."""
     if wanted not in get_args(Attention):
         raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {wanted!r}")
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    inner = inner_model(model)
     if inner is None:
         raise ValueError(f"set_attention: {type(model).__name__} holds no transformers model")
     why_not = why_not_varlen(inner)
@@ -56,6 +56,18 @@ def set_attention(model: nn.Module, wanted: str = "auto") -> str:
     if name != inner.config._attn_implementation:
         inner.set_attn_implementation(name)
     return "varlen" if wanted == NAME else wanted
+
+
+def inner_model(owner: Any) -> PreTrainedModel | None:
+    """The transformers model that this is, or that it holds as a part or as `module`; None if there is none."""
+    module = owner if isinstance(owner, nn.Module) else getattr(owner, "module", None)
+    return None if module is None else next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
+
+
+def serves(dim: int, dtype: torch.dtype) -> bool:
+    """Whether torch has the kernel, for heads of this width and dtype."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and dim % 8 == 0 and dim <= WIDEST_HEAD and torch_varlen() is not None
 
 
 def why_not_varlen(model: PreTrainedModel) -> str:

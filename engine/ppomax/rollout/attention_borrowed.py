@@ -13,7 +13,7 @@ import torch
 from ppomax_kernels.backends import reference
 from torch import Tensor, nn
 
-from ppomax.models.varlen import WIDEST_HEAD, torch_varlen, varlen
+from ppomax.models.varlen import serves, varlen
 from ppomax.rollout.arena import Step
 
 
@@ -36,9 +36,7 @@ def decode_sdpa(query: Tensor, pages: tuple[Tensor, Tensor], step: Step, terms: 
 
 def attend_prompts(query: Tensor, key: Tensor, value: Tensor, step: Step, terms: AttentionTerms) -> Tensor:
     """query (N, H, D), key and value (N, G, D) of a step's prompts, each of which attends to itself."""
-    half, dim = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
-    served = query.is_cuda and half and not terms.softcap and dim % 8 == 0 and dim <= WIDEST_HEAD
-    if served and torch_varlen() is not None:
+    if query.is_cuda and not terms.softcap and serves(query.shape[-1], query.dtype):
         longest = max(step.prompts)
         return varlen(query, key, value, step.prompt_ends, longest, scale=terms.scale, window=terms.window)
     parts = []

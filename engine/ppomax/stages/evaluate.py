@@ -183,10 +183,11 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
         classifier = SentimentClassifier.load(shipped("classifier.json"))
         return [classifier.logit(a.whole) for a in given]
     if config.judge == "function":
+        from ppomax.data import PromptRow, columns_of
         from ppomax.recipe.rewards import RESERVED, call_reward, load_function
 
         function = load_function(str(config.function))
-        columns = {name: [a.row.get(name) for a in given] for a in given[:1] for name in a.row}
+        columns = columns_of([PromptRow(a.prompt_ids, a.row) for a in given])
         columns |= {name: [getattr(a, name) for a in given] for name in RESERVED}
         return call_reward(function, [a.prompt for a in given], [a.text for a in given], columns).tolist()
     from ppomax.data import Text, encode_prompt, encode_response
