@@ -17,7 +17,7 @@ extern "C" int ppomax_ppo_loss_cpu(const void *logprobs, int logprobs_dtype, con
     if ((is_weights && !known_dtype(is_weights_dtype)) || (ref_logprobs && !known_dtype(ref_dtype)) ||
         (entropy && !known_dtype(entropy_dtype)))
         return PPOMAX_BAD_DTYPE;
-    if (!known_estimator(estimator) || !finite(norm_value) || !(clip_low >= 0.0 && clip_low < 1.0) ||
+    if (!known_estimator(estimator) || !finite(norm_value) || !(clip_low >= 0.0 && clip_low <= 1.0) ||
         !(clip_high >= 0.0) || !(dual_clip >= 0.0) || !finite(kl_coef) || !finite(ent_coef))
         return PPOMAX_BAD_SCALAR;
     if (!loss || !metrics || !scale || (n > 0 && (!logprobs || !old_logprobs || !advantages)))

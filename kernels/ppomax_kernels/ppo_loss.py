@@ -106,10 +106,10 @@ def ppo_loss(
     old_logprobs)`.
 
     All tensors have one shape, (N,) or any other, contiguous, float32, bfloat16 or float16 each; mask is bool or uint8.
-    clip_low in [0, 1), clip_high >= 0. dual_clip > 1: for A < 0 the loss of a token is at most -A*dual_clip.
+    clip_low in [0, 1], clip_high >= 0 (1 and inf: no clip). dual_clip > 1: for A < 0 the loss of a token is at most
+    -A*dual_clip.
     normalizer: what sums are divided by: the mask's sum by default, or a number > 0, or a 0-d float32 tensor (the
-    token count of all micro-batches and
-        ranks, so that results do not depend on the split). Nothing to divide by (no token) gives loss 0 and gradient 0.
+    token count of all micro-batches and ranks, so that results do not depend on the split). Nothing to divide by (no token) gives loss 0 and gradient 0.
     is_weights: truncated importance weights, factors on each token's loss, without gradient.
     ref_logprobs, kl_coef, estimator: adds kl_coef * kl_penalty(logprobs, ref_logprobs), differentiable through
     logprobs.
@@ -184,11 +184,12 @@ def terms_of(
     ref_logprobs: Tensor | None,
 ) -> PpoTerms:
     """The numbers of a policy loss as back-ends take them. ValueError for one out of range."""
-    if not 0.0 <= clip_low < 1.0:
+    if not 0.0 <= clip_low <= 1.0:
         raise ValueError(
-            f"{op}: clip_low must be in [0, 1), got {clip_low}; the ratio is clipped to [1 - clip_low, 1 + clip_high]"
+            f"{op}: clip_low must be in [0, 1], got {clip_low}; the ratio is clipped to [1 - clip_low, 1 + clip_high]"
         )
-    checks.number(op, "clip_high", clip_high, 0.0, float("inf"))
+    if clip_high != float("inf"):
+        checks.number(op, "clip_high", clip_high, 0.0, float("inf"))
     if dual_clip is not None:
         checks.number(op, "dual_clip", dual_clip, 1.0, float("inf"), open_low=True)
     checks.number(op, "kl_coef", kl_coef, 0.0, float("inf"))

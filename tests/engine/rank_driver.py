@@ -86,9 +86,12 @@ def state_of(engine: Engine) -> dict[str, list[float]]:
     return out
 
 
+OF_A_MINIBATCH = {"advantage__over": "minibatch", "advantage__clip": 0.5, "loss__ent_coef": 0.01,
+                  "loss__ent_target": 2.0, "loss__ratio_to": "reference", "batch__kl_stop": 10.0}  # fmt: skip
+"""What a whole minibatch decides, whichever rank holds its sequences."""
 AGAIN = {"model__gradient_checkpointing": True}
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
-    "tied": ({"batch__epochs": 2}, {"policy": lambda: tiny_policy(tied=True)}),
+    "tied": ({**OF_A_MINIBATCH, "batch__epochs": 2}, {"policy": lambda: tiny_policy(tied=True)}),
     "recomputed": ({**AGAIN}, {}),
     "hydra": ({"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy", **AGAIN}, {}),
     "lora": ({"model__train": "lora", **AGAIN}, {}),

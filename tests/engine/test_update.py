@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax.config import AdvantageConfig, OptimConfig
+from ppomax.config import AdvantageConfig, ConfigError, OptimConfig
 from ppomax.data import Text
 from ppomax.engine import Engine
 from ppomax.models import head_of, packed_hidden
 from ppomax.recipe.batch import Experience, cumulative, minibatch, pack, select, spans, split_minibatches
 from ppomax.recipe.rewards import advantages_and_returns
-from ppomax.recipe.update import Diverged, Health, critic_loss, policy_loss, ptx_backward
+from ppomax.recipe.update import Diverged, Health, critic_loss, policy_loss, prepared, ptx_backward
 from ppomax.sharding import Trained, lr_at
 
 from tests.engine.tiny import prompts, small_config, tiny_engine
@@ -58,25 +58,39 @@ def eager_terms(engine: Engine, exp: Experience) -> tuple[torch.Tensor, torch.Te
         {"loss__value_clip": 0.01},
         {"rollout__temperature": 0.7},
         {"loss__sampler_is_cap": 1.5},
+        {"loss__clip_low": None, "loss__clip_high": None},
+        {"loss__ratio_to": "reference"},
+        {"loss__ent_coef": 0.1, "loss__ent_target": 9.0},
+        {"loss__ent_coef": 0.1, "loss__ent_target": 0.5},
+        {"advantage__whiten": True, "advantage__clip": 0.3, "advantage__over": "minibatch"},
     ],
 )
 def test_losses_are_their_formulas(knobs: dict[str, object]) -> None:
     engine, exp = moved_engine(**knobs)
     config, roll = engine.config.loss, exp.rollout
     logprobs, entropy, values, u = eager_terms(engine, exp)
-    ratio, a = (logprobs - roll.logprobs).exp(), exp.advantages
-    surrogate = torch.maximum(-a * ratio, -a * ratio.clamp(1 - config.clip_low, 1 + config.clip_high))
+    old = roll.ref_logprobs if config.ratio_to == "reference" else roll.logprobs
+    ratio, a = (logprobs - old).exp(), exp.advantages.double()
+    if engine.config.advantage.over == "minibatch":
+        a = ((a - a.mean()) / a.std(unbiased=False)).clamp(-0.3, 0.3)
+    a, surrogate = a.float(), -a.float() * ratio
+    if config.clip_low is not None and config.clip_high is not None:
+        surrogate = torch.maximum(surrogate, -a * ratio.clamp(1 - config.clip_low, 1 + config.clip_high))
     if config.dual_clip:
         surrogate = torch.where(a < 0, torch.minimum(surrogate, -a * config.dual_clip), surrogate)
     if config.sampler_is_cap:
         surrogate = surrogate * (roll.logprobs - roll.sampler_logprobs).exp().clamp(max=config.sampler_is_cap)
-    want = surrogate.mean() - config.ent_coef * entropy.mean() + engine.config.kl.loss_coef * (0.5 * u * u).mean()
+    bonus = entropy.mean()
+    if config.ent_target is not None:
+        bonus = -(bonus - config.ent_target).abs()
+        bonus = bonus + config.ent_target * (1 if entropy.mean() < config.ent_target else -1)  # the constant left out
+    want = surrogate.mean() - config.ent_coef * bonus + engine.config.kl.loss_coef * (0.5 * u * u).mean()
     squared = (values - exp.returns) ** 2
     if config.value_clip is not None:
         clipped = roll.values + (values - roll.values).clamp(-config.value_clip, config.value_clip)
         squared = torch.maximum(squared, (clipped - exp.returns) ** 2)
     want_v = config.vf_coef * 0.5 * squared.mean()
-    whole = minibatch(exp, torch.arange(8))
+    [whole] = prepared([minibatch(exp, torch.arange(8))], engine.config)
     tokens = torch.tensor(float(len(whole.labels)))
     got, metrics = policy_loss(engine.policy, whole, tokens, engine.config)
     got_v, _, _ = critic_loss(engine.critic, whole, tokens, engine.config)
@@ -171,6 +185,32 @@ def test_critic_gradient_does_not_shrink_the_policy_step() -> None:
         engine.update(dataclasses.replace(exp, returns=exp.returns * factor))
         new.append(torch.cat([p.detach().flatten() for p in engine.policy.params]))
     assert torch.equal(new[0], new[1])
+
+
+def test_joint_clip_is_that_of_one_optimiser_over_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[bool, list[torch.Tensor]] = {}
+    for joint in (False, True):
+        engine = tiny_engine(small_config(loss__joint_grad_clip=joint, batch__minibatch_size=8))
+        norms = taken.setdefault(joint, [])
+        for part in (engine.policy, engine.critic):
+            monkeypatch.setattr(part, "step", lambda norm, norms=norms: norms.append(norm))
+        metrics = engine.step(prompts(8)).metrics
+        assert metrics["policy/grad_norm"] == pytest.approx(float(taken[False][0]))
+    policy, critic = taken[False]
+    assert taken[True][0] == taken[True][1]
+    assert float(taken[True][0]) == pytest.approx(math.hypot(float(policy), float(critic)))
+
+
+def test_joint_clip_is_refused_where_deepspeed_clips() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.joint_grad_clip.*ZeRO stage 2 clips each"):
+        tiny_engine(small_config(loss__joint_grad_clip=True, sharding__zero_stage=2))
+
+
+@pytest.mark.parametrize(("limit", "epochs"), [(None, 3), (1e9, 3), (1e-12, 1)])
+def test_epochs_end_once_the_kl_to_the_buffers_policy_is_too_large(limit: float | None, epochs: int) -> None:
+    engine = tiny_engine(small_config(batch__kl_stop=limit, batch__epochs=3))
+    assert engine.step(prompts(8)).metrics["val/epochs"] == epochs
+    assert engine.policy.steps == epochs * 2
 
 
 def test_gradient_norm_is_clipped() -> None:

@@ -333,6 +333,7 @@ POLICY = (
     ),
     Tokens((90,), "overflow", "some", kl_coef=0.3, ent_coef=-0.1, dual_clip=1.5, weighted=True),
     Tokens((90,), "near", clip_low=0.0, clip_high=0.0),
+    Tokens((90,), "far", clip_low=1.0, clip_high=float("inf")),
     Tokens((64,), "far", "some", "bfloat16", "float32", kl_coef=0.1, ent_coef=0.1, estimator="k2", weighted=True),
     Tokens((6000,), "far", "some", seed=4),
 )

@@ -166,14 +166,14 @@ RANGES = [
     *(wrong("gae", n, c, f"{n} must be in [0, 1], got {c}") for n in ("gamma", "lam") for c in (-0.1, 1.01, NAN, INF)),
     *(wrong("whiten", "eps", c, "eps must be", f"got {c}") for c in (0.0, -1e-8, NAN, INF)),
     *(
-        wrong(op, "clip_low", c, "clip_low must be in [0, 1)", f"got {c}")
+        wrong(op, "clip_low", c, "clip_low must be in [0, 1]", f"got {c}")
         for op in ("ppo_loss", "linear_ppo_loss")
-        for c in (-0.1, 1.0, NAN)
+        for c in (-0.1, 1.01, NAN)
     ),
     *(
         wrong(op, "clip_high", c, "clip_high must be", f"got {c}")
         for op in ("ppo_loss", "linear_ppo_loss")
-        for c in (-0.1, NAN, INF)
+        for c in (-0.1, NAN, -INF)
     ),
     *(
         wrong(op, "dual_clip", c, "dual_clip must be", f"got {c}")

@@ -228,9 +228,11 @@ class AdvantageConfig:
     length_alpha: float | None = None
     """Length-adaptive actor lambda 1 - 1/(alpha * length) (VAPO uses 0.05), at least 0. None: `lam` for all lengths."""
     whiten: bool = False
-    """Normalise advantages over the whole buffer to mean 0 and std 1."""
+    """Normalise advantages to mean 0 and std 1."""
     clip: float | None = None
     """Cut advantages to +-clip, after whitening. None: off."""
+    over: Literal["buffer", "minibatch"] = "buffer"
+    """Whose mean and std `whiten` takes: the whole buffer's, or each minibatch's own."""
 
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 1, "advantage.gamma", "in [0, 1]", self.gamma)
@@ -254,10 +256,13 @@ class AdvantageConfig:
 class LossConfig:
     """Policy and value losses. All means are over the tokens of the global minibatch."""
 
-    clip_low: float = 0.2
-    """Ratios below 1 - clip_low stop counting when the advantage is negative."""
-    clip_high: float = 0.2
-    """Ratios above 1 + clip_high stop counting when the advantage is positive (0.28 is clip-higher)."""
+    clip_low: float | None = 0.2
+    """Ratios below 1 - clip_low stop counting when the advantage is negative. None: off."""
+    clip_high: float | None = 0.2
+    """Ratios above 1 + clip_high stop counting when the advantage is positive (0.28 is clip-higher). None: off."""
+    ratio_to: Literal["buffer", "reference"] = "buffer"
+    """Policy that the ratio is taken against: the one that made the buffer, or the reference (what the paper calls
+    importance sampling; the first ratio is then not 1)."""
     dual_clip: float | None = None
     """Bound ratio * advantage at dual_clip * advantage for negative advantages (3 in its paper). None: off."""
     value_clip: float | None = 0.2
@@ -266,17 +271,28 @@ class LossConfig:
     """Weight of the value loss (which has a factor 1/2 inside)."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus, per nat. 0: off."""
+    ent_target: float | None = None
+    """Entropy in nats a token that `ent_coef` pulls to: its term is then ent_coef * |H - ent_target|, with H a
+    minibatch's mean, its side of the target taken as the buffer was scored. None: the plain bonus -ent_coef * H."""
+    joint_grad_clip: bool = False
+    """Hold the norm of both models' gradients together against each model's `grad_clip`, as one optimiser over both
+    would, so that a large gradient of the critic shrinks the policy's step. Not under ZeRO 1 to 3, where DeepSpeed
+    clips each by itself."""
     sampler_is_cap: float | None = None
     """Truncated importance weight min(pi_train / pi_sampler, cap) for samplers whose logprobs differ from the
     trainer's. None: off."""
 
     def __post_init__(self) -> None:
-        require(0 < self.clip_low < 1, "loss.clip_low", "in (0, 1)", self.clip_low)
-        require(self.clip_high > 0, "loss.clip_high", "above 0", self.clip_high)
+        low, high = self.clip_low, self.clip_high
+        require(low is None or 0 < low < 1, "loss.clip_low", "in (0, 1), or null for off", low)
+        require(high is None or high > 0, "loss.clip_high", "above 0, or null for off", high)
         require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "above 1 or null", self.dual_clip)
         require(self.value_clip is None or self.value_clip > 0, "loss.value_clip", "above 0 or null", self.value_clip)
         require(_finite(self.vf_coef) and self.vf_coef > 0, "loss.vf_coef", "above 0", self.vf_coef)
         require(_finite(self.ent_coef), "loss.ent_coef", "finite", self.ent_coef)
+        target = self.ent_target
+        require(target is None or (_finite(target) and target >= 0), "loss.ent_target", "0 or more, or null", target)
+        require(target is None or self.ent_coef > 0, "loss.ent_coef", "above 0 with loss.ent_target", self.ent_coef)
         require(
             self.sampler_is_cap is None or self.sampler_is_cap >= 1,
             "loss.sampler_is_cap",
@@ -384,6 +400,9 @@ class BatchConfig:
     """Sequences behind one optimiser step."""
     epochs: int = 1
     """Passes over the buffer."""
+    kl_stop: float | None = None
+    """End a buffer's passes once the last one's mean KL to the policy that made it (nats a token) is above this. None:
+    off."""
     micro_tokens: int = 4096
     """Most tokens, prompts included, in one forward and backward. The result does not depend on it; memory does."""
 
@@ -396,6 +415,7 @@ class BatchConfig:
             self.minibatch_size,
         )
         require(self.epochs >= 1, "batch.epochs", "at least 1", self.epochs)
+        require(self.kl_stop is None or self.kl_stop > 0, "batch.kl_stop", "above 0, or null for off", self.kl_stop)
         require(self.micro_tokens >= 1, "batch.micro_tokens", "at least 1", self.micro_tokens)
 
 

@@ -123,6 +123,8 @@ class Minibatch:
     labels: Tensor
     sampler_logprobs: Tensor
     old_logprobs: Tensor
+    entropy: Tensor
+    """As the buffer was scored."""
     ref_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
@@ -130,6 +132,8 @@ class Minibatch:
     trunk: Trunk | None = None
     weight: float = 1.0
     """What its losses are multiplied by: 0 for a stand-in, which keeps ranks in step."""
+    ent_coef: float | None = None
+    """In place of `loss.ent_coef`, where an entropy target gives its sign."""
 
 
 def pack(sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -205,6 +209,7 @@ def minibatch(experience: Experience, which: Tensor) -> Minibatch:
         labels=tokens[states + 1],
         sampler_logprobs=roll.sampler_logprobs[slots],
         old_logprobs=roll.logprobs[slots],
+        entropy=roll.entropy[slots],
         ref_logprobs=roll.ref_logprobs[slots],
         old_values=roll.values[slots],
         advantages=experience.advantages[slots],

@@ -243,7 +243,7 @@ def advantages_and_returns(
     rewards: Tensor, roll: Rollout, config: AdvantageConfig, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(N,) advantages with the actor's lambda, (N,) returns with the critic's; then buffer-wide whitening and
-    clipping."""
+    clipping, unless each minibatch does both by itself."""
     lam: float | Tensor = config.lam
     if config.length_alpha is not None:
         lam = (1 - 1 / (config.length_alpha * roll.lengths.float())).clamp(min=0.0)
@@ -251,11 +251,18 @@ def advantages_and_returns(
     critic_lam = config.lam if config.critic_lam is None else config.critic_lam
     if config.length_alpha is not None or critic_lam != config.lam:
         _, returns = K.gae(rewards, roll.values, roll.response_cu, gamma=config.gamma, lam=critic_lam, impl=impl)
+    if config.over == "buffer":
+        advantages = whitened_and_clipped(advantages, config, impl)
+    return advantages, returns
+
+
+def whitened_and_clipped(advantages: Tensor, config: AdvantageConfig, impl: str = "auto", group: Any = None) -> Tensor:
+    """By the mean and std of these alone, or of those of all ranks of `group`."""
     if config.whiten:
-        advantages = K.whiten(advantages, impl=impl)
+        advantages = K.whiten(advantages, group=group, impl=impl)
     if config.clip is not None:
         advantages = advantages.clamp(-config.clip, config.clip)
-    return advantages, returns
+    return advantages
 
 
 def sequence_sums(x: Tensor, cu: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ Every mean is divided by a global count before the backward, so micro-batches an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import ppomax_kernels as K
@@ -38,6 +39,7 @@ from ppomax.recipe.batch import (
     split_minibatches,
     with_stand_in,
 )
+from ppomax.recipe.rewards import whitened_and_clipped
 from ppomax.recipe.scoring import scaled, state_hidden, state_values
 from ppomax.sharding import Trained, ranks
 
@@ -82,6 +84,10 @@ class Tally:
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
+    def kl_of_last(self, count: int) -> float:
+        """Mean KL to the policy that made the buffer, over the last `count` minibatches."""
+        return sum(r["policy/approxkl_avg"] for r in self.rows[-count:]) / count
+
     def means(self) -> dict[str, float]:
         good = [r for r in self.rows if r["val/skipped"] == 0] or self.rows
         out = {key: sum(r[key] for r in good) / len(good) for key in good[0]}
@@ -113,9 +119,29 @@ def update(
                 size, budget = config.batch.minibatch_size, config.batch.micro_tokens
                 minibatches = split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded)
             for micros in minibatches:
-                row = train_minibatch(policy, critic, [minibatch(experience, m) for m in micros], config, health, texts)
-                tally.rows.append(row)
-    return tally.means()
+                parts = prepared([minibatch(experience, m) for m in micros], config)
+                tally.rows.append(train_minibatch(policy, critic, parts, config, health, texts))
+            if config.batch.kl_stop is not None and tally.kl_of_last(len(minibatches)) > config.batch.kl_stop:
+                break
+    return tally.means() | {"val/epochs": float(epoch + 1)}
+
+
+def prepared(micros: list[Minibatch], config: TrainConfig) -> list[Minibatch]:
+    """One minibatch with what the whole of it decides, on all ranks: advantages whitened and clipped by its own mean
+    and std, and on which side of an entropy target it lies."""
+    real = [m for m in micros if m.weight]
+    if config.advantage.over == "minibatch":
+        own = torch.cat([m.advantages for m in real] or [micros[0].advantages[:0]])
+        found = whitened_and_clipped(own, config.advantage, config.impl, ranks.group())
+        cut = iter(found.split([len(m.labels) for m in real]))
+        micros = [replace(m, advantages=next(cut) if m.weight else torch.zeros_like(m.advantages)) for m in micros]
+    if config.loss.ent_target is not None:
+        entropy = torch.cat([m.entropy for m in real] or [micros[0].entropy[:0]])
+        total, count = ranks.sum(torch.stack([entropy.sum(), torch.ones_like(entropy).sum()])).tolist()
+        # d(coef * |H - target|) is d(-ent_coef * H) with the coefficient's sign turned while H is too large.
+        coef = config.loss.ent_coef * (1.0 if total / count < config.loss.ent_target else -1.0)
+        micros = [replace(m, ent_coef=coef) for m in micros]
+    return micros
 
 
 class MicroLosses(NamedTuple):
@@ -168,19 +194,22 @@ def train_minibatch(
     losses = ranks.sum(
         torch.stack([p.pg_loss for p in parts]).sum() + torch.stack([p.v_loss for p in parts]).sum() + ptx
     )
-    stepped = _step(policy, critic, losses)
+    stepped = _step(policy, critic, losses, config.loss.joint_grad_clip)
     health.note(stepped.good, config.run.max_bad_steps)
     return _row(parts, ranks.sum(ptx), stepped)
 
 
-def _step(policy: Trained[PreTrainedModel], critic: Trained[Critic | TrunkCritic], losses: Tensor) -> OptimizerStep:
-    """Step both optimisers if all losses and gradients are finite, on every rank alike."""
+def _step(
+    policy: Trained[PreTrainedModel], critic: Trained[Critic | TrunkCritic], losses: Tensor, joint: bool
+) -> OptimizerStep:
+    """Step both optimisers if all losses and gradients are finite, on every rank alike; `joint`: clipped by the norm
+    of both gradients together."""
     norms, rates = (policy.grad_norm(), critic.grad_norm()), (policy.lr, critic.lr)
     good = bool(torch.isfinite(losses + norms[0] + norms[1]))
     both: tuple[Trained[Any], ...] = (policy, critic)
     for part, norm in zip(both, norms, strict=True):
         if good:
-            part.step(norm)
+            part.step(torch.stack(norms).norm() if joint else norm)
         else:
             part.skip()
     return OptimizerStep(*norms, *rates, good)
@@ -199,6 +228,7 @@ def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config
     loss, kl = config.loss, config.kl
     head = head_of(policy)
     hidden, bias = scaled(state_hidden(policy, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk), head)
+    old = micro.ref_logprobs if loss.ratio_to == "reference" else micro.old_logprobs
     weights = None
     if loss.sampler_is_cap is not None:
         weights = (micro.old_logprobs - micro.sampler_logprobs).exp().clamp(max=loss.sampler_is_cap)
@@ -206,17 +236,17 @@ def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config
         hidden,
         head.weight,
         micro.labels,
-        micro.old_logprobs,
+        old,
         micro.advantages,
         bias=bias,
         temperature=config.rollout.temperature,
         softcap=head.softcap,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
+        clip_low=1.0 if loss.clip_low is None else loss.clip_low,
+        clip_high=math.inf if loss.clip_high is None else loss.clip_high,
         dual_clip=loss.dual_clip,
         normalizer=tokens,
         is_weights=weights,
-        ent_coef=loss.ent_coef,
+        ent_coef=loss.ent_coef if micro.ent_coef is None else micro.ent_coef,
         ref_logprobs=micro.ref_logprobs if kl.loss_coef else None,
         kl_coef=kl.loss_coef,
         estimator=kl.loss_estimator,

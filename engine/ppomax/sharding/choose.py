@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ppomax.config import OptimConfig, ShardingConfig, TrainConfig
+from ppomax.config import ConfigError, OptimConfig, ShardingConfig, TrainConfig
 from ppomax.sharding import ranks, zero_config
 from ppomax.sharding.plain import DataParallel, Trained
 
@@ -45,6 +45,11 @@ def sharded_reads(config: TrainConfig, dtype: torch.dtype, *, from_files: bool) 
     transformers. ConfigError if DeepSpeed cannot do what `config.sharding` asks on these ranks."""
     sharding = config.sharding
     zero_config.check(sharding, ranks.world_size())
+    if config.loss.joint_grad_clip and stage_of(sharding):
+        raise ConfigError(
+            f"config: loss.joint_grad_clip holds the gradients of both models together, but ZeRO stage "
+            f"{stage_of(sharding)} clips each model by itself; leave it off, or set sharding.zero_stage: 0"
+        )
     if ranks.world_size() == 1 or config.model.trust_remote_code:
         return ShardedReads()
     frozen = zero_config.frozen(sharding, dtype) if shards_frozen(sharding) else None

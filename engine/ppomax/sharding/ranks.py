@@ -87,6 +87,11 @@ def shut_down() -> None:
         gc.collect()  # a group held by a cycle keeps its threads, which abort a process whose interpreter has ended
 
 
+def group() -> dist.ProcessGroup | None:
+    """All ranks, for an op that sums over a process group itself. One process: None."""
+    return dist.group.WORLD if world_size() > 1 else None
+
+
 def sum(x: Tensor) -> Tensor:
     """Sum of `x` over all ranks: the global count behind every token mean. One process: `x`."""
     if world_size() == 1:

@@ -250,6 +250,8 @@ class PpoLoop:
                 "prompt": self.tokenizer.decode(p, skip_special_tokens=True),
                 "response": self.tokenizer.decode(r, skip_special_tokens=True),
                 "score": score,
+                "prompt_ids": p,
+                "response_ids": r,
                 "length": len(r),
                 "finished": done,
             }
