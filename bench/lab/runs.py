@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ppomax.assets import shipped
 from ppomax.config import ConfigError
+from ppomax.data import load_texts
 from ppomax.default import texts as reviews
 from ppomax.models import load_policy, load_tokenizer
 from ppomax.recipe.measures import distinct_n
@@ -110,7 +112,7 @@ def run_one(grid: Grid, arm: str, seed: int, folder: Path) -> dict[str, Any]:
         "pretrained": sum(r["step"] == 0 for r in read_rows(out / "metrics.jsonl")),
         **{name: [float(f"{r[key]:.4g}") for r in steps] for name, key in TRAIN.items()},
         **evaluated(read_rows(out / "samples.jsonl")),
-        "tax": human_nll(out / "policy", config.run.seed),
+        "tax": human_nll([shipped("policy"), out / "policy"], out),
     }
     shutil.copy(out / "samples.jsonl", folder / "samples.jsonl")
     shutil.rmtree(out)
@@ -144,15 +146,13 @@ def data_folder() -> Path | None:
     return found if (found / "snippets.jsonl.gz").is_file() else None
 
 
-def human_nll(policy: Path, seed: int) -> float | None:
-    """Mean NLL of held-out human snippets under a policy, nats a token: what training costs the language model. None
+def human_nll(policies: list[Path], folder: Path) -> list[float]:
+    """Mean NLL of held-out human snippets under each policy, nats a token: what training costs the language model. []
     where the labelled reviews are not at hand."""
     data = data_folder()
     if data is None:
-        return None
-    from ppomax.data import load_texts
-
-    tokenizer, path = load_tokenizer(policy), policy.parent / "human.jsonl"
+        return []
+    path = folder / "human.jsonl"
     reviews.write_rows(path, reviews.sft_rows(reviews.read_parts(data, 0)["held_out"], 0)[:TEXTS])
-    texts, _ = load_texts(str(path), tokenizer, 256)
-    return round(mean_nll(load_policy(policy).eval(), texts, 4096), 4)
+    texts, _ = load_texts(str(path), load_tokenizer(policies[0]), 256)
+    return [round(mean_nll(load_policy(p).eval(), texts, 4096), 4) for p in policies]

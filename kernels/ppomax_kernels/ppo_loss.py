@@ -109,7 +109,8 @@ def ppo_loss(
     clip_low in [0, 1], clip_high >= 0 (1 and inf: no clip). dual_clip > 1: for A < 0 the loss of a token is at most
     -A*dual_clip.
     normalizer: what sums are divided by: the mask's sum by default, or a number > 0, or a 0-d float32 tensor (the
-    token count of all micro-batches and ranks, so that results do not depend on the split). Nothing to divide by (no token) gives loss 0 and gradient 0.
+    token count of all micro-batches and ranks, so that results do not depend on the split). Nothing to divide by (no
+    token) gives loss 0 and gradient 0.
     is_weights: truncated importance weights, factors on each token's loss, without gradient.
     ref_logprobs, kl_coef, estimator: adds kl_coef * kl_penalty(logprobs, ref_logprobs), differentiable through
     logprobs.
