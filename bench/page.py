@@ -29,7 +29,7 @@ def write(rows: Rows, path: Path) -> Path:
         parts.append(f"<p>{html.escape('; '.join(sorted({row['versions'] for row in own})))}</p>")
         parts.append(_figure(_times(own), "Time against the size of the problem"))
         parts.append(_figure(_roofline(own), "Share of the bandwidth or the GEMM rate that the same run measured"))
-    parts.append(f"<h2>Table</h2>{_markdown(table(newest))}")
+    parts.append(f"<h2>Table</h2>{markdown_table(table(newest))}")
     body = "\n".join(parts)
     path.write_text(
         f"<!doctype html><meta charset=utf-8><title>ppomax: microbenchmarks</title><style>{STYLE}</style>{body}",
@@ -77,7 +77,7 @@ def _times(rows: Rows) -> str:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=6)
     figure.tight_layout()
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _roofline(rows: Rows) -> str:
@@ -97,10 +97,10 @@ def _roofline(rows: Rows) -> str:
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    return _svg(figure)
+    return svg_of(figure)
 
 
-def _svg(figure: object) -> str:
+def svg_of(figure: object) -> str:
     from matplotlib import pyplot
 
     file = io.StringIO()
@@ -113,7 +113,7 @@ def _figure(svg: str, words: str) -> str:
     return f"<figure>{svg}<figcaption>{html.escape(words)}.</figcaption></figure>"
 
 
-def _markdown(text: str) -> str:
+def markdown_table(text: str) -> str:
     """A Markdown table as HTML."""
     head, _, *body = [line.strip("|").split("|") for line in text.splitlines()]
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(c.strip())}</td>' for c in row)}</tr>" for row in body)

@@ -1,0 +1,146 @@
+"""The laboratory: a grid that names what it lacks, verdicts that a t interval gives, no run counted twice or lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.lab import runs as lab
+from bench.lab.grid import Figure, GridError, claim, read_grid
+from bench.lab.page import write
+from bench.lab.verdicts import AGREES, DISAGREES, MISSING, UNKNOWN, interval, table, value, verdict, verdicts
+
+SMALL = {
+    "base": {"run.steps": 1, "monitor.samples_every": 1, "monitor.sample_prompts": 4, "run.checkpoint_every": 0,
+             "batch.rollout_size": 4, "batch.minibatch_size": 4, "rollout.max_new_tokens": 4,
+             "monitor.tensorboard": False, "ptx.pool": 2, "critic.pretrain_steps": 0},
+    "arms": {"vanilla": {"preset": "vanilla"}, "kl": {"preset": "vanilla", "kl.coef": 0.1}},
+    "figures": {"4": {"title": "t", "arms": ["vanilla", "kl"], "measures": ["proxy", "kl"],
+                      "claims": [{"says": "s", "test": "kl:kl@end < vanilla:kl@end"}]}},
+}  # fmt: skip
+
+
+def grid_file(folder: Path, **changes: object) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}), encoding="utf-8")
+    return path
+
+
+def row(arm: str, seed: int, values: list[float], **more: object) -> dict[str, object]:
+    return {"arm": arm, "seed": seed, "proxy": values, "kl": values, "eval_steps": list(range(len(values))),
+            "steps": 100, "machine": "m", "commit": "c", "date": "2026-11-27", "seconds": 1.0, **more}  # fmt: skip
+
+
+def test_the_shipped_grid_reads_and_its_arms_differ() -> None:
+    grid = read_grid()
+    settings = [grid.settings(arm) for arm in grid.arms]
+    assert len(set(settings)) == len(settings)
+    assert all(figure.claims for figure in grid.figures.values())
+    assert len(grid.figures) >= 11
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"vanilla": {"preset": "vanila"}, "kl": {}}}, r"arm 'vanilla'.*unknown preset 'vanila'"),
+        ({"arms": {"vanilla": {}, "kl": {"kl.coeff": 0.1}}}, r"arm 'kl'.*coeff"),
+        ({"arms": {"vanilla": {}}}, "names the arm 'kl', which is not there"),
+        ({"figures": {"4": {**SMALL["figures"]["4"], "arms": ["kl"]}}}, "claims something of 'vanilla'"),
+    ],
+)
+def test_what_the_grid_has_not_is_named(changes: dict[str, object], words: str, tmp_path: Path) -> None:
+    with pytest.raises(GridError, match=words):
+        read_grid(grid_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("test", ["a:b@c", "a:b@c > ", "a:b@c = d:e@f", "a:b@c < d:e@f within 1", "a.b > 2"])
+def test_a_claim_that_is_none_is_refused(test: str) -> None:
+    with pytest.raises(GridError, match="is not `arm:measure@at"):
+        claim("", test)
+
+
+def test_an_unknown_figure_is_named(tmp_path: Path) -> None:
+    with pytest.raises(GridError, match=r"no figure '5' in the grid; it has 4"):
+        read_grid(grid_file(tmp_path)).chosen(["5"])
+
+
+def test_interval_is_students() -> None:
+    mean, low, high = interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    half = 3.182446305284263 * (5 / 3 / 4) ** 0.5  # t of 3 degrees of freedom, from tables
+    assert (low, high) == pytest.approx((2.5 - half, 2.5 + half))
+
+
+@pytest.mark.parametrize(
+    ("test", "spread", "word"),
+    [
+        ("a:proxy@last > b:proxy@last", 0.1, AGREES),
+        ("a:proxy@last < b:proxy@last", 0.1, DISAGREES),
+        ("a:proxy@last > b:proxy@last", 9.0, UNKNOWN),
+        ("a:proxy@last = b:proxy@last within 2", 0.1, AGREES),
+        ("a:proxy@last = b:proxy@last within 0.2", 0.1, DISAGREES),
+        ("a:proxy@last = b:proxy@last within 1", 0.1, UNKNOWN),
+        ("a:proxy@last > 2", 0.1, AGREES),
+        ("a:proxy@last < 2", 0.1, DISAGREES),
+    ],
+)
+def test_a_verdict_is_where_the_interval_lies(test: str, spread: float, word: str) -> None:
+    runs = {}
+    for seed, shift in enumerate((-1.0, -0.3, 0.3, 1.0)):
+        runs["a", seed] = row("a", seed, [0.0, 3.0 + spread * shift])
+        runs["b", seed] = row("b", seed, [0.0, 2.0])
+    figure = Figure("1", "t", ("a", "b"), ("proxy",), (claim("s", test),))
+    [found] = verdicts([figure], runs)
+    assert found.word == word
+    assert found.seeds == 4
+    assert word in table([found])
+    del runs["a", 3]
+    assert verdict(figure, figure.claims[0], runs).word == MISSING
+
+
+def test_places_of_a_series() -> None:
+    run = row("a", 0, [float(i) for i in range(24)])
+    found = {at: value(run, claim("", f"a:proxy@{at} > 0").left) for at in ("start", "early", "end", "last", "max")}
+    assert found == {"start": 0.5, "early": 3.5, "end": 19.5, "last": 22.5, "max": 23.0}
+    with pytest.raises(GridError, match="no place 'middle'"):
+        value(run, claim("", "a:proxy@middle > 0").left)
+    with pytest.raises(GridError, match="no measure 'gold'"):
+        value(run, claim("", "a:gold@last > 0").left)
+
+
+def test_each_run_is_made_once_and_a_killed_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, work, results = read_grid(grid_file(tmp_path)), tmp_path / "work", tmp_path / "results"
+    real, calls = lab.run_one, []
+
+    def run_one(grid, arm, seed, folder):
+        calls.append((arm, seed))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(grid, arm, seed, folder)
+
+    monkeypatch.setattr(lab, "run_one", run_one)
+    with pytest.raises(KeyboardInterrupt):
+        list(lab.run_all(grid, ["4"], [0], work, results))
+    lines = list(lab.run_all(grid, ["4"], [0], work, results))
+    assert [line.split(":")[0] for line in lines] == ["kl seed 0"]
+    assert calls == [("vanilla", 0), ("kl", 0), ("kl", 0)]
+    assert not list(lab.run_all(grid, ["4"], [0], work, results))
+    done = lab.rows(results)
+    assert set(done) == {("vanilla", 0), ("kl", 0)}
+    one = done["kl", 0]
+    assert len(one["kl"]) == one["steps"] == 1
+    assert one["eval_steps"] == [0, 1]
+    assert len(one["proxy"]) == 2
+    page = write(grid, done, tmp_path / "page" / "lab.html", [])
+    assert "not run" in page.read_text()
+    assert (tmp_path / "page" / "figure-4.png").is_file()
+
+    (results / "runs.jsonl").write_text(json.dumps({**one, "settings": "other"}) + "\n")
+    with pytest.raises(GridError, match="kl with seed 0 was made with other knobs"):
+        list(lab.run_all(grid, ["4"], [0], work, results))
+    (results / "runs.jsonl").write_text(2 * (json.dumps(one) + "\n"))
+    with pytest.raises(GridError, match="has kl with seed 0 twice"):
+        lab.rows(results)
