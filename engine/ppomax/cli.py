@@ -1,4 +1,5 @@
-"""`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, generate, report, presets.
+"""`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, generate, export, report,
+presets.
 
 Each command reads its flags (options.py), checks the run's folder, and calls one function of stages/. An error is one
 line and exit status 2 (1 for a bug of ours); --debug shows the traceback. A run that a signal ended before its last
@@ -143,6 +144,24 @@ def generate(argv: list[str]) -> None:
     run(config)
 
 
+def export(argv: list[str]) -> None:
+    """the policy of a run or checkpoint as a Hugging Face folder"""
+    parser = argparse.ArgumentParser(prog="ppomax export", description=export.__doc__)
+    parser.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", help="Folder of a run (its newest checkpoint) or of one."
+    )
+    parser.add_argument("out", metavar="OUT", help="Folder to write.")
+    parser.add_argument("--base", metavar="MODEL", help="The model that the run began with, if it has moved.")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="Upload it to this repository, as who is logged in.")
+    parser.add_argument("--trust-remote-code", action="store_true", help="Let the model run Python of its own.")
+    given = parser.parse_args(argv)
+    from ppomax.stages.export import export as run
+
+    start_logging()
+    named = {"base": given.base, "push_to_hub": given.push_to_hub, "trust_remote_code": given.trust_remote_code}
+    print(f"written: {run(Path(given.source), Path(given.out), **named)}")
+
+
 def report(argv: list[str]) -> None:
     """one HTML file about a run, or several runs side by side"""
     parser = argparse.ArgumentParser(prog="ppomax report", description=report.__doc__)
@@ -178,6 +197,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "build-default": build_default,
     "evaluate": evaluate,
     "generate": generate,
+    "export": export,
     "report": report,
     "presets": presets,
 }

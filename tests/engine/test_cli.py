@@ -296,7 +296,7 @@ def test_sft_runs_from_flags_and_resumes_from_its_folder(tmp_path, monkeypatch, 
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     flags = ["--model", "model", "--data", "texts.jsonl", "--max_tokens", "64", "--batch_tokens", "64"]
     assert main(["sft", *flags, "--out", "run", "--steps", "2"]) == 0
-    assert Path("run/model/model.safetensors").is_file()
+    assert Path("run/policy/model.safetensors").is_file()
     capsys.readouterr()
     assert "max_tokens is 32 here and 64 in the run" in refused(
         capsys, "sft", "--resume", "--out", "run", "--max_tokens", "32"
@@ -400,5 +400,5 @@ def test_the_shipped_policy_is_called_default_in_every_stage(tmp_path, monkeypat
     assert main(["sft", "--model", "default", "--data", "texts.jsonl", "--steps", "1", "--out", "sft"]) == 0
     Path("pairs.jsonl").write_text('{"prompt": "it is", "chosen": "good", "rejected": "bad"}\n')
     assert main(["reward-model", "--model", "default", "--data", "pairs.jsonl", "--steps", "1", "--out", "rm"]) == 0
-    exported = json.loads(Path("sft/model/generation_config.json").read_text())
+    exported = json.loads(Path("sft/policy/generation_config.json").read_text())
     assert exported["eos_token_id"] == [2]  # what it was taught to end with

@@ -18,7 +18,8 @@ from ppomax.config.mapping import ConfigError
 from ppomax.config.stages import EvaluateConfig
 from ppomax.recipe.rewards import RewardError
 from ppomax.saving.model_folder import save_model
-from ppomax.stages.evaluate import load_checkpoint, run_evaluation, wilson
+from ppomax.saving.saved_policy import open_policy
+from ppomax.stages.evaluate import run_evaluation, wilson
 from ppomax.stages.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
 
 from tests.engine.tiny import tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer
@@ -145,10 +146,10 @@ def test_a_run_s_checkpoint_is_read_whole(job):
     with torch.no_grad():
         engine.policy.module.lm_head.weight.mul_(1.5)
     engine.save("run/checkpoints/step-000003")
-    model, tokenizer = load_checkpoint("run")
+    model, tokenizer = open_policy("run")
     assert torch.equal(model.lm_head.weight, engine.policy.module.lm_head.weight)
     assert tokenizer.eos_token_id == 2
-    assert torch.equal(load_checkpoint("run/checkpoints/step-000003")[0].lm_head.weight, model.lm_head.weight)
+    assert torch.equal(open_policy("run/checkpoints/step-000003")[0].lm_head.weight, model.lm_head.weight)
 
 
 def test_the_command_prints_the_outcome(job, capsys):

@@ -10,9 +10,13 @@ DEFAULT = "default"
 """The name by which commands know the policy that ships with ppomax."""
 
 
-def named_model(name: str | Path) -> str:
-    """`name` itself, a folder or hub name, or the shipped policy's folder for `default`."""
-    return str(shipped("policy")) if str(name) == DEFAULT else str(name)
+def named_model(name: str | Path, part: str = "policy") -> str:
+    """`name` itself, a folder or hub name; the shipped policy's folder for `default`; of a run's folder the model that
+    it wrote: its `policy`, or another `part`."""
+    if str(name) == DEFAULT:
+        return str(shipped("policy"))
+    written = (Path(name) / part / "config.json").is_file() and not (Path(name) / "config.json").is_file()
+    return str(Path(name) / part) if written else str(name)
 
 
 def shipped(name: str) -> Path:

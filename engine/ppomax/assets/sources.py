@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ppomax.assets import shipped
+from ppomax.assets import named_model, shipped
 from ppomax.config import ConfigError, TrainConfig
 
 
@@ -19,11 +19,12 @@ class NamedSources(NamedTuple):
 def named_sources(config: TrainConfig) -> NamedSources:
     """As the configuration says; may lack what a run needs (see `run_sources`)."""
     model = config.model
+    reward_model = named_model(model.reward_model, "reward_model") if model.reward_model else ""
     if model.policy is not None:
-        return NamedSources(model.policy, model.reward_model or "", config.data.prompts or "")
+        return NamedSources(named_model(model.policy), reward_model, config.data.prompts or "")
     return NamedSources(
         str(shipped("policy")),
-        model.reward_model or str(shipped("reward_model")),
+        reward_model or str(shipped("reward_model")),
         config.data.prompts or str(shipped("prompts.jsonl")),
     )
 

@@ -57,11 +57,11 @@ def _build(config: BuildDefaultConfig) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     tokenizer = load_tokenizer(work / "init")
-    _ship(load_policy(work / "sft" / "model"), tokenizer, out / "policy")
+    _ship(load_policy(work / "sft" / "policy"), tokenizer, out / "policy")
     files.write_rows(out / "prompts.jsonl", files.prompt_rows())
     texts = _timed(seconds, "sampling", _sample, out, tokenizer, config)
     _timed(seconds, "reward model", _reward_model, work, config)
-    reward_model = load_reward_model(work / "reward_model" / "model", torch.bfloat16)
+    reward_model = load_reward_model(work / "reward_model" / "reward_model", torch.bfloat16)
     centre_scores(load_reward_model(reward_model.model, torch.float32), texts, unit_std=True)
     _ship(reward_model.model, tokenizer, out / "reward_model")
     judge = _timed(seconds, "judge", _judge, parts["classifier"], out)
@@ -131,7 +131,7 @@ def _shared(work: Path, name: str, steps: int, lr: float, config: BuildDefaultCo
 
 
 def _language_model(work: Path, config: BuildDefaultConfig) -> None:
-    if (work / "lm" / "model").is_dir():
+    if (work / "lm" / "policy").is_dir():
         return
     train_sft(
         SftConfig(
@@ -146,11 +146,11 @@ def _language_model(work: Path, config: BuildDefaultConfig) -> None:
 
 
 def _fine_tune(work: Path, config: BuildDefaultConfig) -> None:
-    if (work / "sft" / "model").is_dir():
+    if (work / "sft" / "policy").is_dir():
         return
     train_sft(
         SftConfig(
-            model=str(work / "lm" / "model"),
+            model=str(work / "lm" / "policy"),
             data=str(work / "sft.jsonl"),
             eval_data=str(work / "sft_held_out.jsonl"),
             max_tokens=128,
@@ -161,11 +161,11 @@ def _fine_tune(work: Path, config: BuildDefaultConfig) -> None:
 
 
 def _reward_model(work: Path, config: BuildDefaultConfig) -> None:
-    if (work / "reward_model" / "model").is_dir():
+    if (work / "reward_model" / "reward_model").is_dir():
         return
     train_reward_model(
         RewardModelConfig(
-            model=str(work / "lm" / "model"),
+            model=str(work / "lm" / "policy"),
             data=str(work / "pairs.jsonl"),
             eval_data=str(work / "pairs_held_out_snippets.jsonl"),
             layers=config.reward_layers,

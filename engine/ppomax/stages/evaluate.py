@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppomax.assets import named_model, shipped
+from ppomax.assets import shipped
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import EvaluateConfig
 from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key
@@ -152,8 +152,9 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
     from ppomax.models import pick_device
     from ppomax.models.checks import eos_ids_of
     from ppomax.rollout import Sampling, decode
+    from ppomax.saving.saved_policy import open_policy
 
-    model, tokenizer = load_checkpoint(checkpoint, config.trust_remote_code)
+    model, tokenizer = open_policy(checkpoint, trust_remote_code=config.trust_remote_code)
     source = config.prompts or str(shipped("prompts.jsonl"))
     read, _ = load_prompt_rows(source, tokenizer, config.max_prompt_tokens, column=config.prompt_column)
     read = read[: config.limit or None]
@@ -165,11 +166,11 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
         seed=config.seed,
         slots=config.slots,
     )
-    model = model.to(pick_device(config.device)).eval()
+    model = model.to(pick_device(config.device)).eval()  # type: ignore[arg-type]
     given = decode(model, prompts, range(len(prompts)), sampling, eos_ids=eos_ids_of(model, tokenizer))
 
     def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     rows = zip(read, given.tokens, given.finished, strict=True)
     return [Answer(list(p), r, text(p), text(r), text([*p, *r]), done, row) for (p, row), r, done in rows], tokenizer
@@ -207,44 +208,3 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
             response = response if a.finished else response[:-1]
         rows.append(Text(prompt + response, len(prompt)))
     return [float(x) for x in score_texts(model, rows)]
-
-
-def load_checkpoint(name: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Policy and tokenizer of a run's folder, a checkpoint in one, an HF directory, a hub name, or `default`."""
-    from ppomax.models import load_policy, load_tokenizer
-    from ppomax.saving.folder import newest
-
-    path = Path(named_model(name))
-    if (path / "policy" / "config.json").is_file():
-        path = path / "policy"
-    elif (path / "checkpoints").is_dir():
-        found = newest(path / "checkpoints")
-        if found is None:
-            raise FileNotFoundError(f"{name}: the run has neither an exported policy nor a checkpoint yet")
-        path = found
-    if (path / "engine.json").is_file():
-        return load_saved(path, trust_remote_code)
-    where = str(path) if path.is_dir() else name
-    return load_policy(where, trust_remote_code=trust_remote_code), load_tokenizer(
-        where, trust_remote_code=trust_remote_code
-    )
-
-
-def load_saved(path: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Policy and tokenizer of a full-state checkpoint."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ppomax.models import load_policy, load_tokenizer
-    from ppomax.saving.engine_state import read_state
-    from ppomax.saving.folder import CheckpointError
-    from ppomax.sharding import copy_into
-
-    state = read_state(path)
-    tokenizer = state["config"]["model"]["tokenizer"] or state["sources"]["tokenizer"]
-    if not tokenizer:
-        raise CheckpointError(f"{path} records no tokenizer; evaluate the exported policy (engine.export) instead")
-    config = AutoConfig.from_pretrained(path / "policy_config", trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float()
-    copy_into(model, load_file(path / "policy.safetensors"))
-    return load_policy(model), load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)

@@ -16,15 +16,15 @@ def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO 
     """Write prompt and response of each sequence to `sink` (standard output), the first one as it comes; returns the
     responses' texts. A last line tells tokens and tokens a second."""
     from ppomax.data import encode_prompt
-    from ppomax.models import load_policy, load_tokenizer, pick_device
+    from ppomax.models import pick_device
     from ppomax.models.checks import eos_ids_of
     from ppomax.rollout import Sampling, decode
+    from ppomax.saving.saved_policy import open_policy
 
     texts = prompts_of(config, source or sys.stdin)
     sink = sink or sys.stdout
     path = named_model(config.model or DEFAULT)
-    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    model = load_policy(path, dtype_of(path, config), trust_remote_code=config.trust_remote_code)
+    model, tokenizer = open_policy(path, dtype=dtype_of(path, config), trust_remote_code=config.trust_remote_code)
     model = model.to(pick_device(config.device)).eval()  # type: ignore[arg-type]
     turns: list[Any] = [[{"role": "user", "content": text}] if config.chat else text for text in texts]
     ids = [encode_prompt(turn, tokenizer) for turn in turns for _ in range(config.samples)]
@@ -116,4 +116,6 @@ def dtype_of(path: str, config: GenerateConfig) -> Any:
         return getattr(torch, config.dtype)
     from ppomax.models.files import model_config
 
+    if not (Path(path) / "config.json").is_file() and Path(path).is_dir():  # a checkpoint: as it computes
+        return torch.float32
     return model_config(path, trust_remote_code=config.trust_remote_code).dtype or torch.float32

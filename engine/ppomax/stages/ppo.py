@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ppomax.assets import named_model
 from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import PromptRow, Text, check_same_vocabulary, load_prompt_rows, load_texts
@@ -120,7 +121,7 @@ class PpoLoop:
         critic = None if config.model.critic in ("reward_model", "policy", "trunk") else config.model.critic
         self.engine = Engine(
             sources.policy,
-            config.model.reference,
+            config.model.reference and named_model(config.model.reference),
             critic,
             reward,
             config,

@@ -211,7 +211,8 @@ def centre_scores(
 
 
 def train_reward_model(config: RewardModelConfig) -> Path:
-    """Train, evaluate, centre and write metrics.jsonl, held_out.json / .png and the model; returns `run.out`/model."""
+    """Train, evaluate, centre and write metrics.jsonl, held_out.json / .png and the model; returns its folder,
+    `run.out`/reward_model."""
     out = Path(config.run.out or "runs/reward-model")
     with claimed(out, config):
         return _train(config, out)
@@ -256,4 +257,4 @@ def _train(config: RewardModelConfig, out: Path) -> Path:
         figures = evaluate_pairs(model, held_out, config.batch_tokens)
         (out / "held_out.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
         plot_held_out(figures, out / "held_out.png")
-    return save_model(model, tokenizer, out / "model")
+    return save_model(model, tokenizer, out / "reward_model")

@@ -84,7 +84,7 @@ def mean_nll(model: PreTrainedModel, texts: Sequence[Text], batch_tokens: int, *
 
 
 def train_sft(config: SftConfig) -> Path:
-    """Train, write metrics.jsonl and the model as a HF directory; returns that directory (`run.out`/model)."""
+    """Train, write metrics.jsonl and the model as a HF directory; returns that directory (`run.out`/policy)."""
     out = Path(config.run.out or "runs/sft")
     with claimed(out, config):
         return _train(config, out)
@@ -128,4 +128,4 @@ def _train(config: SftConfig, out: Path) -> Path:
     run_loop(model, loss_of, config.optim, config.run, out, identity, evaluate, eval_every=config.eval_every)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = eos_ids_of(model, tokenizer)  # what was taught, so that it is stopped at
-    return save_model(model, tokenizer, out / "model")
+    return save_model(model, tokenizer, out / "policy")
