@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from bench.lab import runs as lab
+from bench.lab.gold import Verdicts
 from bench.lab.grid import Figure, GridError, claim, read_grid
+from bench.lab.judging import judge_all, with_gold
 from bench.lab.page import write
 from bench.lab.verdicts import AGREES, DISAGREES, MISSING, UNKNOWN, interval, table, value, verdict, verdicts
 
@@ -109,6 +112,46 @@ def test_places_of_a_series() -> None:
         value(run, claim("", "a:proxy@middle > 0").left)
     with pytest.raises(GridError, match="no measure 'gold'"):
         value(run, claim("", "a:gold@last > 0").left)
+
+
+class Longer:
+    """A judge that likes length."""
+
+    name = "longer"
+
+    def __call__(self, texts: list[str]) -> Verdicts:
+        lengths = torch.tensor([float(len(t)) for t in texts])
+        return Verdicts(lengths, lengths, lengths)
+
+
+def sampled(folder: Path, prompt: str = " it") -> None:
+    """Samples of two steps: the start's, and longer ones for all but one prompt."""
+    folder.mkdir(parents=True)
+    given = [(0, " aa", 0.0), (0, " aa", 1.0), (4, " aaaa", 2.0), (4, " aa", 2.0)]
+    rows = [{"step": s, "prompt": prompt, "response": r, "score": x} for s, r, x in given]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_the_judge_reads_each_run_once_and_its_word_joins_the_row(tmp_path: Path) -> None:
+    runs, work, results = {("a", 0): row("a", 0, [1.0])}, tmp_path / "work", tmp_path / "results"
+    results.mkdir()
+    [line] = judge_all(Longer(), runs, work, results)
+    assert "its samples are not in" in line
+    sampled(work / "a" / "0")
+    [line] = judge_all(Longer(), runs, work, results)
+    assert "win rate 0.75" in line
+    assert not list(judge_all(Longer(), runs, work, results))
+    joined = with_gold(runs, results)["a", 0]
+    assert joined["gold"] == [5.0, 6.0]
+    assert joined["win"] == [0.5, 0.75]
+    assert joined["proxy"] == [1.0]
+    assert joined["proxy_std"] == pytest.approx(0.7071, abs=1e-4)
+
+
+def test_the_judge_refuses_prompts_that_it_was_not_made_for(tmp_path: Path) -> None:
+    sampled(tmp_path / "a" / "0", " solve 2 + 2")
+    with pytest.raises(GridError, match="is made for continuations of the shipped openings, not of 'solve 2"):
+        list(judge_all(Longer(), {("a", 0): row("a", 0, [1.0])}, tmp_path, tmp_path))
 
 
 def test_each_run_is_made_once_and_a_killed_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
