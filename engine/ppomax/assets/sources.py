@@ -9,7 +9,7 @@ from ppomax.config import ConfigError, TrainConfig
 
 
 class NamedSources(NamedTuple):
-    """Paths or hub names; "": none is named."""
+    """Paths or hub names; "": none is named, or wanted."""
 
     policy: str
     reward_model: str
@@ -19,12 +19,17 @@ class NamedSources(NamedTuple):
 def named_sources(config: TrainConfig) -> NamedSources:
     """As the configuration says; may lack what a run needs (see `run_sources`)."""
     model = config.model
-    reward_model = named_model(model.reward_model, "reward_model") if model.reward_model else ""
+    if not config.reward.uses_model:
+        reward_model = ""
+    elif model.reward_model:
+        reward_model = named_model(model.reward_model, "reward_model")
+    else:
+        reward_model = "" if model.policy is not None else str(shipped("reward_model"))
     if model.policy is not None:
         return NamedSources(named_model(model.policy), reward_model, config.data.prompts or "")
     return NamedSources(
         str(shipped("policy")),
-        reward_model or str(shipped("reward_model")),
+        reward_model,
         config.data.prompts or str(shipped("prompts.jsonl")),
     )
 
@@ -32,7 +37,7 @@ def named_sources(config: TrainConfig) -> NamedSources:
 def run_sources(config: TrainConfig) -> NamedSources:
     """The same, for a run. ConfigError if its reward model (without a reward function) or its prompts are missing."""
     found = named_sources(config)
-    if not found.reward_model and config.reward.function is None:
+    if not found.reward_model and not config.reward.terms:
         raise ConfigError("config: model.policy is set, so model.reward_model or reward.function must be too")
     if not found.prompts:
         raise ConfigError("config: model.policy is set, so data.prompts must be too")

@@ -162,6 +162,15 @@ class RewardConfig:
     """Python reward instead of the reward model: `file.py:name` or `package.module:name`, called as
     f(prompts: list[str], responses: list[str]) -> one number each. By keyword it gets what its further arguments name
     of the prompts' columns, and of `prompt_ids`, `response_ids` and `finished`; with `**columns` all of it."""
+    functions: tuple[str, ...] = ()
+    """Several Python rewards, `WEIGHT*file.py:name` each: their scores times their weights are added, to the reward
+    model's (times `model_weight`) if there is one. In place of `function`."""
+    model_weight: float = 1.0
+    """Weight of the reward model's score beside `functions`. 0: it is not asked (nor loaded)."""
+    workers: int = 0
+    """Processes that a Python reward runs in, each on a share of the responses. 0: in this one."""
+    timeout: float | None = None
+    """Seconds that a Python reward may take for a buffer; it must be async, or have `workers`. None: any time."""
     standardize: Literal["norm", "scale", "none"] = "norm"
     """`norm`: (score - running mean) / running std; `scale`: score / running std; `none`. Moments over the whole
     history, this batch included."""
@@ -179,6 +188,14 @@ class RewardConfig:
             "above 0, or null for no clipping (0 would erase every reward)",
             self.clip,
         )
+        require(
+            not (self.function and self.functions), "reward.function", "null beside reward.functions", self.function
+        )
+        for spec in self.functions:
+            require(_weighed(spec) is not None, "reward.functions", "WEIGHT*file.py:name each", spec)
+        require(_finite(self.model_weight), "reward.model_weight", "finite", self.model_weight)
+        require(self.workers >= 0, "reward.workers", "0 (off) or more", self.workers)
+        require(self.timeout is None or self.timeout > 0, "reward.timeout", "above 0, or null", self.timeout)
         penalty = self.missing_eos_penalty
         require(
             penalty is None or (_finite(penalty) and penalty >= 0),
@@ -186,6 +203,25 @@ class RewardConfig:
             "0 or more, or null",
             self.missing_eos_penalty,
         )
+
+    @property
+    def terms(self) -> list[tuple[float, str]]:
+        """(weight, `file.py:name`) of each Python reward."""
+        return [(1.0, self.function)] if self.function else [w for s in self.functions if (w := _weighed(s))]
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether a reward model scores, alone or beside functions."""
+        return self.function is None and (self.model_weight != 0 or not self.functions)
+
+
+def _weighed(spec: str) -> tuple[float, str] | None:
+    """`0.5*file.py:name` -> (0.5, "file.py:name"); None: it is not of that form."""
+    weight, star, name = spec.partition("*")
+    try:
+        return (float(weight), name) if star and name and math.isfinite(float(weight)) else None
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)

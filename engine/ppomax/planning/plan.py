@@ -114,7 +114,7 @@ def job_of(
     policy, reward, _ = named_sources(config)
     policy_shape = shape_of(policy)
     reward_shape = None
-    if config.reward.function is None:
+    if reward or not config.reward.terms:
         reward_shape = shape_of(reward) if reward else policy_shape
         if not reward:
             notes.append("model.reward_model is not set: planned as large as the policy")
@@ -122,7 +122,7 @@ def job_of(
     if critic == "path":
         critic = shape_of(model.critic)
     if model.critic == "reward_model" and critic is None:
-        raise ConfigError("config: model.critic is reward_model, but the reward is a function; set model.critic")
+        raise ConfigError("config: model.critic is reward_model, but no reward model scores; set model.critic")
     stage = config.sharding.zero_stage
     zero = zero_config.extra(config.sharding).get("zero_optimization", {})
     return (

@@ -110,6 +110,8 @@ class Experience:
     """Of all scores up to and with these."""
     units: Units
     """Of values, advantages and returns: those of the shaped scores."""
+    score_parts: dict[str, Tensor] = field(default_factory=dict)
+    """(S,) raw scores of each source, by name, where several are added."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def experience_metrics(experience: Experience, impl: str = "auto", gamma: float 
         "policy/advantages": experience.advantages.mean(),
         "policy/advantages_std": experience.advantages.std(unbiased=False),
     }
+    out |= {f"objective/scores/{name}": x.mean() for name, x in experience.score_parts.items()}
     quantiles = torch.quantile(scores, torch.tensor(list(QUANTILES.values()), device=scores.device))
     out.update({f"objective/scores_{name}": q for name, q in zip(QUANTILES, quantiles, strict=True)})
     metrics = dict(zip(out, torch.stack([x.float() for x in out.values()]).tolist(), strict=True))

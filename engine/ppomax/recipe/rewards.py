@@ -5,11 +5,12 @@ The KL penalty is added after the clip, so that no clip can hide it."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -69,8 +70,8 @@ RESERVED = ("prompt_ids", "response_ids", "finished")
 class FunctionReward:
     """A Python function of texts; each rank asks it about its own share."""
 
-    def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase):
-        self.function, self.tokenizer = function, tokenizer
+    def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float | None = None):
+        self.function, self.tokenizer, self.timeout = function, tokenizer, timeout
 
     def __call__(self, rollout: Rollout) -> Tensor:
         mine = ranks.part_of(len(rollout.finished))
@@ -82,7 +83,7 @@ class FunctionReward:
         ended = rollout.finished.tolist()
         columns |= {"prompt_ids": [p for p, _ in pairs], "response_ids": [r for _, r in pairs]}
         columns["finished"] = [ended[i] for i in mine]
-        scores = call_reward(self.function, prompts, responses, columns) if pairs else torch.zeros(0)
+        scores = call_reward(self.function, prompts, responses, columns, self.timeout) if pairs else torch.zeros(0)
         return ranks.gather(scores.to(rollout.tokens.device))
 
 
@@ -133,15 +134,20 @@ def call_reward(
     prompts: list[str],
     responses: list[str],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    timeout: float | None = None,
 ) -> Tensor:
     """`function(prompts, responses, **what it names of columns)` as (n,) float32 scores on the CPU, one for each
-    response. RewardError: it raised (or called sys.exit), needs a column that is not there, or gave something else than
-    n finite numbers."""
+    response; an async one is run to its end. RewardError: it raised (or called sys.exit), needs a column that is not
+    there, gave something else than n finite numbers, or, being async, took longer than `timeout` seconds."""
     name = f"the reward function {getattr(function, '__name__', repr(function))}"
     more = wanted_by(function).of(columns or {}, name)
     grad = torch.is_grad_enabled()
     try:
         given = function(list(prompts), list(responses), **more)
+        if inspect.isawaitable(given):
+            given = asyncio.run(_awaited(given, timeout))
+    except RewardError:
+        raise
     except (Exception, SystemExit) as error:  # SystemExit would end training as if it were done
         raise RewardError(f"{name} raised {raised_where(error, function)}") from error
     finally:
@@ -156,6 +162,16 @@ def call_reward(
             f"number each, shape ({len(responses)},)"
         )
     return finite_scores(scores, name, prompts)
+
+
+async def _awaited(given: Awaitable[Any], timeout: float | None) -> Any:
+    try:
+        async with asyncio.timeout(timeout):
+            return await given
+    except TimeoutError:
+        raise RewardError(
+            f"the reward function took longer than reward.timeout={timeout:g} s; make it faster, or raise that"
+        ) from None
 
 
 def raised_where(error: BaseException, function: Any) -> str:

@@ -23,7 +23,7 @@ from ppomax.engine import Engine
 from ppomax.models import load_tokenizer, use_threads
 from ppomax.models.fingerprints import fingerprint_rows
 from ppomax.models.modes import start_policy
-from ppomax.recipe.rewards import load_function
+from ppomax.recipe.reward_sources import named_rewards
 from ppomax.recipe.streams import Purpose
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
@@ -111,13 +111,13 @@ class PpoLoop:
         self.tokenizer = load_tokenizer(config.model.tokenizer or sources.policy, trust_remote_code=trust)
         rows = self._load_prompts(sources.prompts)
         shown = self._load_prompts(config.data.eval_prompts) if config.data.eval_prompts else rows
-        function = load_function(config.reward.function) if config.reward.function else None
+        reward, functions = named_rewards(config.reward, sources.reward_model)
         judge = judge_function(config.monitor.eval_judge, self.tokenizer) if config.monitor.eval_every else None
-        self.given, self.fixed = Given.of(rows, function), Given.of(shown[: config.monitor.sample_prompts], function)
-        self.judged = Given.of(shown[: config.monitor.eval_prompts], function, judge)
-        reward: Any = function or sources.reward_model
-        if function is None and (Path(reward) / "tokenizer_config.json").is_file():
-            check_same_vocabulary(self.tokenizer, load_tokenizer(reward, trust_remote_code=trust))
+        self.given = Given.of(rows, *functions)
+        self.fixed = Given.of(shown[: config.monitor.sample_prompts], *functions)
+        self.judged = Given.of(shown[: config.monitor.eval_prompts], *functions, judge)
+        if sources.reward_model and (Path(sources.reward_model) / "tokenizer_config.json").is_file():
+            check_same_vocabulary(self.tokenizer, load_tokenizer(sources.reward_model, trust_remote_code=trust))
         critic = None if config.model.critic in ("reward_model", "policy", "trunk") else config.model.critic
         self.engine = Engine(
             sources.policy,
