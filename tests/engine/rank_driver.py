@@ -123,6 +123,7 @@ def two(folder: Path) -> dict[str, Kept]:
         engine = engine_of(config_of(folder, stage))
         out[f"zero {stage}"] = tried(left_alone, engine)
         out[f"resumed {stage}"] = tried(resumed, engine, folder / f"zero-{stage}")
+        out[f"dealt {stage}"] = tried(dealt_out, engine, folder / f"zero-{stage}")
     out["from one process"] = tried(from_one_process, engine, folder)
     out["export"] = tried(exported, engine, folder / "export")
     out["lora export"] = tried(lora_exported, folder)
@@ -146,6 +147,30 @@ def resumed(engine: Engine, path: Path) -> dict[str, Any]:
     first, state = steps(engine, NEXT), state_of(engine)
     engine.restore(path)
     return {"next": first, "equal": (first, state) == (steps(engine, NEXT), state_of(engine))}
+
+
+def dealt_out(engine: Engine, path: Path) -> dict[str, Any]:
+    """Each rank's share of the bytes of a checkpoint's tensors that it wrote, and of the numbers that it reads."""
+    from ppomax.saving import dealt
+
+    sizes = {p.name: p.stat().st_size for p in path.glob("*-of-00002.safetensors")}
+    mine = sum(size for name, size in sizes.items() if f"-{ranks.rank() + 1:05d}-of" in name)
+    plain, read, dealt.SMALL = dealt._read, [0], 1  # as large tensors are read
+    numbers = sum(x.shape.numel() for role in ("policy", "critic") for d in getattr(engine, role).lazy()
+                  for x in d.values())  # fmt: skip
+
+    def counted(*args: Any) -> Any:
+        found = plain(*args)
+        read[0] += found.numel()
+        return found
+
+    dealt._read = counted
+    try:
+        engine.restore(path)
+    finally:
+        dealt._read, dealt.SMALL = plain, 1 << 20
+    shares = {"written": mine / sum(sizes.values()), "read": read[0] / numbers}
+    return {name: ranks.gather_objects(x) for name, x in shares.items()}
 
 
 def from_one_process(engine: Engine, folder: Path) -> list[dict[str, float]]:
@@ -242,7 +267,7 @@ def attempts(folder: Path) -> dict[str, Callable[[], object]]:
         "file": lambda: agreed_config(small_config(sharding__zero_stage=3, sharding__deepspeed=str(contradicting))),
         "hpz": lambda: agreed_config(small_config(sharding__zero_stage=3, sharding__hpz=3)),
         "int8": lambda: agreed_config(small_config(sharding__zero_stage=3, sharding__quantized_weights=True)),
-        "missing shard": lambda: without(folder / "zero-0", "policy_optim.safetensors"),
+        "missing shard": lambda: without(folder / "zero-0", "policy_optim-00002-of-00002.safetensors"),
         "disk": lambda: onto_a_full_disk(folder),
     }
 
@@ -311,7 +336,7 @@ def one(folder: Path) -> dict[str, Kept]:
 MOMENTS: dict[str, tuple[str, str, int]] = {
     "update": ("ppomax.recipe.update", "train_minibatch", 5),
     "rollout": ("ppomax.recipe.rollout", "decode", 4),
-    "save": ("ppomax.saving.engine_state", "write_tensors", 11),
+    "save": ("ppomax.saving.dealt", "write_file", 9),
     "load": ("ppomax.stages.ppo", "PpoLoop", 1),
 }
 """Module, function, and which call of it."""

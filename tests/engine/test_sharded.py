@@ -136,6 +136,14 @@ def test_sharded_checkpoint_resumes_to_the_bit(on_two, stage: int) -> None:
     assert on_two[f"resumed {stage}"]["equal"]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_rank_writes_and_reads_its_share_of_a_checkpoint(on_two, stage: int) -> None:
+    shares = on_two[f"dealt {stage}"]
+    assert sum(shares["written"]) == pytest.approx(1)
+    assert shares["written"] == pytest.approx([0.5, 0.5], abs=0.05)
+    assert shares["read"] == pytest.approx([0.5, 0.5], abs=0.05)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_to_one(on_two, folder, stage: int) -> None:
     engine = driver.engine_of(driver.config_of(folder, None))
@@ -188,7 +196,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(on_two) -> None:
         ("file", "sets zero_optimization.stage=1, which contradicts ours"),
         ("hpz", "sharding.hpz=3 ranks are to hold the weights among them, and there are 2 in all"),
         ("int8", "sharding.quantized_weights needs a GPU"),
-        ("missing shard", "policy_optim.safetensors is missing or cut short"),
+        ("missing shard", "policy_optim-00002-of-00002.safetensors is missing or cut short"),
         ("disk", "MB needed, 0 MB free"),
     ],
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -61,8 +59,8 @@ class Pooled:
     def close(self) -> None:
         """End the processes, also those that are at work."""
         if self._pool is not None:
-            for pid in list(getattr(self._pool, "_processes", None) or ()):
-                os.kill(pid, signal.SIGKILL)
+            for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+                process.kill()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 

@@ -17,20 +17,36 @@ PART, OLD = ".part-", ".old-"
 def beside(path: Path) -> Iterator[Path]:
     """A free path beside `path`, for a file or folder to be written at: it takes the place of `path` when the block
     ends, and is removed if the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = path.with_name(PART + path.name), path.with_name(OLD + path.name)
-    _remove(part)
+    part = begin(path)
     try:
         yield part
     except BaseException:
-        _remove(part)
+        remove(part)
         raise
+    take_place(part, path)
+
+
+def part_of(path: Path) -> Path:
+    """Where `path` is written until it is whole."""
+    return path.with_name(PART + path.name)
+
+
+def begin(path: Path) -> Path:
+    """`part_of(path)`, with room made for it and nothing there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(part_of(path))
+    return part_of(path)
+
+
+def take_place(part: Path, path: Path) -> None:
+    """Put the file or folder `part` where `path` is or was."""
+    old = path.with_name(OLD + path.name)
     if path.is_dir():  # a folder cannot be renamed over another
-        _remove(old)
+        remove(old)
         os.replace(path, old)
     os.replace(part, path)
     sync(path.parent)
-    _remove(old)
+    remove(old)
 
 
 def sync(path: Path) -> None:
@@ -42,7 +58,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

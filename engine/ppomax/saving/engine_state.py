@@ -1,8 +1,8 @@
 """The whole state of an engine in a folder: written atomically, checked on reading, resumed to the bit.
 
     step-000040/
-      policy.safetensors  policy_optim.safetensors  policy_config/   weights, AdamW state, HF config
-      critic.safetensors  critic_optim.safetensors  critic_config/
+      policy.safetensors  policy_optim.safetensors  policy_config/   weights, AdamW state, HF config; of several ranks
+      critic.safetensors  critic_optim.safetensors  critic_config/   each has files of its own (dealt.py)
       rng.safetensors     engine.json                                random states (uint8), everything small
       MANIFEST.json                                                  size and SHA-256 of every file; written last
 Frozen weights are not stored, be it a whole model's, a hydra's trunk or those under adapters; a fingerprint refuses
@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from ppomax.config import TrainConfig, build
 from ppomax.models import Critic, load_tokenizer
 from ppomax.models.trunk import config_as_given
-from ppomax.saving.folder import FORMAT, CheckpointError, atomic_folder, check_space, unwritten, verify
+from ppomax.saving.dealt import DealtTensors
+from ppomax.saving.folder import FORMAT, CheckpointError, verify, write_together
 from ppomax.saving.random_state import python_random_state, random_state, restore_random_state
-from ppomax.saving.tensor_files import TensorFile, size_of, write_gathered, write_tensors
+from ppomax.saving.tensor_files import TensorFile
 from ppomax.sharding import Lazy, Trained, ranks
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,11 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
         for r, found in enumerate(ranks.gather_objects(random_state()))
         for name, x in found.items()
     }
-    files: dict[str, dict[str, Lazy]] = {RNG: {name: Lazy.of(x) for name, x in generators.items()}}
+    files: dict[str, dict[str, Lazy]] = {}
     for role, part in trained.items():
         weights, optim = part.lazy()
         # In the order of names, so that the bytes do not tell in which order a run came by its tensors.
-        files[f"{role}.safetensors"], files[f"{role}_optim.safetensors"] = (
-            dict(sorted(d.items())) for d in (weights, optim)
-        )
+        files[role], files[f"{role}_optim"] = (dict(sorted(d.items())) for d in (weights, optim))
     written = {
         "format": FORMAT,
         "torch": torch.__version__,
@@ -60,15 +58,17 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
         "random": ranks.gather_objects(python_random_state()),
         "extra": extra,
     }
-    tensors = [x for file in files.values() for x in file.values()]
-    with ranks.fail_together():
-        if ranks.rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                check_space(path.parent, sum(size_of(x) for x in tensors))
-            except OSError as error:
-                raise unwritten(path, error) from error
-    write_gathered(tensors, lambda stream: _write(path, trained, files, stream, written))
+
+    def finish(folder: Path) -> None:
+        save_file(generators, folder / RNG)
+        for role, part in trained.items():
+            model = part.module.model if isinstance(part.module, Critic) else part.module
+            if isinstance(model, PreTrainedModel):  # a critic on the policy's trunk has no configuration of its own
+                with config_as_given(model):
+                    model.config.save_pretrained(folder / f"{role}_config")
+        (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+    write_together(path, files, finish)
     return path
 
 
@@ -85,32 +85,9 @@ def refuse_not_finite(trained: dict[str, Trained[Any]]) -> None:
             )
 
 
-def _write(
-    path: Path,
-    trained: dict[str, Trained[Any]],
-    files: dict[str, dict[str, Lazy]],
-    stream: Iterator[Tensor],
-    state: dict[str, Any],
-) -> None:
-    """The folder `path`; tensors are taken from `stream` as they become whole."""
-    with atomic_folder(path) as folder:
-        for name, file in files.items():
-            write_tensors(folder / name, file.items(), stream)
-        for role, part in trained.items():
-            model = part.module.model if isinstance(part.module, Critic) else part.module
-            if isinstance(model, PreTrainedModel):  # a critic on the policy's trunk has no configuration of its own
-                with config_as_given(model):
-                    model.config.save_pretrained(folder / f"{role}_config")
-        (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-
-
 def read_state(path: Path) -> dict[str, Any]:
-    """engine.json of a checkpoint that rank 0 has verified."""
-    with ranks.fail_together():
-        if ranks.rank() == 0:
-            if not path.is_dir():
-                raise CheckpointError(f"no checkpoint folder {path}")
-            verify(path)
+    """engine.json of a checkpoint that the ranks have verified."""
+    verify(path)
     return json.loads((path / STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -124,8 +101,8 @@ def restore_state(
     compare_fingerprints(state["fingerprints"], fingerprints, path, accept_changes)
     for role, part in trained.items():
         part.load(
-            TensorFile(path / f"{role}.safetensors"),
-            TensorFile(path / f"{role}_optim.safetensors"),
+            DealtTensors(path, role),
+            DealtTensors(path, f"{role}_optim"),
             state["optimizer_steps"][role],
         )
     own = min(ranks.rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's

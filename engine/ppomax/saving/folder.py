@@ -12,14 +12,16 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ppomax.saving.beside import OLD, PART, beside, sync
-from ppomax.sharding import ranks
+from ppomax.saving.beside import OLD, PART, begin, beside, part_of, remove, sync, take_place
+from ppomax.saving.dealt import Entry, deal, write_dealt
+from ppomax.saving.tensor_files import size_of
+from ppomax.sharding import Lazy, ranks
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -38,13 +40,57 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with beside(path) as part:
             part.mkdir()
             yield part
-            listing = {str(f.relative_to(part)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in _files(part)}
-            (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listing}, indent=1), encoding="utf-8")
-            for file in _files(part):
-                sync(file)
-            sync(part)
+            seal(part, {})
     except (OSError, SafetensorError) as error:
         raise unwritten(path, error) from error
+
+
+def seal(part: Path, known: dict[str, Entry]) -> None:
+    """List every file of the folder `part` in its manifest, those that are not `known` hashed and synced here."""
+    listing = dict(known)
+    for file in _files(part):
+        name = str(file.relative_to(part))
+        if name not in listing:
+            listing[name] = Entry(file.stat().st_size, sha256(file))
+            sync(file)
+    words = {name: entry._asdict() for name, entry in sorted(listing.items())}
+    (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": words}, indent=1), encoding="utf-8")
+    sync(part / MANIFEST)
+    sync(part)
+
+
+def write_together(path: Path, files: dict[str, dict[str, Lazy]], finish: Callable[[Path], None]) -> None:
+    """Write the folder `path`, atomically, all ranks at once: each its share of the tensors (see dealt.py), and rank 0
+    what `finish` adds and the manifest. Every rank calls. CheckpointError: a rank's disk did not take it, and nothing
+    has changed."""
+    part = part_of(path)
+    with _as_unwritten(path):
+        if ranks.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_space(path.parent, sum(size_of(x) for file in files.values() for x in file.values()))
+            begin(path).mkdir()
+    try:
+        with _as_unwritten(path):
+            own = write_dealt(part, files)
+        listing = {name: entry for found in ranks.gather_objects(own) for name, entry in found.items()}
+        with _as_unwritten(path):
+            if ranks.rank() == 0:
+                finish(part)
+                seal(part, listing)
+                take_place(part, path)
+    except BaseException:
+        if ranks.rank() == 0:
+            remove(part)
+        raise
+
+
+@contextmanager
+def _as_unwritten(path: Path) -> Iterator[None]:
+    with ranks.fail_together():
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise unwritten(path, error) from error
 
 
 def unwritten(path: Path, error: Exception) -> CheckpointError:
@@ -64,7 +110,26 @@ def check_space(folder: Path, need: int) -> None:
 
 
 def verify(path: Path) -> None:
-    """CheckpointError unless every file that the manifest names is there with its size and SHA-256."""
+    """CheckpointError on every rank unless each file that the manifest names is there with its size and SHA-256. Every
+    rank calls, and hashes its share."""
+    words: str | None = None
+    try:
+        listing = read_manifest(path)
+        owners = deal([size for _, size, _ in listing], ranks.world_size())
+        for (name, size, digest), owner in zip(listing, owners, strict=True):
+            if owner == ranks.rank():
+                _check_file(path / name, size, digest)
+    except CheckpointError as error:
+        words = str(error)
+    found = [w for w in ranks.gather_objects(words) if w is not None]
+    if found:
+        raise CheckpointError(found[0])
+
+
+def read_manifest(path: Path) -> list[tuple[str, int, str]]:
+    """(name, bytes, SHA-256) of each file of the folder `path`. CheckpointError: it has no readable one."""
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint folder {path}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         form = manifest.get("format")
@@ -73,12 +138,14 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} has no readable {MANIFEST}, so it is no whole checkpoint ({error})") from error
     if form != FORMAT:
         raise CheckpointError(f"{path} has format {form}, this version reads {FORMAT}; use the ppomax that wrote it")
-    for name, size, digest in listing:
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{file} is missing or cut short (wanted {size} bytes); use an earlier checkpoint")
-        if sha256(file) != digest:
-            raise CheckpointError(f"{file} is damaged (its SHA-256 is not the manifest's); use an earlier checkpoint")
+    return listing
+
+
+def _check_file(file: Path, size: int, digest: str) -> None:
+    if not file.is_file() or file.stat().st_size != size:
+        raise CheckpointError(f"{file} is missing or cut short (wanted {size} bytes); use an earlier checkpoint")
+    if sha256(file) != digest:
+        raise CheckpointError(f"{file} is damaged (its SHA-256 is not the manifest's); use an earlier checkpoint")
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -89,14 +156,7 @@ def checkpoints(root: Path) -> list[Path]:
 def newest(root: Path) -> Path | None:
     """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each. None: there are none
     at all. CheckpointError: there are some and none is whole."""
-    found: Path | None = None
-    with ranks.fail_together():
-        found = _newest(root) if ranks.rank() == 0 else None
-    return ranks.broadcast(found)
-
-
-def _newest(root: Path) -> Path | None:
-    found = checkpoints(root)
+    found = ranks.broadcast(checkpoints(root))
     for path in reversed(found):
         try:
             verify(path)

@@ -14,9 +14,9 @@ from ppomax.config import TrainConfig, build
 from ppomax.models import load_policy, load_tokenizer
 from ppomax.models.fingerprints import fingerprint
 from ppomax.models.modes import set_up
+from ppomax.saving.dealt import DealtTensors
 from ppomax.saving.engine_state import STATE, read_state
 from ppomax.saving.folder import CheckpointError, newest
-from ppomax.saving.tensor_files import TensorFile
 from ppomax.sharding import copy_into
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def saved_policy(path: Path, base: str | None = None, *, trust_remote_code: bool
         set_up(policy, None, config.model, seed=config.run.seed)
     if fingerprint(policy) != state["fingerprints"]["policy"]:
         raise CheckpointError(f"{checkpoint} was trained from another model than {start}; name that one (--base)")
-    copy_into(policy, TensorFile(checkpoint / "policy.safetensors"))
+    copy_into(policy, DealtTensors(checkpoint, "policy"))
     source = config.model.tokenizer or base or state["sources"]["tokenizer"]
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if source else None
     return SavedPolicy(policy.eval(), tokenizer, state, checkpoint)

@@ -49,21 +49,34 @@ def write_gathered(tensors: Iterable[Lazy], write: Callable[[Iterator[Tensor]], 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Lazy]], stream: Iterator[Tensor]) -> None:
     """Write the tensors to `path`, taking each whole one from `stream`, which gives them in the same order."""
     listed = list(tensors)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, x in listed:
-        header[name] = {"dtype": TYPES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + size_of(x)]}
-        at += size_of(x)
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
     with open(path, "wb") as file:
-        file.write(len(head).to_bytes(8, "little"))
-        file.write(head)
+        file.write(header_of((name, x.dtype, x.shape) for name, x in listed))
         for name, x in listed:
             whole = next(stream)
             if whole.dtype != x.dtype or whole.shape != x.shape:
                 raise RuntimeError(f"{path}: {name} came as {whole.dtype} {tuple(whole.shape)}, not as announced")
-            file.write(whole.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+            file.write(bytes_of(whole))
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """Those of a tensor, in C order."""
+    return x.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+
+
+def header_of(
+    tensors: Iterable[tuple[str, torch.dtype, torch.Size]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The first bytes of a safetensors file of tensors of these names, types and shapes, whose own bytes follow in this
+    order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
 
 
 class TensorFile(Mapping[str, Tensor]):

@@ -23,11 +23,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is whole only while it is looked at; under sharding every rank must call `get`, in one order."""
+    """A tensor that is whole only while it is looked at. One that is cut over the ranks has `own`, and `get` must then
+    be called by every rank, in one order."""
 
     dtype: torch.dtype
     shape: torch.Size
     get: Callable[[], Tensor]
+    own: Callable[[], tuple[int, Tensor]] | None = None
+    """Of one that is cut over the ranks: where this rank's stretch begins in the flat tensor, and its numbers, (n,)."""
 
     @classmethod
     def of(cls, x: Tensor) -> Lazy:
@@ -203,6 +206,18 @@ def all_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters (tied ones once) and persistent buffers by name."""
     persistent = module.state_dict().keys()
     return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
+
+
+def shape_in(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
+    """Of a whole tensor, without reading it where `tensors` knows it otherwise."""
+    known = getattr(tensors, "shape", None)
+    return known(name) if known is not None else tensors[name].shape  # type: ignore[no-any-return]
+
+
+def stretch_in(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+    """`tensors[name].flatten()[start:stop]`, without reading the rest where `tensors` can."""
+    known = getattr(tensors, "stretch", None)
+    return known(name, start, stop) if known is not None else tensors[name].flatten()[start:stop]  # type: ignore[no-any-return]
 
 
 def check_names(targets: Mapping[str, torch.Size], names: Mapping[str, Any]) -> None:

@@ -139,6 +139,11 @@ def broadcast(x: T) -> T:
     return box[0]
 
 
+def gather_host(x: Tensor) -> Tensor:
+    """`gather` of tensors on the host, over whatever the ranks talk by."""
+    return gather(x.cuda()).cpu() if talks_by_nccl() else gather(x)
+
+
 def gather_objects(x: T) -> list[T]:
     """`x` (plain data) of every rank, in rank order."""
     if world_size() == 1:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, ShardingConfig
 from ppomax.sharding import ranks, zero_config
-from ppomax.sharding.plain import Lazy, Trained, all_tensors, check_names, check_shape, named_tensors
+from ppomax.sharding.plain import (
+    Lazy,
+    Trained,
+    all_tensors,
+    check_names,
+    check_shape,
+    named_tensors,
+    shape_in,
+    stretch_in,
+)
 from ppomax.sharding.zero_engine import LossModule, gathered, initialize, register_heads
 
 M = TypeVar("M", bound=nn.Module)
@@ -109,9 +118,9 @@ class ZeroTrained(Trained[M]):
                 at = float(next(iter(self._flat_states()))["step"])
                 state[f"step/{name}"] = Lazy.of(torch.tensor(at))
                 for kind in MOMENTS:
-                    state[f"{kind}/{name}"] = Lazy(torch.float32, shape, _reader(p, kind))
+                    state[f"{kind}/{name}"] = Lazy(torch.float32, shape, _reader(p, kind), _own_reader(p, kind))
             if p.dtype != torch.float32:
-                state[f"copy/{name}"] = Lazy(torch.float32, shape, _reader(p, None))
+                state[f"copy/{name}"] = Lazy(torch.float32, shape, _reader(p, None), _own_reader(p, None))
         return weights, state
 
     def all_weights(self) -> dict[str, Lazy]:
@@ -128,21 +137,18 @@ class ZeroTrained(Trained[M]):
                 "model it was saved from"
             )
         for name, target in tensors.items():
-            x = weights[name]
-            check_shape(name, x.shape, _shape(target))
-            _write(target, x)
+            check_shape(name, shape_in(weights, name), _shape(target))
+            _write(target, weights, name)
         self._start_state(any(key.startswith("step/") for key in state))
         for name, p in zip(self.names, self.params, strict=True):
-            master = state[f"copy/{name}"] if f"copy/{name}" in state else weights[name].float()
-            self._write_state(p, master, None)
+            self._write_state(p, state if f"copy/{name}" in state else None, f"copy/{name}", None)
             for kind in MOMENTS:
                 if f"{kind}/{name}" in state:
-                    self._write_state(p, state[f"{kind}/{name}"], kind)
-        for key in state:
-            if key.startswith("step/"):
-                for flat in self._flat_states():
-                    flat["step"] = state[key].clone()
-                break
+                    self._write_state(p, state, f"{kind}/{name}", kind)
+        step = next((state[key] for key in state if key.startswith("step/")), None)
+        if step is not None:
+            for flat in self._flat_states():
+                flat["step"] = step.clone()
         self.steps = steps
 
     def _flat(self) -> list[Tensor]:
@@ -169,15 +175,19 @@ class ZeroTrained(Trained[M]):
             if wanted:
                 self.zero._lazy_init_hp_params_optimizer_state()
 
-    def _write_state(self, p: Tensor, x: Tensor, kind: str | None) -> None:
-        import deepspeed.utils as api
-
+    def _write_state(self, p: Tensor, tensors: Mapping[str, Tensor] | None, name: str, kind: str | None) -> None:
+        """This rank's stretch of a master weight (`kind` None) or moment; without `tensors`, of the weight that is in
+        place."""
         if self.stage == 3:
-            self.zero.set_local_hp_param(_part(p, x), p, kind)
-        elif kind is None:
-            api.safe_set_full_fp32_param(p, x.to(p.device))
-        else:
-            api.safe_set_full_optimizer_state(p, x.to(p.device), kind)
+            part = p.ds_tensor if tensors is None else _part(p, tensors, name)  # type: ignore[attr-defined]
+            self.zero.set_local_hp_param(part.detach().float().to(p.device), p, kind)
+        elif (held := p._hp_mapping) is not None:  # type: ignore[attr-defined]
+            at = held.lp_fragment_address
+            stop = at.start + at.numel
+            part = (
+                p.detach().flatten()[at.start : stop] if tensors is None else stretch_in(tensors, name, at.start, stop)
+            )
+            held.get_hp_fragment(kind).copy_(part)
 
 
 class ZeroFrozen(Generic[M]):
@@ -215,7 +225,33 @@ def _lazy_weight(x: Tensor) -> Lazy:
         with deepspeed.zero.GatheredParameters([x]):
             return x.detach().clone()
 
-    return Lazy(x.dtype, _shape(x), get)
+    def own() -> tuple[int, Tensor]:
+        return _cut_off(x, x.ds_tensor.detach())  # type: ignore[attr-defined]
+
+    return Lazy(x.dtype, _shape(x), get, own)
+
+
+def _cut_off(p: Tensor, part: Tensor) -> tuple[int, Tensor]:
+    """Where a partition of ZeRO-3 begins, and its numbers without the padding after the last."""
+    start = ranks.rank() * part.numel()
+    return start, part.flatten()[: max(0, _shape(p).numel() - start)]
+
+
+def _own_reader(p: Tensor, kind: str | None) -> Callable[[], tuple[int, Tensor]]:
+    """This rank's stretch of the master weight (`kind` None) or a moment of `p`."""
+
+    def own() -> tuple[int, Tensor]:
+        import deepspeed.utils as api
+
+        if hasattr(p, "ds_id"):
+            part = api.safe_get_local_fp32_param(p) if kind is None else api.safe_get_local_optimizer_state(p, kind)
+            return _cut_off(p, part.detach())
+        held = p._hp_mapping  # type: ignore[attr-defined]
+        if held is None:
+            return 0, torch.zeros(0)
+        return held.lp_fragment_address.start, held.get_hp_fragment(kind).detach().flatten()
+
+    return own
 
 
 def _reader(p: Tensor, kind: str | None) -> Callable[[], Tensor]:
@@ -229,19 +265,20 @@ def _reader(p: Tensor, kind: str | None) -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
-def _write(target: Tensor, x: Tensor) -> None:
+def _write(target: Tensor, tensors: Mapping[str, Tensor], name: str) -> None:
     """Copy a whole tensor into a parameter or buffer, or this rank's part of it into a partition."""
     if hasattr(target, "ds_id"):
-        target.ds_tensor.copy_(_part(target, x))  # type: ignore[attr-defined]
+        target.ds_tensor.copy_(_part(target, tensors, name))  # type: ignore[attr-defined]
         target.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's copy of what was there; it is made anew
         if target.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]  # kept whole beside its partition
-            target.copy_(x)
+            target.copy_(tensors[name])
     else:
-        target.copy_(x)
+        target.copy_(tensors[name])
 
 
-def _part(p: Tensor, x: Tensor) -> Tensor:
-    """This rank's partition of the whole `x`, padded with zeros as ZeRO-3 pads."""
-    count = p.ds_tensor.numel()  # type: ignore[attr-defined]
-    flat = x.flatten()[ranks.rank() * count : (ranks.rank() + 1) * count]
+def _part(p: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """This rank's partition of a whole tensor, padded with zeros as ZeRO-3 pads."""
+    count, whole = p.ds_tensor.numel(), _shape(p).numel()  # type: ignore[attr-defined]
+    start = min(ranks.rank() * count, whole)
+    flat = stretch_in(tensors, name, start, min(start + count, whole))
     return nn.functional.pad(flat, (0, count - len(flat)))
