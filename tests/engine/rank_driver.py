@@ -93,7 +93,10 @@ AGAIN = {"model__gradient_checkpointing": True}
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "tied": ({**OF_A_MINIBATCH, "batch__epochs": 2}, {"policy": lambda: tiny_policy(tied=True)}),
     "recomputed": ({**AGAIN}, {}),
-    "hydra": ({"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy", **AGAIN}, {}),
+    "hydra": (
+        {"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy", "batch__epochs": 2, **AGAIN},
+        {},
+    ),
     "lora": ({"model__train": "lora", **AGAIN}, {}),
     "whole critic": ({"model__critic": "policy", "sharding__frozen": "whole"}, {}),
     "offloaded": ({"sharding__offload_optimizer": True, "sharding__offload_param": True}, {}),
@@ -131,6 +134,7 @@ def two(folder: Path) -> dict[str, Kept]:
     out["one prompt"] = tried(steps, engine, (1,))
     out["nan"] = tried(nan_on_one_rank, engine)
     out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra")}
+    out["trunk"] = tried(trunk_states, folder)
     out["our kernels"] = tried(variant, folder, "our kernels", 2)
     out |= {f"refused: {name}": tried(words_of, attempt) for name, attempt in attempts(folder).items()}
     out["alone"] = tried(job_alone, folder)
@@ -171,6 +175,26 @@ def dealt_out(engine: Engine, path: Path) -> dict[str, Any]:
         dealt._read, dealt.SMALL = plain, 1 << 20
     shares = {"written": mine / sum(sizes.values()), "read": read[0] / numbers}
     return {name: ranks.gather_objects(x) for name, x in shares.items()}
+
+
+def trunk_states(folder: Path) -> list[tuple[int, int]]:
+    """(rows of trunk states that a rank holds, those of the sequences that it trains on), by rank; recorded while
+    decoding, and computed after it."""
+    from ppomax.recipe import rollout
+
+    knobs, _ = VARIANTS["hydra"]
+    engine = engine_of(config_of(folder, 2, **knobs))
+    given = [*prompts(15, longest=9), prompts(1)[0][:1]]  # the last one's sequence stands in, wherever it lies
+    plain, found = rollout.joined, []
+    for forget in (False, True):
+        rollout.joined = lambda *args, forget=forget: (
+            dataclasses.replace(plain(*args), trunk=None) if forget else plain(*args)
+        )
+        roll = engine.rollout(given)
+        own = sum(int(roll.on_host[0].diff()[m].sum()) - len(m) for micros in roll.micro_batches for m in micros)
+        found += ranks.gather_objects((len(roll.trunk.states), own))
+    rollout.joined = plain
+    return found
 
 
 def from_one_process(engine: Engine, folder: Path) -> list[dict[str, float]]:

@@ -136,6 +136,12 @@ def test_sharded_checkpoint_resumes_to_the_bit(on_two, stage: int) -> None:
     assert on_two[f"resumed {stage}"]["equal"]
 
 
+def test_a_rank_holds_the_trunk_states_of_its_own_sequences(on_two) -> None:
+    """And of one short one, which stands in."""
+    for held, own in on_two["trunk"]:
+        assert own <= held <= own + 12
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_each_rank_writes_and_reads_its_share_of_a_checkpoint(on_two, stage: int) -> None:
     shares = on_two[f"dealt {stage}"]

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppomax.config import BatchConfig
 from ppomax.models.transfers import sent
 from ppomax.recipe.moments import RunningMoments
 from ppomax.recipe.units import Units
+from ppomax.sharding import ranks
 
 MicroBatches = list[list[Tensor]]
 """Minibatches of micro-batches of sequence indices (int64). Under several ranks, this rank's part: an empty micro-batch
@@ -31,7 +33,13 @@ class Trunk:
     layers: int
     """Blocks in the trunk; `states` is what enters the next one."""
     states: Tensor
-    """(P-S, D) in the model's dtype: all positions but each sequence's last token, which produces nothing."""
+    """(P-S, D) in the model's dtype: all positions but each sequence's last token, which produces nothing. Of a rollout
+    on several ranks only those of the sequences that this rank trains on, and of the shortest, which stands in."""
+    starts: Tensor | None = None
+    """(S,) int64 on the host, where each sequence's states begin; -1: they are with another rank. None: all are here,
+    in order."""
+    owners: list[int] | None = None
+    """Which rank trains on each sequence, in every pass."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,13 @@ class Rollout:
     def lengths(self) -> Tensor:
         """(S,) int64, response lengths, EOS included."""
         return self.response_cu.diff().long()
+
+    def another_pass(self, batch: BatchConfig, generator: torch.Generator | None, *, padded: bool) -> MicroBatches:
+        """This rank's micro-batches of a pass after the first, shuffled. Sequences whose trunk states lie with a rank
+        stay there."""
+        owners = None if self.trunk is None else self.trunk.owners
+        lengths, (size, budget) = self.on_host[0].diff(), (batch.minibatch_size, batch.micro_tokens)
+        return split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded, owners=owners)
 
     def sequences(self) -> list[tuple[list[int], list[int]]]:
         """(prompt, response) token ids of each sequence, on the host."""
@@ -190,7 +205,13 @@ def select_trunk(trunk: Trunk | None, cu: Tensor, which: Tensor) -> Trunk | None
     """The trunk states of the sequences `which`, in that order; `cu` is that of the whole sequences, on the host."""
     if trunk is None:
         return None
-    at, _ = spans(trunk_cu(cu), which.cpu())
+    whole, which = trunk_cu(cu), which.cpu()
+    at, new_cu = spans(whole, which)
+    if trunk.starts is not None:
+        starts = trunk.starts[which]
+        if bool((starts < 0).any()):
+            raise ValueError("select_trunk: the trunk states of a sequence are with another rank, which trains on it")
+        at = at + per_token(starts - whole[:-1].long()[which], new_cu)
     return Trunk(trunk.layers, trunk.states[sent(at, trunk.states.device)])
 
 
@@ -229,6 +250,7 @@ def split_minibatches(
     position: tuple[int, int] = (0, 1),
     *,
     padded: bool = False,
+    owners: Sequence[int] | None = None,
 ) -> MicroBatches:
     """Cut sequences into minibatches of `minibatch_size`, each into micro-batches of at most `micro_tokens` tokens:
     those that a forward computes, so rows times the longest where it is `padded`.
@@ -237,14 +259,18 @@ def split_minibatches(
     smaller. A sequence longer than the budget gets a micro-batch of its own. `generator` shuffles; None keeps the
     order. Inside a minibatch sequences go by length, so that a micro-batch holds like lengths and wastes little where
     the forward has to pad. `position`: this rank's number and how many there are. Which sequences share a minibatch
-    does not depend on it; inside one they are dealt out so that ranks get like numbers of tokens.
+    does not depend on it; inside one they are dealt out so that ranks get like numbers of tokens, or to their `owners`.
     """
     host = lengths.tolist()
     order = torch.randperm(len(host), generator=generator).tolist() if generator else list(range(len(host)))
     rank, ranks = position
     minibatches: MicroBatches = []
     for start in range(0, len(order), minibatch_size):
-        hands = _deal(order[start : start + minibatch_size], host, ranks)
+        part = order[start : start + minibatch_size]
+        if owners is None:
+            hands = _deal(part, host, ranks)
+        else:
+            hands = [[i for i in part if owners[i] == r] for r in range(ranks)]
         packed = [_pack_micro(hand, host, micro_tokens, padded) for hand in hands]
         mine = packed[rank] + [[]] * (max(map(len, packed)) - len(packed[rank]))
         minibatches.append([torch.tensor(m, dtype=torch.int64) for m in mine])

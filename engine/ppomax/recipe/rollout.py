@@ -28,6 +28,7 @@ from ppomax.recipe.batch import (
     cumulative,
     last_tokens,
     pack,
+    per_token,
     select_trunk,
     spans,
     split_minibatches,
@@ -176,18 +177,43 @@ def _fields(
 def _trunk(
     policy: PreTrainedModel, responses: Responses, tokens: Tensor, cu: Tensor, micro_batches: MicroBatches, layers: int
 ) -> Trunk:
-    """What enters block `layers` at all tokens but each sequence's last: recorded while decoding, or computed here."""
-    if responses.trunk is not None:
-        return Trunk(layers, torch.cat(responses.trunk))
-    ends, device = trunk_cu(cu), tokens.device
-    keep = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, last_tokens(cu), False)
-    kept = tokens[keep.nonzero()[:, 0].to(device)]
-    states = torch.zeros(int(ends[-1]), embedding_weight(policy).shape[1], dtype=policy.dtype, device=device)
-    for micro in (m for micros in micro_batches for m in micros if len(m)):
-        at, micro_cu = spans(ends, micro)
-        at = sent(at, device)
-        states[at] = bottom_states(policy, kept[at], micro_cu, layers)
-    return Trunk(layers, ranks.sum(states))
+    """What enters block `layers` at all tokens but each sequence's last, of the sequences that this rank trains on:
+    recorded while decoding, where each was sampled, or computed here."""
+    count, device, ends = len(cu) - 1, tokens.device, trunk_cu(cu)
+    own = torch.cat([m for micros in micro_batches for m in micros] or [torch.zeros(0, dtype=torch.int64)])
+    owners = torch.zeros(count, device=device)
+    owners[sent(own, device)] = float(ranks.rank())
+    stand_in = with_stand_in(own[:0], cu)
+    held = torch.cat([own, stand_in]).unique()
+    sizes = ends.diff().long()
+    starts = torch.full((count,), -1, dtype=torch.int64)
+    starts[held] = cumulative(sizes[held])[:-1].long()
+    width, dtype = embedding_weight(policy).shape[1], policy.dtype
+    states = torch.zeros(int(sizes[held].sum()), width, dtype=dtype, device=device)
+    trunk = Trunk(layers, states, starts, [int(x) for x in ranks.sum(owners).tolist()])
+    if responses.trunk is None:
+        keep = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, last_tokens(cu), False)
+        kept = tokens[keep.nonzero()[:, 0].to(device)]
+        each = [m for micros in micro_batches for m in micros if len(m)]
+        for micro in each if int(stand_in) in own else [*each, stand_in]:
+            at, micro_cu = spans(ends, micro)
+            _put(trunk, micro, sizes, bottom_states(policy, kept[sent(at, device)], micro_cu, layers))
+        return trunk
+    parts = [torch.tensor(ranks.part_of(count, r), dtype=torch.int64) for r in range(ranks.world_size())]
+    sampled = torch.cat([states[:0], *responses.trunk])
+    for part, block in zip(parts, ranks.in_turn(sampled, [int(sizes[p].sum()) for p in parts]), strict=True):
+        mine = part[torch.isin(part, held)]
+        at, _ = spans(cumulative(sizes[part]), torch.searchsorted(part, mine))
+        _put(trunk, mine, sizes, block[sent(at, device)])
+    return trunk
+
+
+def _put(trunk: Trunk, which: Tensor, sizes: Tensor, states: Tensor) -> None:
+    """Store the states of the sequences `which`, one after the other."""
+    assert trunk.starts is not None
+    own = cumulative(sizes[which])
+    at = per_token(trunk.starts[which] - own[:-1].long(), own) + torch.arange(int(own[-1]))
+    trunk.states[sent(at, trunk.states.device)] = states
 
 
 def _states(cu: Tensor, response_cu: Tensor) -> Tensor:

@@ -110,14 +110,12 @@ def update(
 
     `generator` shuffles the epochs after the first, which keeps the rollout's plan. `texts` feeds the ptx term if its
     coefficient is above 0."""
-    lengths = experience.rollout.cu_seqlens.diff().cpu()
     tally, padded = Tally(), any_pads(policy, critic)
     with fused_trunk(policy, critic, impl=config.impl):
         for epoch in range(config.batch.epochs):
             minibatches: MicroBatches = experience.rollout.micro_batches
             if epoch:
-                size, budget = config.batch.minibatch_size, config.batch.micro_tokens
-                minibatches = split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded)
+                minibatches = experience.rollout.another_pass(config.batch, generator, padded=padded)
             for micros in minibatches:
                 parts = prepared([minibatch(experience, m) for m in micros], config)
                 tally.rows.append(train_minibatch(policy, critic, parts, config, health, texts))

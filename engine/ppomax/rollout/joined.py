@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.models import embedding_weight
 from ppomax.rollout.responses import Responses
 from ppomax.sharding import ranks
 
 
 def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
-    """The responses of all ranks, in rank order, on every rank; their numbers travel as tensors. One process: the
-    same."""
+    """The responses of all ranks, in rank order, on every rank; their numbers travel as tensors. Trunk states stay
+    where they are: `trunk` is that of this rank's own responses. One process: the same."""
     if ranks.world_size() == 1:
         return responses
     device = policy.device
@@ -25,11 +23,5 @@ def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
         [part.tolist() for part in ranks.gather(tokens).split(lengths)],
         [part.tolist() for part in ranks.gather(logprobs).split(lengths)],
         [bool(x) for x in ranks.gather(finished).tolist()],
-        None if responses.trunk is None else _joined_trunk(responses.trunk, policy),
+        responses.trunk,
     )
-
-
-def _joined_trunk(trunk: list[Tensor], policy: PreTrainedModel) -> list[Tensor]:
-    sizes = torch.tensor([len(x) for x in trunk], dtype=torch.int64, device=policy.device)
-    none = torch.empty(0, embedding_weight(policy).shape[1], dtype=policy.dtype, device=policy.device)
-    return list(ranks.gather(torch.cat([none, *trunk])).split(ranks.gather(sizes).tolist()))

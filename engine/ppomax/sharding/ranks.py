@@ -123,11 +123,22 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
 
-def part_of(count: int) -> range:
-    """This rank's stretch of `count` things: sizes differ by at most one, and ranks follow each other in order."""
+def part_of(count: int, number: int | None = None) -> range:
+    """This rank's stretch of `count` things, or rank `number`'s: sizes differ by at most one, and ranks follow each
+    other in order."""
+    at = rank() if number is None else number
     base, more = divmod(count, world_size())
-    begin = rank() * base + min(rank(), more)
-    return range(begin, begin + base + (rank() < more))
+    begin = at * base + min(at, more)
+    return range(begin, begin + base + (at < more))
+
+
+def in_turn(x: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    """Each rank's `x` (n, ...) on every rank, one after the other, so that no rank holds all; lengths: their n."""
+    for source, length in enumerate(lengths):
+        part = x.contiguous() if source == rank() else x.new_empty(length, *x.shape[1:])
+        if world_size() > 1:
+            dist.broadcast(part, src=source)
+        yield part
 
 
 def broadcast(x: T) -> T:

@@ -15,7 +15,7 @@ import torch
 
 from ppomax.engine import Engine
 from ppomax.models import any_pads
-from ppomax.recipe.batch import MicroBatches, Rollout, select, select_trunk, split_minibatches, with_stand_in
+from ppomax.recipe.batch import MicroBatches, Rollout, select, select_trunk, with_stand_in
 from ppomax.recipe.measures import explained_variance, monte_carlo_returns
 from ppomax.recipe.scoring import state_values
 from ppomax.recipe.streams import Purpose, stream
@@ -41,13 +41,11 @@ def pretrain_critic(
     if explained >= config.critic.pretrain_explained_variance:
         return metrics, True
     losses: list[float] = []
-    lengths = roll.cu_seqlens.diff().cpu()
     shuffle = stream(config.run.seed, Purpose.CRITIC_EPOCHS, engine.buffers)
     for epoch in range(config.critic.pretrain_epochs):
         minibatches: MicroBatches = roll.micro_batches
         if epoch:
-            size, budget, padded = config.batch.minibatch_size, config.batch.micro_tokens, any_pads(engine.critic)
-            minibatches = split_minibatches(lengths, size, budget, shuffle, ranks.position(), padded=padded)
+            minibatches = roll.another_pass(config.batch, shuffle, padded=any_pads(engine.critic))
         losses += [_train(engine, experience.rollout, returns, micros) for micros in minibatches]
     metrics["pretrain/value_loss"] = sum(losses) / len(losses)
     return metrics, False
