@@ -72,7 +72,7 @@ def test_rows_are_named_by_file_and_line(tmp_path):
         ("not.jsonl.gz", b"plain", "cut short or damaged"),
         ("latin.jsonl", '{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
         ("bad.parquet", b"PAR?", "not a readable Parquet file"),
-        ("a.csv", b"prompt\na\n", "cannot tell the format"),
+        ("a.tsv", b"prompt\na\n", "cannot tell the format"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, tokenizer, name, content, message):

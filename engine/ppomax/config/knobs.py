@@ -82,7 +82,8 @@ class DataConfig:
     """Prompts, and the plain text of the ptx term."""
 
     prompts: str | None = None
-    """JSONL, Parquet or HF dataset with a `prompt` column (string or chat). None: the prompts that ship with ppomax."""
+    """JSONL, CSV, Parquet or HF dataset with a `prompt` column (string or chat), or dialogues whose last answer is left
+    out. None: the prompts that ship with ppomax."""
     eval_prompts: str | None = None
     """Prompts for the sample texts and `ppomax evaluate`. None: the first of `prompts`."""
     prompt_column: str = "prompt"
@@ -371,7 +372,7 @@ class PtxConfig:
     coef: float = 0.1
     """Weight of the mean token NLL. 0: off."""
     texts: str | None = None
-    """JSONL, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: responses of the start policy
+    """JSONL, CSV, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: responses of the start policy
     to the run's own prompts, sampled once."""
     pool: int = 256
     """How many responses are sampled when `texts` is not given."""

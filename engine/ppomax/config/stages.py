@@ -16,7 +16,8 @@ class SftConfig:
     model: str
     """Start weights: HF directory or hub name of a causal language model; `default`: the one that ships with ppomax."""
     data: str
-    """Training rows: JSONL, Parquet or HF data set with `text`, `prompt` + `response`, or `messages`."""
+    """Training rows: JSONL, CSV, Parquet or HF data set with `text`, `prompt` + `response`, `messages`, `conversations`,
+    or `chosen` of preference pairs."""
     eval_data: str | None = None
     """Held-out rows of the same form. None: no held-out figures."""
     tokenizer: str | None = None
@@ -57,7 +58,7 @@ class RewardModelConfig:
     """Start weights: a causal language model (its trunk, with a new score head) or an earlier reward model; `default`:
     the policy that ships with ppomax."""
     data: str
-    """Training pairs: JSONL, Parquet or HF data set with `chosen` / `rejected` (and `prompt`, `margin`)."""
+    """Training pairs: JSONL, CSV, Parquet or HF data set with `chosen` / `rejected` (and `prompt`, `margin`)."""
     eval_data: str | None = None
     """Held-out pairs. None: no held-out figures."""
     tokenizer: str | None = None
@@ -149,7 +150,7 @@ class EvaluateConfig:
     baseline: str = "default"
     """Checkpoint that it is held against, named likewise."""
     prompts: str | None = None
-    """JSONL, Parquet or HF dataset with a `prompt` column. None: the prompts that ship with ppomax."""
+    """JSONL, CSV, Parquet or HF dataset with a `prompt` column. None: the prompts that ship with ppomax."""
     prompt_column: str = "prompt"
     """Column that holds the prompt."""
     limit: int = 256

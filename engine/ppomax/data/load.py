@@ -3,6 +3,7 @@
     prompts, counts = load_prompts("prompts.jsonl", tokenizer, max_prompt_tokens=512)  prompt: string or chat
     pairs, counts = load_pairs("Anthropic/hh-rlhf", tokenizer, max_tokens=512)         chosen / rejected (+ prompt)
     texts, counts = load_texts("reviews.parquet", tokenizer, max_tokens=256)           text | prompt + response | chat
+forms.py says in which forms a dialogue may come.
 
 A row with `"complete": false` gets no EOS: its response was cut, as one is at the length limit. A row that cannot be
 used is an error by default (`bad_rows="error"`); with "drop" it is counted by reason and logged. The format of the ids
@@ -13,8 +14,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from ppomax.data.encode import (
@@ -28,11 +30,11 @@ from ppomax.data.encode import (
     is_chat,
     text_of,
 )
+from ppomax.data.forms import HH_ASSISTANT, HH_HUMAN, plain, split_hh, with_prompt, with_text
 from ppomax.data.rows import DataError, Row, Source, read_rows
 
 log = logging.getLogger(__name__)
 BadRows = Literal["error", "drop"]
-HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def load_prompt_rows(
 
     counts = Counts(f"prompts of {_name(source)}")
     policy = {"prompt over the limit": "drop" if overlong == "drop" else "error"}
-    return _load(source, (column,), encode, counts, bad_rows, policy, split), counts.close()
+    prepare = partial(with_prompt, column=column)
+    return _load(source, (column,), encode, counts, bad_rows, policy, split, prepare), counts.close()
 
 
 def load_pairs(
@@ -203,7 +206,7 @@ def load_pairs(
         return Pair(prompt, chosen, rejected, _margin(row))
 
     counts = Counts(f"pairs of {_name(source)}")
-    return _load(source, ("chosen", "rejected"), encode, counts, bad_rows, {}, split), counts.close()
+    return _load(source, ("chosen", "rejected"), encode, counts, bad_rows, {}, split, plain), counts.close()
 
 
 def load_texts(
@@ -252,7 +255,7 @@ def load_texts(
 
     counts = Counts(f"texts of {_name(source)}")
     policy = {"text over the limit": "error" if overlong == "error" else "drop"}
-    pieces = _load(source, (), encode, counts, bad_rows, policy, split)
+    pieces = _load(source, (), encode, counts, bad_rows, policy, split, with_text)
     return [text for piece in pieces for text in piece], counts.close()
 
 
@@ -264,12 +267,14 @@ def _load(
     bad_rows: BadRows,
     policy: dict[str, str],
     split: str,
+    prepare: Callable[[Row], Row],
 ) -> list[Any]:
     kept = []
-    for where, row in read_rows(source, split=split):
+    for where, given in read_rows(source, split=split):
         counts.read += 1
-        _need(row, columns, where)
         try:
+            row = prepare(given)
+            _need(row, columns, where)
             kept.append(encode(_without_nulls(row, columns)))
             counts.kept += 1
         except BadRow as bad:
@@ -314,7 +319,7 @@ def _split_pair(row: Row, tokenizer: Tokenizer, ends: frozenset[int]) -> tuple[l
     if "prompt" in row:
         start = text_of(row, "prompt")
     elif HH_ASSISTANT in texts[0] and HH_HUMAN in texts[0]:
-        (start, texts[0]), (other_start, texts[1]) = (_split_hh(text) for text in texts)
+        (start, texts[0]), (other_start, texts[1]) = (split_hh(text) for text in texts)
         if start != other_start:
             raise BadRow("prompts differ", "both sides must answer the same dialogue")
     else:
@@ -334,16 +339,6 @@ def _joined_chat(shared: list[Any], side: list[Any]) -> list[Any]:
             f"`prompt` ends with a turn of {roles[0]!r} and the side begins with another; give the dialogue once",
         )
     return shared + side
-
-
-def _split_hh(text: str) -> tuple[str, str]:
-    """Dialogue -> (everything up to and with the last "\\n\\nAssistant:", what follows)."""
-    prompt, marker, response = text.rpartition(HH_ASSISTANT)
-    if not marker or HH_HUMAN in response:
-        raise BadRow("dialogue does not end with the assistant", "each side must end with an assistant turn")
-    if not response.strip():
-        raise BadRow("empty response", "remove the row or fill it")
-    return prompt + marker, response
 
 
 def _split_text(row: Row, tokenizer: Tokenizer, ends: frozenset[int]) -> tuple[list[int], list[int]]:

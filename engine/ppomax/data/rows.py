@@ -1,4 +1,4 @@
-"""Rows (mappings) from JSONL, JSON, Parquet, HF datasets or memory, each with the words that name it in an error.
+"""Rows (mappings) from JSONL, JSON, CSV, Parquet, HF datasets or memory, each with the words that name it in an error.
 
     for where, row in read_rows("prompts.jsonl.gz"): ...        where == "prompts.jsonl.gz:17"
 Every way in gives the same thing: an iterator of (where, row). Nothing is skipped here; a row that cannot be read
@@ -7,6 +7,7 @@ stops.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import zlib
@@ -25,23 +26,26 @@ class DataError(ValueError):
 def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[str, Row]]:
     """Yield (where, row) of a file, a folder, a hub data set's name, or an iterable of mappings.
 
-    `.jsonl`, `.jsonl.gz`, `.json` (a list, or one object a line) and `.parquet` are read here; a folder or a hub name
-    goes through the `datasets` library with `split`. Raises DataError naming the file and line for anything unreadable.
+    `.jsonl`, `.jsonl.gz`, `.json` (a list, or one object a line), `.csv` and `.parquet` are read here; a folder or a
+    hub name goes through the `datasets` library with `split`, which the name may give itself, and a subset with it:
+    `name:split`, `name:subset:split`. Raises DataError naming the file and line for anything unreadable.
     """
     if not isinstance(source, (str, Path)):
         return _numbered(source, type(source).__name__)
     path = Path(source)
     if path.is_file():
         return _read_file(path)
-    if path.is_dir() or _looks_like_hub_name(str(source)):
-        return _read_dataset(str(source), split)
+    name, *parts = str(source).split(":")
+    if len(parts) <= 2 and all(parts) and (Path(name).is_dir() or _looks_like_hub_name(name)):
+        return _read_dataset(name, parts[-1] if parts else split, parts[0] if len(parts) == 2 else None)
     raise DataError(
-        f"{source}: no such file or folder; give a .jsonl, .jsonl.gz, .json or .parquet file or a data set name"
+        f"{source}: no such file or folder; give a .jsonl, .jsonl.gz, .json, .csv or .parquet file, or the name of a "
+        "data set (name, name:split or name:subset:split)"
     )
 
 
 def _looks_like_hub_name(name: str) -> bool:
-    known_file = name.endswith((".jsonl", ".gz", ".json", ".parquet"))
+    known_file = name.endswith((".jsonl", ".gz", ".json", ".csv", ".parquet"))
     return not known_file and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
@@ -51,14 +55,16 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
         return _read_parquet(path)
     if suffixes[-1:] == [".gz"] or suffixes[-1:] in ([".jsonl"], [".json"]):
         return _read_json(path)
-    raise DataError(f"{path}: cannot tell the format by the name; use .jsonl, .jsonl.gz, .json or .parquet")
+    if suffixes[-1:] == [".csv"]:
+        return _read_csv(path)
+    raise DataError(f"{path}: cannot tell the format by the name; use .jsonl, .jsonl.gz, .json, .csv or .parquet")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:  # some editors put a mark before the first line
             for number, line in enumerate(lines, 1):
                 if number == 1 and line.lstrip().startswith("["):
                     yield from _numbered(json.loads(line + lines.read()), str(path))
@@ -75,6 +81,22 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}: not UTF-8 after line {number} ({error}); convert it") from error
 
 
+def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}:{reader.line_num}: the row has other columns than the first line ({reader.fieldnames})"
+                    )
+                yield _named_row(f"{path}:{reader.line_num}", row)
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}); convert it") from error
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow
     import pyarrow.parquet
@@ -89,7 +111,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from error
 
 
-def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
+def _read_dataset(name: str, split: str, subset: str | None) -> Iterator[tuple[str, Row]]:
     import datasets
 
     try:
@@ -98,7 +120,7 @@ def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
         elif (Path(name) / "state.json").is_file():
             data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, split=split)
+            data = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises many kinds; all mean that there are no rows
         raise DataError(f"{name}: `datasets` cannot load split {split!r} ({type(error).__name__}: {error})") from error
     return _numbered(data, name)
