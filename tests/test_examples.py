@@ -1,11 +1,17 @@
 """The examples run as their head notes say."""
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ppomax.cli import main
+from ppomax.saving.model_folder import save_model
+
+from tests.engine.tiny_text import tiny_llama, tiny_tokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "engine" / "examples"
 
@@ -42,6 +48,32 @@ def test_an_engine_takes_a_python_reward() -> None:
     assert lines[2].startswith("held-out preview:")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.stem)
+def commands_of(script: str, **named: str) -> list[list[str]]:
+    """The lines of a shell script that call ppomax, as words, its variables put in."""
+    text = re.sub(r"\\\n\s*", "", script)
+    text = re.sub(r"\$(\w+)", lambda found: named.get(found[1], found[0]), text)
+    return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("ppomax ")]
+
+
+def test_the_three_stages_lead_from_a_base_model_to_an_exported_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command of three_stages.sh, word for word, on a model of seconds and data of dialogues.py."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny_llama(), tiny_tokenizer(), "base")
+    run("dialogues.py", str(tmp_path / "data"))
+    script = (EXAMPLES / "three_stages.sh").read_text(encoding="utf-8")
+    given = commands_of(script, base="base", data="data", out="out")
+    assert [words[0] for words in given] == ["sft", "reward-model", "train", "evaluate", "export"]
+    for words in given:
+        assert main(words) == 0, capsys.readouterr().err[-2000:]
+    assert json.loads((tmp_path / "out" / "evaluation" / "evaluation.json").read_text())["win_rate"] is not None
+    [last] = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON", script, re.S)
+    monkeypatch.setattr(sys, "argv", ["-", "out/exported"])
+    exec(compile(last, "three_stages.sh", "exec"), {})
+    assert "Assistant" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted([*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh")]), ids=lambda p: p.stem)
 def test_every_example_has_a_test(path: Path) -> None:
     assert f'"{path.name}"' in Path(__file__).read_text(encoding="utf-8")

@@ -372,8 +372,8 @@ class PtxConfig:
     coef: float = 0.1
     """Weight of the mean token NLL. 0: off."""
     texts: str | None = None
-    """JSONL, CSV, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: responses of the start policy
-    to the run's own prompts, sampled once."""
+    """JSONL, CSV, Parquet or HF dataset with a `text` column (or `prompt`/`response`). None: responses of the start
+    policy to the run's own prompts, sampled once."""
     pool: int = 256
     """How many responses are sampled when `texts` is not given."""
     batch_size: int = 8

@@ -16,8 +16,8 @@ class SftConfig:
     model: str
     """Start weights: HF directory or hub name of a causal language model; `default`: the one that ships with ppomax."""
     data: str
-    """Training rows: JSONL, CSV, Parquet or HF data set with `text`, `prompt` + `response`, `messages`, `conversations`,
-    or `chosen` of preference pairs."""
+    """Training rows: JSONL, CSV, Parquet or HF data set with `text`, `prompt` + `response`, `messages`,
+    `conversations`, or `chosen` of preference pairs."""
     eval_data: str | None = None
     """Held-out rows of the same form. None: no held-out figures."""
     tokenizer: str | None = None

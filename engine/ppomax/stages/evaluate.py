@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppomax.assets import shipped
+from ppomax.assets import named_model, shipped
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import EvaluateConfig
 from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key
@@ -195,7 +195,7 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
     from ppomax.models import freeze, load_reward_model, load_tokenizer, pick_device
     from ppomax.stages.reward_model import score_texts
 
-    path = config.reward_model or str(shipped("reward_model"))
+    path = named_model(config.reward_model, "reward_model") if config.reward_model else str(shipped("reward_model"))
     model = load_reward_model(path, trust_remote_code=config.trust_remote_code)
     freeze(model.to(pick_device(config.device)))
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
