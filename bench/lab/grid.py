@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from ppomax.config import ConfigError, TrainConfig, load_config, to_dict
+from ppomax.config.mapping import flat
 
 GRID = Path(__file__).with_name("grid.yaml")
 CLAIM = re.compile(
@@ -81,10 +82,11 @@ class Grid:
             raise GridError(f"arm {arm!r}: {error}") from error
 
     def settings(self, arm: str) -> str:
-        """A hash of all knobs that a run of this arm takes, seed and folder aside: rows with another one are of another
-        experiment."""
-        known = to_dict(self.config(arm, 0))
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+        """A hash of the knobs in which a run of this arm differs from the defaults, whatever set them; rows with
+        another one are of another experiment. A knob that is new changes no hash."""
+        plain, known = flat(to_dict(TrainConfig())), flat(to_dict(self.config(arm, 0)))
+        differs = {knob: value for knob, value in known.items() if value != plain.get(knob) and knob != "preset"}
+        return hashlib.sha256(json.dumps(differs, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_grid(path: Path = GRID) -> Grid:

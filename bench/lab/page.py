@@ -122,7 +122,9 @@ def over_optimisation(runs: Runs, arms: tuple[str, ...] = ("vanilla", "kl-0.05",
     run."""
     pyplot = _pyplot()
     shown = [arm for arm in arms if any(a == arm and row.get("gold") for (a, _), row in runs.items())]
-    canvas, axes = pyplot.subplots(1, max(1, len(shown)), figsize=(4.3 * max(1, len(shown)), 3.4), squeeze=False)
+    canvas, axes = pyplot.subplots(
+        1, max(1, len(shown)), figsize=(4.3 * max(1, len(shown)), 3.4), squeeze=False, sharey=True
+    )
     for axis, arm in zip(axes.flat, shown, strict=False):
         for row in (row for (a, _), row in runs.items() if a == arm and row.get("gold")):
             distance = [kl_at(row, step) ** 0.5 for step in row["eval_steps"]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.lab.grid import Claim, Figure, GridError, Term
 
 Runs = dict[tuple[str, int], dict[str, Any]]
+BEGIN, END = "<!-- table: bench/results/lab -->", "<!-- end lab -->"
 LEAST = 4
 """Seeds below which nothing is said."""
 AGREES, DISAGREES, UNKNOWN, MISSING = "agrees", "does not", "cannot tell", "not run"
@@ -94,9 +96,19 @@ def verdicts(figures: list[Figure], runs: Runs) -> list[Verdict]:
 
 def table(found: list[Verdict]) -> str:
     """Markdown, a line a claim."""
-    lines = ["| figure | the paper says | here: left - right [95 %] | seeds | verdict |", "|---|---|---|---|---|"]
+    lines = ["| figure | the paper says | as a test | left, right, difference [95 %] | seeds | verdict |"]
+    lines.append("|---|---|---|---|---|---|")
     for v in found:
-        sides = f"{v.left:.3g} - {v.right:.3g} = {v.mean:+.3g} [{v.low:+.2g}, {v.high:+.2g}]"
+        sides = f"{v.left:.3g}, {v.right:.3g}, {v.mean:+.3g} [{v.low:+.2g}, {v.high:+.2g}]"
         sides = "" if v.word == MISSING else sides
-        lines.append(f"| {v.figure.number} | {v.claim.says} (`{v.claim.test}`) | {sides} | {v.seeds} | {v.word} |")
+        lines.append(f"| {v.figure.number} | {v.claim.says} | `{v.claim.test}` | {sides} | {v.seeds} | {v.word} |")
     return "\n".join(lines)
+
+
+def into(readme: Path, words: str) -> None:
+    """Put the table between the marks of a file. GridError: it has none."""
+    whole = readme.read_text(encoding="utf-8")
+    if BEGIN not in whole or END not in whole:
+        raise GridError(f"{readme} has no lines {BEGIN!r} and {END!r} to put the table between")
+    head, tail = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
+    readme.write_text(f"{head}{BEGIN}\n{words}\n{tail}", encoding="utf-8")

@@ -14,7 +14,20 @@ from bench.lab.gold import Verdicts
 from bench.lab.grid import Figure, GridError, claim, read_grid
 from bench.lab.judging import judge_all, with_gold
 from bench.lab.page import write
-from bench.lab.verdicts import AGREES, DISAGREES, MISSING, UNKNOWN, interval, table, value, verdict, verdicts
+from bench.lab.verdicts import (
+    AGREES,
+    BEGIN,
+    DISAGREES,
+    END,
+    MISSING,
+    UNKNOWN,
+    interval,
+    into,
+    table,
+    value,
+    verdict,
+    verdicts,
+)
 
 SMALL = {
     "base": {"run.steps": 1, "monitor.samples_every": 1, "monitor.sample_prompts": 4, "run.checkpoint_every": 0,
@@ -112,6 +125,24 @@ def test_places_of_a_series() -> None:
         value(run, claim("", "a:proxy@middle > 0").left)
     with pytest.raises(GridError, match="no measure 'gold'"):
         value(run, claim("", "a:gold@last > 0").left)
+
+
+def test_the_verdicts_go_between_the_marks_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    into(path, "| new |")
+    into(path, "| new |")
+    assert path.read_text() == f"before\n{BEGIN}\n| new |\n{END}\nafter\n"
+    path.write_text("nothing")
+    with pytest.raises(GridError, match="has no lines '<!-- table"):
+        into(path, "x")
+
+
+def test_the_readmes_verdicts_are_those_of_the_committed_runs() -> None:
+    grid = read_grid()
+    runs = with_gold(lab.checked(grid, lab.rows()))
+    words = table([v for v in verdicts(grid.chosen([]), runs) if v.word != MISSING])
+    assert words in (Path(lab.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 class Longer:
