@@ -1,5 +1,5 @@
 """`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, generate, export, report,
-presets.
+doctor, presets.
 
 Each command reads its flags (options.py), checks the run's folder, and calls one function of stages/. An error is one
 line and exit status 2 (1 for a bug of ours); --debug shows the traceback. A run that a signal ended before its last
@@ -173,6 +173,22 @@ def report(argv: list[str]) -> None:
     print(write_report([Path(run) for run in given.runs], Path(given.out) if given.out else None))
 
 
+def doctor(argv: list[str]) -> None:
+    """what would stop a run on this machine; under a launcher, on all its ranks"""
+    parser = argparse.ArgumentParser(prog="ppomax doctor", description=doctor.__doc__)
+    parser.add_argument("--out", default="runs", metavar="DIR", help="Where runs would write. Default: runs.")
+    given = parser.parse_args(argv)
+    with watched(argv):
+        from ppomax.sharding import ranks
+        from ppomax.stages.doctor import examine, report
+
+        words, well = report(ranks.gather_objects(examine(Path(given.out))))
+        if ranks.rank() == 0:
+            print(words)
+    if not well:
+        raise SystemExit(3)
+
+
 def presets(argv: list[str]) -> None:
     """list the presets, or show one with every knob"""
     parser = argparse.ArgumentParser(prog="ppomax presets", description=presets.__doc__)
@@ -198,6 +214,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "generate": generate,
     "export": export,
+    "doctor": doctor,
     "report": report,
     "presets": presets,
 }
@@ -259,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}")
-        if started_ranks() > 1 and command != "train":
+        if started_ranks() > 1 and command not in ("train", "doctor"):
             words = f"ppomax {command} runs in one process, but {started_ranks()} were started; leave the launcher out"
             raise ConfigError(words)
         COMMANDS[command](rest)
@@ -280,8 +297,10 @@ def main(argv: list[str] | None = None) -> int:
 def usage() -> str:
     """The commands and what each does."""
     lines = [f"  {name:14} {(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
-    ends = "exit status: 0 done, 2 wrong input, 1 a bug of ppomax, 3 what is planned does not fit,\n"
-    ends += "  130 / 143 ended by Ctrl-C / SIGTERM, a checkpoint written (go on with --resume)"
+    ends = (
+        "exit status: 0 done, 2 wrong input, 1 a bug of ppomax, 3 what is planned does not fit, or the doctor found\n"
+    )
+    ends += "  what ends a run, 130 / 143 ended by Ctrl-C / SIGTERM, a checkpoint written (go on with --resume)"
     head = "usage: ppomax COMMAND [options]\n\n" + "\n".join(lines)
     return f"{head}\n\n`ppomax COMMAND --help` explains each flag.\n{ends}"
 

@@ -27,6 +27,7 @@ from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError
 from ppomax.sharding import ranks
 from ppomax.sharding.settle import agreed_config
+from ppomax.stages import doctor
 from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
 
@@ -135,6 +136,7 @@ def two(folder: Path) -> dict[str, Kept]:
     out["nan"] = tried(nan_on_one_rank, engine)
     out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra")}
     out["trunk"] = tried(trunk_states, folder)
+    out["doctor"] = tried(doctor.examine, folder / "doctor")
     out["our kernels"] = tried(variant, folder, "our kernels", 2)
     out |= {f"refused: {name}": tried(words_of, attempt) for name, attempt in attempts(folder).items()}
     out["alone"] = tried(job_alone, folder)

@@ -136,6 +136,13 @@ def test_sharded_checkpoint_resumes_to_the_bit(on_two, stage: int) -> None:
     assert on_two[f"resumed {stage}"]["equal"]
 
 
+def test_the_doctor_sees_all_ranks_and_the_folder_that_they_share(on_two) -> None:
+    found = {name: (state, words) for name, state, words in on_two["doctor"]}
+    assert found["ranks"][0] == "ok"
+    assert found["ranks"][1].startswith("2, all see")
+    assert "GB/s" in found["exchange"][1]
+
+
 def test_a_rank_holds_the_trunk_states_of_its_own_sequences(on_two) -> None:
     """And of one short one, which stands in."""
     for held, own in on_two["trunk"]:
