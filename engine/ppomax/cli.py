@@ -297,10 +297,8 @@ def main(argv: list[str] | None = None) -> int:
 def usage() -> str:
     """The commands and what each does."""
     lines = [f"  {name:14} {(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
-    ends = (
-        "exit status: 0 done, 2 wrong input, 1 a bug of ppomax, 3 what is planned does not fit, or the doctor found\n"
-    )
-    ends += "  what ends a run, 130 / 143 ended by Ctrl-C / SIGTERM, a checkpoint written (go on with --resume)"
+    ends = "exit status: 0 done, 2 wrong input, 1 a bug of ppomax, 3 what is planned does not fit or the doctor\n"
+    ends += "  found what ends a run, 130 / 143 ended by Ctrl-C / SIGTERM, a checkpoint written (go on with --resume)"
     head = "usage: ppomax COMMAND [options]\n\n" + "\n".join(lines)
     return f"{head}\n\n`ppomax COMMAND --help` explains each flag.\n{ends}"
 
