@@ -146,9 +146,9 @@ PPOMAX_API int ppomax_whiten_cpu(const void *x, int dtype, const uint8_t *mask, 
  * (before is_weight); loss = (sum pg + kl_coef * sum kl - ent_coef * sum entropy) / denominator, sums over the mask.
  * The denominator is *normalizer if that is not NULL, else norm_value if > 0, else the count of unmasked tokens; *scale
  * = 1/denominator, or 0 if that is not above 0. is_weights, ref_logprobs, entropy, mask, normalizer may be NULL. All
- * arrays: n elements, contiguous. metrics: 9 floats: pg_loss, approx_kl, clipfrac, dual_clipfrac, ratio_mean,
- * ratio_max, kl, entropy, tokens. dlogprobs (NULL if not wanted): the gradient of sum pg + kl_coef * sum kl, that is
- * without the factor *scale. */
+ * arrays: n elements, contiguous. metrics: 10 floats: pg_loss, approx_kl, clipfrac, dual_clipfrac, ratio_mean,
+ * ratio_max, kl, entropy, tokens, ratio_gap (max |w - 1|). dlogprobs (NULL if not wanted): the gradient of sum pg +
+ * kl_coef * sum kl, that is without the factor *scale. */
 PPOMAX_API int ppomax_ppo_loss_cpu(const void *logprobs, int logprobs_dtype, const void *old_logprobs, int old_dtype,
                                    const void *advantages, int advantages_dtype, const uint8_t *mask,
                                    const void *is_weights, int is_weights_dtype, const void *ref_logprobs,

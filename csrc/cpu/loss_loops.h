@@ -85,6 +85,9 @@ static inline void ppo_tile(const PpoArrays &in, int64_t at, int n, PpoSums *out
     out->ratio += sum_of(ratio, n) - (n - tokens);  // a masked token's ratio came out as 1
     const float largest = largest_of(ratio, mask, n, d);
     out->ratio_max = largest > out->ratio_max ? largest : out->ratio_max;
+    for (int i = 0; i < n; ++i) ratio[i] = fabsf(ratio[i] - 1.0f);
+    const float furthest = largest_of(ratio, mask, n, d);
+    out->ratio_gap = furthest > out->ratio_gap ? furthest : out->ratio_gap;
     if (in.ref_logprobs.data) {
         const float *ref = masked_floats(in.ref_logprobs, mask, at, n, d);
         if (in.estimator == PPOMAX_K1) kl_terms<PPOMAX_K1>(logprobs, ref, mask, n, in.kl_coef, loss, slope);

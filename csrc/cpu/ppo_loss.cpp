@@ -49,6 +49,7 @@ extern "C" int ppomax_ppo_loss_cpu(const void *logprobs, int logprobs_dtype, con
             all.entropy += part.entropy;
             all.tokens += part.tokens;
             all.ratio_max = part.ratio_max > all.ratio_max ? part.ratio_max : all.ratio_max;
+            all.ratio_gap = part.ratio_gap > all.ratio_gap ? part.ratio_gap : all.ratio_gap;
         });
     if (!done) return PPOMAX_NO_MEMORY;
     const float inverse = scale_of(normalizer, norm_value, all.tokens);
@@ -60,9 +61,10 @@ extern "C" int ppomax_ppo_loss_cpu(const void *logprobs, int logprobs_dtype, con
     metrics[2] = (float)(all.clipped * unit);
     metrics[3] = (float)(all.dual * unit);
     metrics[4] = (float)(all.ratio * unit);
-    metrics[5] = all.ratio == all.ratio ? all.ratio_max : (float)all.ratio;  // a NaN ratio shows in the maximum too
+    metrics[5] = all.ratio == all.ratio ? all.ratio_max : (float)all.ratio;  // a NaN ratio shows in the maxima too
     metrics[6] = (float)(all.kl * unit);
     metrics[7] = (float)(all.entropy * unit);
     metrics[8] = (float)all.tokens;
+    metrics[9] = all.ratio == all.ratio ? all.ratio_gap : (float)all.ratio;
     return PPOMAX_OK;
 }

@@ -41,7 +41,7 @@ struct PpoArrays {
 
 struct PpoSums {
     double pg, approx_kl, clipped, dual, ratio, kl, entropy, tokens;
-    float ratio_max;
+    float ratio_max, ratio_gap;
 };
 
 struct ValueArrays {

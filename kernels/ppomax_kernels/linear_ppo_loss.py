@@ -15,7 +15,7 @@ from .library import differentiable, primitive
 from .linear_loss import composed, loss_and_gradients, loss_shapes
 from .metrics import Metrics
 from .ppo_loss import FORWARD as LOSS
-from .ppo_loss import METRICS, divisor_of, given_tokens, terms_of
+from .ppo_loss import MAXIMA, METRICS, divisor_of, given_tokens, terms_of
 from .terms import Head, LinearInputs, Need, PolicyTokens, PpoTerms, Walk
 from .vocab_shard import VocabShard
 
@@ -67,8 +67,8 @@ def _total(losses: list[Tensor], figures: list[Tensor], like: Tensor) -> tuple[T
         return like.new_zeros((), dtype=torch.float32), like.new_zeros(len(METRICS), dtype=torch.float32)
     every = torch.stack(figures)
     metrics = every.sum(0)
-    largest = METRICS.index("ratio_max")
-    metrics[largest] = every[:, largest].max()
+    for largest in map(METRICS.index, MAXIMA):
+        metrics[largest] = every[:, largest].max()
     return torch.stack(losses).sum(), metrics
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 POLICY_METRICS = (
     "pg_loss", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max", "kl", "entropy", "tokens",
+    "ratio_gap",
 )  # fmt: skip
 """What ppo_loss tells, in the order in which every back-end writes it; so do the next two."""
 VALUE_METRICS = ("v_loss", "clipfrac", "value_mean", "return_mean", "squared_error", "tokens")

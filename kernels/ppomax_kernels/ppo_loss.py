@@ -20,6 +20,8 @@ from .metrics import POLICY_METRICS, Metrics
 from .terms import Divisor, PolicyTokens, PpoTerms
 
 METRICS = POLICY_METRICS
+MAXIMA = ("ratio_max", "ratio_gap")
+"""Of those, the ones that are no sums: of parts of a batch, the larger counts."""
 
 FORWARD: Table = {
     "cpu": native.ppo_loss_cpu,
@@ -116,9 +118,9 @@ def ppo_loss(
     logprobs.
     entropy, ent_coef: subtracts ent_coef * entropy, differentiable through entropy.
     Returns the 0-d float32 loss and Metrics, each a masked sum / normalizer (so micro-batches add up): pg_loss,
-    approx_kl = (w-1) - log w, clipfrac, dual_clipfrac, ratio_mean, kl, entropy; but ratio_max a maximum and tokens
-    the mask's sum. No host sync. log w is clamped to +-20, with gradient 0 outside. Raises TypeError for dtypes,
-    ValueError for the rest.
+    approx_kl = (w-1) - log w, clipfrac, dual_clipfrac, ratio_mean, kl, entropy; but ratio_max and ratio_gap =
+    max |w - 1| are maxima, and tokens the mask's sum. No host sync. log w is clamped to +-20, with gradient 0 outside.
+    Raises TypeError for dtypes, ValueError for the rest.
     Source: arXiv 1707.06347; clip-higher arXiv 2503.14476; dual clip arXiv 1912.09729.
     """
     op = "ppo_loss"

@@ -46,7 +46,7 @@ def policy_terms(logprobs, old_logprobs, advantages, clip_low, clip_high, dual_c
 
 @triton.jit
 def _write(
-    pg_loss, approx_kl, clipfrac, dual_clipfrac, ratio_mean, ratio_max, kl, entropy, tokens,
+    pg_loss, approx_kl, clipfrac, dual_clipfrac, ratio_mean, ratio_max, kl, entropy, tokens, ratio_gap,
     loss_ptr, metrics_ptr, scale_ptr, normalizer_ptr, norm_value, kl_coef, ent_coef,
 ):  # fmt: skip
     """Sums over tokens -> loss, metrics in the order of ppo_loss.METRICS, scale."""
@@ -62,6 +62,7 @@ def _write(
     tl.store(metrics_ptr + 6, kl * scale)
     tl.store(metrics_ptr + 7, entropy * scale)
     tl.store(metrics_ptr + 8, tokens)
+    tl.store(metrics_ptr + 9, ratio_gap)
 
 
 @triton.jit(do_not_specialize=["N", "chunk"], do_not_specialize_on_alignment=["normalizer_ptr"])
@@ -79,6 +80,7 @@ def _ppo_loss_kernel(
     dual_clipfrac = tl.zeros((BLOCK,), tl.float32)
     ratio_mean = tl.zeros((BLOCK,), tl.float32)
     ratio_max = tl.zeros((BLOCK,), tl.float32)
+    ratio_gap = tl.zeros((BLOCK,), tl.float32)
     kl = tl.zeros((BLOCK,), tl.float32)
     entropy = tl.zeros((BLOCK,), tl.float32)
     tokens = tl.zeros((BLOCK,), tl.float32)
@@ -109,12 +111,13 @@ def _ppo_loss_kernel(
         dual_clipfrac += tl.where(was_dual, 1.0, 0.0)
         ratio_mean += tl.where(keep, ratio, 0.0)
         ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, 0.0))
+        ratio_gap = tl.maximum(ratio_gap, tl.abs(ratio - 1.0))  # 0 where nothing was loaded
         tokens += tl.where(keep, 1.0, 0.0)
     if scratch_ptr is None:
         _write(
             tl.sum(pg_loss, 0), tl.sum(approx_kl, 0), tl.sum(clipfrac, 0), tl.sum(dual_clipfrac, 0),
             tl.sum(ratio_mean, 0), tl.max(ratio_max, 0), tl.sum(kl, 0), tl.sum(entropy, 0), tl.sum(tokens, 0),
-            loss_ptr, metrics_ptr, scale_ptr, normalizer_ptr, norm_value, kl_coef, ent_coef,
+            tl.max(ratio_gap, 0), loss_ptr, metrics_ptr, scale_ptr, normalizer_ptr, norm_value, kl_coef, ent_coef,
         )  # fmt: skip
     else:
         row = scratch_ptr + tl.program_id(0)
@@ -128,6 +131,7 @@ def _ppo_loss_kernel(
         tl.store(row + 6 * count, tl.sum(kl, 0))
         tl.store(row + 7 * count, tl.sum(entropy, 0))
         tl.store(row + 8 * count, tl.sum(tokens, 0))
+        tl.store(row + 9 * count, tl.max(ratio_gap, 0))
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["normalizer_ptr"])
@@ -137,14 +141,16 @@ def _ppo_loss_finish_kernel(
 ):  # fmt: skip
     lanes = tl.arange(0, ROWS)
     ratio_max = tl.zeros((ROWS,), tl.float32)
+    ratio_gap = tl.zeros((ROWS,), tl.float32)
     for start in range(0, count, ROWS):
         at = start + lanes
         ratio_max = tl.maximum(ratio_max, tl.load(scratch_ptr + 5 * count + at, mask=at < count, other=0.0))
+        ratio_gap = tl.maximum(ratio_gap, tl.load(scratch_ptr + 9 * count + at, mask=at < count, other=0.0))
     _write(
         total(scratch_ptr, 0, count, ROWS), total(scratch_ptr, 1, count, ROWS), total(scratch_ptr, 2, count, ROWS),
         total(scratch_ptr, 3, count, ROWS), total(scratch_ptr, 4, count, ROWS), tl.max(ratio_max, 0),
         total(scratch_ptr, 6, count, ROWS), total(scratch_ptr, 7, count, ROWS), total(scratch_ptr, 8, count, ROWS),
-        loss_ptr, metrics_ptr, scale_ptr, normalizer_ptr, norm_value, kl_coef, ent_coef,
+        tl.max(ratio_gap, 0), loss_ptr, metrics_ptr, scale_ptr, normalizer_ptr, norm_value, kl_coef, ent_coef,
     )  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def test_losses_are_their_formulas(knobs: dict[str, object]) -> None:
     torch.testing.assert_close(got, want, **LOSS)
     torch.testing.assert_close(got_v, want_v, **LOSS)
     assert abs(float(metrics["ratio_max"]) - float(ratio.detach().max())) < SAME * float(ratio.detach().max())
+    assert float(metrics["ratio_gap"]) == pytest.approx(float((ratio.detach() - 1).abs().max()), rel=1e-4)
     assert_same_gradients(engine, (got, want), (got_v, want_v))
 
 
@@ -143,6 +144,14 @@ def test_first_minibatch_gaps_are_reported_as_zero() -> None:
     assert metrics["val/first_ratio_gap"] <= 1e-6
     assert metrics["val/first_value_gap"] <= 1e-6
     assert metrics["val/ratio_max"] > 1.0
+
+
+def test_a_first_ratio_below_one_shows_as_much_as_one_above() -> None:
+    engine = tiny_engine(small_config())
+    experience = engine.experience(engine.rollout(prompts(8)))
+    roll = dataclasses.replace(experience.rollout, logprobs=experience.rollout.logprobs + math.log(1 / 0.6))
+    metrics = engine.update(dataclasses.replace(experience, rollout=roll))
+    assert metrics["val/first_ratio_gap"] == pytest.approx(0.4, abs=1e-3)
 
 
 def test_not_a_number_skips_the_step_counts_and_stops() -> None:

@@ -169,6 +169,7 @@ def ppo_loss_truth(
         "kl": kl.sum() * share,
         "entropy": ent.sum() * share,
         "tokens": float(keep.sum()),
+        "ratio_gap": np.abs(w - 1).max(initial=0.0),
     }
     dlogprobs, dentropy = np.zeros(logprobs.shape), np.zeros(logprobs.shape)
     dlogprobs[keep] = (gradient + kl_coef * dkl) * share

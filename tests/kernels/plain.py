@@ -122,6 +122,7 @@ def ppo_loss(
         "kl": mean(kl),
         "entropy": mean(ent),
         "tokens": keep.sum().float(),
+        "ratio_gap": (w - 1).abs()[keep].max() if bool(keep.any()) else zero.sum(),
     }
     return metrics["pg_loss"] + kl_coef * metrics["kl"] - ent_coef * metrics["entropy"], metrics
 

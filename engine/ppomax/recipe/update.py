@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import ppomax_kernels as K
 import torch
+from ppomax_kernels.ppo_loss import MAXIMA
 from ppomax_kernels.ppo_loss import METRICS as PG_METRICS
 from ppomax_kernels.value_loss import METRICS as V_METRICS
 from torch import Tensor
@@ -303,9 +304,9 @@ def _row(parts: Sequence[MicroLosses], ptx: Tensor, stepped: OptimizerStep) -> d
     *figures, optimised = ranks.sum(shares.sum(0)).tolist()
     pg = dict(zip(PG_METRICS, figures, strict=True))
     v = dict(zip(V_METRICS, ranks.sum(torch.stack([p.v_metrics for p in parts]).sum(0)).tolist(), strict=True))
-    at = PG_METRICS.index("ratio_max")
-    most = torch.stack([torch.stack([p.pg_metrics[at], p.value_gap]) for p in parts]).amax(0)
-    ratio_max, value_gap = ranks.max(most).tolist()
+    at = [PG_METRICS.index(name) for name in MAXIMA]
+    most = torch.stack([torch.cat([p.pg_metrics[at], p.value_gap.view(1)]) for p in parts]).amax(0)
+    ratio_max, ratio_gap, value_gap = ranks.max(most).tolist()
     return {
         "loss/policy_avg": pg["pg_loss"],
         "loss/policy_total": optimised,
@@ -317,7 +318,7 @@ def _row(parts: Sequence[MicroLosses], ptx: Tensor, stepped: OptimizerStep) -> d
         "val/clipfrac_avg": v["clipfrac"],
         "val/ratio": pg["ratio_mean"],
         "val/ratio_max": ratio_max,
-        "val/first_ratio_gap": abs(ratio_max - 1.0),
+        "val/first_ratio_gap": ratio_gap,
         "val/first_value_gap": value_gap,
         "policy/grad_norm": float(stepped.policy_norm),
         "critic/grad_norm": float(stepped.critic_norm),

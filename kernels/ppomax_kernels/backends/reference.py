@@ -196,9 +196,11 @@ def ppo_loss(logprobs: Tensor, tokens: PolicyTokens, entropy: Tensor | None, ter
     loss = pg_loss + terms.kl_coef * kl - terms.ent_coef * ent
     with torch.no_grad():
         ratio_max = _masked(ratio, mask).max() if ratio.numel() else ratio.new_zeros(())
+        ratio_gap = _masked((ratio - 1).abs(), mask).max() if ratio.numel() else ratio.new_zeros(())
         approx_kl = mean(torch.expm1(log_ratio) - log_ratio)
         fractions = mean(clipped.to(pg.dtype)), mean(dual.to(pg.dtype))
-        metrics = torch.stack([pg_loss, approx_kl, *fractions, mean(ratio), ratio_max, kl, ent, counted]).detach()
+        figures = [pg_loss, approx_kl, *fractions, mean(ratio), ratio_max, kl, ent, counted, ratio_gap]
+        metrics = torch.stack(figures).detach()
     return loss, metrics
 
 
