@@ -34,7 +34,7 @@ def write(grid: Grid, runs: Runs, path: Path, numbers: list[str]) -> Path:
     parts.append("<h2>Verdicts</h2>" + markdown_table(table(verdicts(figures, runs))))
     path.parent.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        if any(arm == a for arm in figure.arms for a, _ in runs):
+        if set(figure.arms) <= {arm for arm, _ in runs}:
             parts.append(f"<h2>Figure {figure.number}: {html.escape(figure.title)}</h2>")
             parts.append(svg_of(draw(figure, runs)))
             drawn = draw(figure, runs)

@@ -218,3 +218,12 @@ def test_each_run_is_made_once_and_a_killed_one_again(tmp_path: Path, monkeypatc
     (results / "runs.jsonl").write_text(2 * (json.dumps(one) + "\n"))
     with pytest.raises(GridError, match="has kl with seed 0 twice"):
         lab.rows(results)
+
+
+def test_no_claim_of_the_grid_holds_by_its_form() -> None:
+    """The largest of a series is never below its other places, whatever the runs say."""
+    for figure in read_grid().figures.values():
+        for one in figure.claims:
+            extremes = {t.at for t in (one.left, one.right) if not isinstance(t, float)} & {"max", "min"}
+            same = not isinstance(one.right, float) and one.left[:2] == one.right[:2]
+            assert not (extremes and same), one.test
