@@ -23,14 +23,14 @@ def length(prompts, responses):
     return [float(len(r)) for r in responses]
 def answered(prompts, responses, answer, finished=None):
     return [float(a in r) + 10 * f for a, r, f in zip(answer, responses, finished)]
-def where(prompts, responses):
+def acts(prompts, responses):
+    if responses[0] == "sleep":
+        time.sleep(60)
+    if responses[0] == "die":
+        os._exit(3)
+    if responses[0] == "raise":
+        raise KeyError("tea")
     return [float(os.getpid())] * len(responses)
-def asleep(prompts, responses):
-    time.sleep(60)
-def dies(prompts, responses):
-    os._exit(3)
-def wrong(prompts, responses):
-    raise KeyError("tea")
 async def waits(prompts, responses):
     await asyncio.sleep(0.01)
     return [float(len(p)) for p in prompts]
@@ -123,18 +123,16 @@ def test_a_pool_gives_what_the_function_gives_and_stops_what_does_not_end(spec: 
     assert call_reward(pool, texts, texts, columns).tolist() == want
     assert call_reward(pool, texts[:1], texts[:1], {n: x[:1] for n, x in columns.items()}).tolist() == want[:1]
     pool.close()
-    apart = Pooled(f"{spec}where", 2)
-    assert os.getpid() not in apart(["p"] * 4, ["r"] * 4)
-    apart.close()
-    for name, words in (
-        ("asleep", r"asleep took longer than reward\.timeout=0\.5 s for 2 responses"),
-        ("dies", "a process of the reward function dies died"),
-        ("wrong", r"wrong raised KeyError: 'tea' \(.*f\.py:14\)"),
-    ):
-        slow = Pooled(f"{spec}{name}", 1, 0.5 if name == "asleep" else None)
-        with pytest.raises(RewardError, match=words):
-            call_reward(slow, ["p"] * 2, ["r"] * 2)
-        slow.close()
+    acts = Pooled(f"{spec}acts", 1)
+    with pytest.raises(RewardError, match=r"acts raised KeyError: 'tea' \(.*f\.py:\d+\)"):
+        call_reward(acts, ["p"] * 2, ["raise"] * 2)
+    assert os.getpid() not in acts(["p"] * 2, ["where"] * 2)
+    acts.timeout = 0.5
+    with pytest.raises(RewardError, match=r"acts took longer than reward\.timeout=0\.5 s for 2 responses"):
+        call_reward(acts, ["p"] * 2, ["sleep"] * 2)
+    acts.timeout = None
+    with pytest.raises(RewardError, match="a process of the reward function acts died"):
+        call_reward(acts, ["p"] * 2, ["die"] * 2)
 
 
 def test_a_run_of_a_model_and_two_functions_logs_each(spec: str, tmp_path: Path) -> None:
@@ -142,7 +140,7 @@ def test_a_run_of_a_model_and_two_functions_logs_each(spec: str, tmp_path: Path)
     path = tmp_path / "prompts.jsonl"
     rows = [{**json.loads(line), "answer": "a"} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    knobs = {**SMALL, **assets, "run.steps": 1, "run.out": str(tmp_path / "run"), "reward.workers": 1}
+    knobs = {**SMALL, **assets, "run.steps": 1, "run.out": str(tmp_path / "run")}
     knobs["reward.functions"] = [f"0.1*{spec}length", f"2*{spec}answered"]
     out = train_ppo(load_config(overrides=knobs))
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
