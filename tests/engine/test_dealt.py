@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax.saving.dealt import DealtTensors, deal, write_dealt, write_file
+from ppomax.saving.dealt import DealtTensors, write_dealt, write_file
 from ppomax.sharding import Lazy, ranks
 from safetensors.torch import load_file
 
@@ -28,7 +28,7 @@ def cut(x: torch.Tensor, start: int, stop: int) -> Lazy:
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 8))
 def test_hands_differ_by_no_more_than_the_largest(sizes: list[int], hands: int) -> None:
-    owner = deal(sizes, hands)
+    owner = ranks.deal(sizes, hands)
     held = [sum(s for s, o in zip(sizes, owner, strict=True) if o == h) for h in range(hands)]
     assert sum(held) == sum(sizes)
     assert max(held) - min(held) <= max(sizes, default=0)

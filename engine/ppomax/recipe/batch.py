@@ -263,31 +263,16 @@ def split_minibatches(
     """
     host = lengths.tolist()
     order = torch.randperm(len(host), generator=generator).tolist() if generator else list(range(len(host)))
-    rank, ranks = position
+    rank, count = position
     minibatches: MicroBatches = []
     for start in range(0, len(order), minibatch_size):
         part = order[start : start + minibatch_size]
-        if owners is None:
-            hands = _deal(part, host, ranks)
-        else:
-            hands = [[i for i in part if owners[i] == r] for r in range(ranks)]
+        to = ranks.deal([host[i] for i in part], count) if owners is None else [owners[i] for i in part]
+        hands = [[i for i, owner in zip(part, to, strict=True) if owner == r] for r in range(count)]
         packed = [_pack_micro(hand, host, micro_tokens, padded) for hand in hands]
         mine = packed[rank] + [[]] * (max(map(len, packed)) - len(packed[rank]))
         minibatches.append([torch.tensor(m, dtype=torch.int64) for m in mine])
     return minibatches
-
-
-def _deal(which: list[int], lengths: list[int], ranks: int) -> list[list[int]]:
-    """The longest left to the rank with the fewest tokens so far, again and again; each hand in the given order."""
-    if ranks == 1:
-        return [which]
-    hands: list[set[int]] = [set() for _ in range(ranks)]
-    tokens = [0] * ranks
-    for i in sorted(which, key=lengths.__getitem__, reverse=True):
-        least = tokens.index(min(tokens))
-        hands[least].add(i)
-        tokens[least] += lengths[i]
-    return [[i for i in which if i in hand] for hand in hands]
 
 
 def _pack_micro(which: list[int], lengths: list[int], micro_tokens: int, padded: bool) -> list[list[int]]:

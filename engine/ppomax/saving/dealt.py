@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,20 +38,11 @@ class Entry(NamedTuple):
     sha256: str
 
 
-def deal(sizes: Sequence[int], hands: int) -> list[int]:
-    """Which of so many hands each thing goes to: the largest first, each to the hand that has the least."""
-    held, owner = [0] * hands, [0] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        owner[i] = held.index(min(held))
-        held[owner[i]] += sizes[i]
-    return owner
-
-
 def write_dealt(folder: Path, files: dict[str, dict[str, Lazy]]) -> dict[str, Entry]:
     """Write this rank's share of the tensors, by the stem of their file and their name, into `folder`, which is there;
     returns the entries of its files, which are on the disk."""
     whole = [(stem, name, x) for stem, tensors in files.items() for name, x in tensors.items() if x.own is None]
-    owners = deal([size_of(x) for *_, x in whole], ranks.world_size())
+    owners = ranks.deal([size_of(x) for *_, x in whole], ranks.world_size())
     mine = {(stem, name) for (stem, name, _), owner in zip(whole, owners, strict=True) if owner == ranks.rank()}
     written = {}
     for stem, tensors in files.items():

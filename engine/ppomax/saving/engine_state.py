@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from ppomax.config import TrainConfig, build
@@ -25,7 +25,6 @@ from ppomax.models.trunk import config_as_given
 from ppomax.saving.dealt import DealtTensors
 from ppomax.saving.folder import FORMAT, CheckpointError, verify, write_together
 from ppomax.saving.random_state import python_random_state, random_state, restore_random_state
-from ppomax.saving.tensor_files import TensorFile
 from ppomax.sharding import Lazy, Trained, ranks
 
 log = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def restore_state(
             state["optimizer_steps"][role],
         )
     own = min(ranks.rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
-    generators = dict(TensorFile(path / RNG).items())
+    generators = load_file(path / RNG)
     restore_random_state({n: generators[_of_rank(own, n)] for n in random_state()}, state["random"][own])
     return state, state["extra"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ppomax.saving.beside import OLD, PART, begin, beside, part_of, remove, sync, take_place
-from ppomax.saving.dealt import Entry, deal, write_dealt
+from ppomax.saving.dealt import Entry, write_dealt
 from ppomax.saving.tensor_files import size_of
 from ppomax.sharding import Lazy, ranks
 
@@ -66,9 +66,9 @@ def write_together(path: Path, files: dict[str, dict[str, Lazy]], finish: Callab
     part = part_of(path)
     with _as_unwritten(path):
         if ranks.rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            begin(path)
             check_space(path.parent, sum(size_of(x) for file in files.values() for x in file.values()))
-            begin(path).mkdir()
+            part.mkdir()
     try:
         with _as_unwritten(path):
             own = write_dealt(part, files)
@@ -115,7 +115,7 @@ def verify(path: Path) -> None:
     words: str | None = None
     try:
         listing = read_manifest(path)
-        owners = deal([size for _, size, _ in listing], ranks.world_size())
+        owners = ranks.deal([size for _, size, _ in listing], ranks.world_size())
         for (name, size, digest), owner in zip(listing, owners, strict=True):
             if owner == ranks.rank():
                 _check_file(path / name, size, digest)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ppomax.sharding import Lazy, ranks
@@ -77,25 +76,6 @@ def header_of(
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     return len(head).to_bytes(8, "little") + head
-
-
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a mapping that reads a tensor when it is asked for."""
-
-    def __init__(self, path: Path):
-        self._file = safe_open(path, "pt")  # type: ignore[no-untyped-call]
-        self._names = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)  # type: ignore[no-any-return]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def shards(tensors: Mapping[str, Lazy], limit: int) -> list[list[str]]:

@@ -132,6 +132,15 @@ def part_of(count: int, number: int | None = None) -> range:
     return range(begin, begin + base + (at < more))
 
 
+def deal(sizes: Sequence[int], hands: int) -> list[int]:
+    """Which of so many hands each thing goes to: the largest first, each to the hand that has the least."""
+    held, owner = [0] * hands, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        owner[i] = held.index(min(held))
+        held[owner[i]] += sizes[i]
+    return owner
+
+
 def in_turn(x: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
     """Each rank's `x` (n, ...) on every rank, one after the other, so that no rank holds all; lengths: their n."""
     for source, length in enumerate(lengths):
