@@ -200,11 +200,11 @@ def table(args: argparse.Namespace) -> int:
     if args.readme is None:
         print(text)
         return 0
-    whole = args.readme.read_text()
-    if BEGIN not in whole or END not in whole:
-        print(f"{args.readme}: no lines '{BEGIN}' and '{END}' to put the table between", file=sys.stderr)
+    try:
+        results.put_between(args.readme, BEGIN, END, text)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 1
-    args.readme.write_text(f"{whole[: whole.index(BEGIN)]}{BEGIN}\n{text}\n{whole[whole.index(END) :]}")
     return 0
 
 

@@ -33,6 +33,15 @@ class Row:
 COLUMNS = [field.name for field in fields(Row)]
 
 
+def put_between(readme: Path, begin: str, end: str, text: str) -> None:
+    """Make what stands between the lines `begin` and `end` of a file anew. ValueError: it has them not."""
+    whole = readme.read_text(encoding="utf-8")
+    if begin not in whole or end not in whole:
+        raise ValueError(f"{readme} has no lines '{begin}' and '{end}' to put the table between")
+    head, tail = whole[: whole.index(begin)], whole[whole.index(end) :]
+    readme.write_text(f"{head}{begin}\n{text}\n{tail}", encoding="utf-8")
+
+
 def path_for(folder: Path, card: str) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".csv")
 

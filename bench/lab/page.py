@@ -36,17 +36,10 @@ def write(grid: Grid, runs: Runs, path: Path, numbers: list[str]) -> Path:
     for figure in figures:
         if set(figure.arms) <= {arm for arm, _ in runs}:
             parts.append(f"<h2>Figure {figure.number}: {html.escape(figure.title)}</h2>")
-            parts.append(svg_of(draw(figure, runs)))
-            drawn = draw(figure, runs)
-            drawn.savefig(path.parent / f"figure-{figure.number}.png", dpi=80)
-            _close(drawn)
+            parts.append(_both(draw(figure, runs), path.parent / f"figure-{figure.number}.png"))
     if any(row.get("gold") for row in runs.values()):
         parts.append("<h2>Over-optimisation: both rewards against the distance from the start</h2>")
-        drawn = over_optimisation(runs)
-        parts.append(svg_of(drawn))
-        drawn = over_optimisation(runs)
-        drawn.savefig(path.parent / "over-optimisation.png", dpi=80)
-        _close(drawn)
+        parts.append(_both(over_optimisation(runs), path.parent / "over-optimisation.png"))
     words = "".join(parts)
     path.write_text(f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{words}", encoding="utf-8")
     return path
@@ -159,5 +152,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _close(canvas: Any) -> None:
-    _pyplot().close(canvas)
+def _both(canvas: Any, picture: Path) -> str:
+    """The drawing for the page, and as a picture of its own."""
+    canvas.savefig(picture, dpi=80)
+    return svg_of(canvas)

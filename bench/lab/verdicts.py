@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.lab.grid import Claim, Figure, GridError, Term
+from bench.results import put_between
 
 Runs = dict[tuple[str, int], dict[str, Any]]
 BEGIN, END = "<!-- table: bench/results/lab -->", "<!-- end lab -->"
@@ -107,8 +108,7 @@ def table(found: list[Verdict]) -> str:
 
 def into(readme: Path, words: str) -> None:
     """Put the table between the marks of a file. GridError: it has none."""
-    whole = readme.read_text(encoding="utf-8")
-    if BEGIN not in whole or END not in whole:
-        raise GridError(f"{readme} has no lines {BEGIN!r} and {END!r} to put the table between")
-    head, tail = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
-    readme.write_text(f"{head}{BEGIN}\n{words}\n{tail}", encoding="utf-8")
+    try:
+        put_between(readme, BEGIN, END, words)
+    except ValueError as error:
+        raise GridError(str(error)) from error
