@@ -93,9 +93,16 @@ OF_A_MINIBATCH = {"advantage__over": "minibatch", "advantage__clip": 0.5, "loss_
 AGAIN = {"model__gradient_checkpointing": True}
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "tied": ({**OF_A_MINIBATCH, "batch__epochs": 2}, {"policy": lambda: tiny_policy(tied=True)}),
-    "recomputed": ({**AGAIN}, {}),
+    "recomputed": ({**AGAIN, "rollout__top_k": 6}, {}),
     "hydra": (
-        {"model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy", "batch__epochs": 2, **AGAIN},
+        {
+            "model__train": "hydra",
+            "model__trained_layers": 1,
+            "model__critic": "policy",
+            "batch__epochs": 2,
+            **AGAIN,
+            "rollout__top_p": 0.9,
+        },
         {},
     ),
     "lora": ({"model__train": "lora", **AGAIN}, {}),

@@ -83,7 +83,6 @@ def test_yaml_values_get_their_types(tmp_path, text: str, path: str, want: objec
         ({"run.resume": "perhaps"}, r"run\.resume must be true or false"),
         ({"kl.estimator": "k4"}, r"kl\.estimator must be one of k1, k2, k3, abs"),
         ({"kl.coef": None}, r"kl\.coef must be a number"),
-        ({"rollout.top_p": 0.9}, r"rollout\.allow_biased_sampling"),
         ({"rollout.temperature": 0}, r"rollout\.temperature must be above 0"),
         ({"batch.minibatch_size": 999}, r"batch\.minibatch_size must be in \[1, rollout_size=128\]"),
         ({"loss.dual_clip": 1.0}, r"loss\.dual_clip must be above 1"),

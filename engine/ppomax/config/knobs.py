@@ -105,18 +105,19 @@ class RolloutConfig:
     max_new_tokens: int = 48
     """Response limit in tokens, EOS included; a response cut here is `truncated`."""
     min_new_tokens: int = 0
-    """EOS is forbidden before this many tokens are out; 0 allows an empty response (EOS alone). Above 0 it needs
-    `allow_biased_sampling` in training."""
+    """EOS is forbidden before this many tokens are out; 0 allows an empty response (EOS alone)."""
     temperature: float = 1.0
     """Sampling temperature. Scoring and training divide logits by the same number, so ratio and KL are those of one
     distribution."""
     top_k: int = 0
-    """Sample from the k likeliest tokens; 0: all. Needs `allow_biased_sampling` in training."""
+    """Sample from the k likeliest tokens; 0: all. As for top_p and min_new_tokens, training records what each token was
+    drawn from, and scores, ratio, KL and entropy are over these tokens: 4 * top_k bytes a token up to 64, else an
+    eighth of the vocabulary."""
     top_p: float = 1.0
-    """Sample from the smallest set with this mass; 1: all. Needs `allow_biased_sampling` in training."""
+    """Sample from the smallest set with this mass; 1: all."""
     allow_biased_sampling: bool = False
-    """Consent to top_k, top_p or min_new_tokens in training, where ratios and KL then are not those of the sampling
-    distribution."""
+    """Score over the whole vocabulary what was sampled with top_k, top_p or min_new_tokens, as most trainers do:
+    nothing is recorded, and ratios and KL are not those of the sampling distribution."""
     samples_per_prompt: int = 1
     """Responses drawn for each prompt."""
     slots: int = 128
@@ -147,12 +148,6 @@ class RolloutConfig:
             "at least 1, or null for what the slots need",
             self.cache_tokens,
         )
-        if (self.top_k or self.top_p < 1 or self.min_new_tokens) and not self.allow_biased_sampling:
-            raise ConfigError(
-                "config: rollout.top_k, rollout.top_p and rollout.min_new_tokens cut the sampling distribution, so the "
-                "ratio and the KL would be those of another one; leave them off or set "
-                "rollout.allow_biased_sampling=true"
-            )
 
 
 @dataclass(frozen=True)

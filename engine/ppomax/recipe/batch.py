@@ -68,6 +68,9 @@ class Rollout:
     """(N,) float32, V(s_t) of the critic."""
     micro_batches: MicroBatches
     """Which sequences were scored together; the first epoch trains on the same ones."""
+    kept: Tensor | None = None
+    """(N, W), what each response token was drawn from (rollout/kept.py), where sampling was cut: logprobs, entropy and
+    ref_logprobs are then over these tokens. None: over the whole vocabulary."""
     trunk: Trunk | None = None
     """Of the policy, where its lower blocks are frozen (`model.train: hydra`); else None."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
@@ -146,6 +149,7 @@ class Minibatch:
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    kept: Tensor | None = None
     trunk: Trunk | None = None
     weight: float = 1.0
     """What its losses are multiplied by: 0 for a stand-in, which keeps ranks in step."""
@@ -237,6 +241,7 @@ def minibatch(experience: Experience, which: Tensor) -> Minibatch:
         old_values=roll.values[slots],
         advantages=experience.advantages[slots],
         returns=experience.returns[slots],
+        kept=None if roll.kept is None else roll.kept[slots],
         trunk=select_trunk(roll.trunk, roll.on_host[0], which),
         weight=weight,
     )

@@ -106,13 +106,15 @@ def score(
     host_response_cu = cumulative(torch.tensor([len(r) for r in responses.tokens]))
     tokens, cu, response_cu = tokens.to(device), host_cu.to(device), host_response_cu.to(device)
     sampled = torch.tensor([x for row in responses.logprobs for x in row], dtype=torch.float32, device=device)
+    kept = None if responses.kept is None else torch.cat(responses.kept)
     trunk = None
     if models.trunk_layers is not None:
         trunk = _trunk(models.policy, responses, tokens, host_cu, micro_batches, models.trunk_layers)
 
     def micros() -> Iterator[_Micro]:
         """Packed when its turn comes, so that no two are held at once."""
-        return (_micro(micro, tokens, host_cu, host_response_cu, trunk) for each in micro_batches for micro in each)
+        cu = (host_cu, host_response_cu)
+        return (_micro(micro, tokens, *cu, trunk, kept) for each in micro_batches for micro in each)
 
     with fused_trunk(models.policy, models.reference, models.critic, impl=impl):
         fields = _fields(models, micros, int(host_response_cu[-1]), temperature=temperature, impl=impl)
@@ -129,6 +131,7 @@ def score(
         ref_logprobs=ref_logprobs,
         values=values,
         micro_batches=micro_batches,
+        kept=kept,
         trunk=trunk,
     )
 
@@ -142,16 +145,21 @@ class _Micro(NamedTuple):
     """0 for a stand-in."""
     packed: tuple[Tensor, Tensor, Tensor, Trunk | None]
     """What a scorer takes: tokens, cu_seqlens, states, trunk."""
+    kept: Tensor | None
+    """What its response tokens were drawn from, where sampling was cut."""
 
 
-def _micro(which: Tensor, tokens: Tensor, cu: Tensor, response_cu: Tensor, trunk: Trunk | None) -> _Micro:
+def _micro(
+    which: Tensor, tokens: Tensor, cu: Tensor, response_cu: Tensor, trunk: Trunk | None, kept: Tensor | None
+) -> _Micro:
     """cu and response_cu on the host, where the cutting is done."""
     weight, which, device = float(len(which) > 0), with_stand_in(which, cu), tokens.device
     at, micro_cu = spans(cu, which)
     slots, micro_response_cu = spans(response_cu, which)
     states = sent(_states(micro_cu, micro_response_cu), device)
     packed = (tokens[sent(at, device)], micro_cu, states, select_trunk(trunk, cu, which))
-    return _Micro(sent(slots, device), weight, packed)
+    slots = sent(slots, device)
+    return _Micro(slots, weight, packed, None if kept is None else kept[slots])
 
 
 def _fields(
@@ -163,13 +171,15 @@ def _fields(
     fields = torch.zeros(4, count, device=policy.device)
     logprobs, entropy, ref_logprobs, values = fields
     for micro in micros():
-        scored = call(policy, policy_logprobs, *micro.packed, temperature=temperature, entropy=True, impl=impl)
+        how = {"temperature": temperature, "kept": micro.kept, "impl": impl}
+        scored = call(policy, policy_logprobs, *micro.packed, entropy=True, **how)
         logprobs[micro.slots], entropy[micro.slots] = (micro.weight * x for x in scored)
         values[micro.slots] = micro.weight * call(models.critic, state_values, *micro.packed)
     with adapters_off(policy) if reference is None else nullcontext():
         for micro in micros():
             owner = policy if reference is None else reference
-            scored = call(owner, policy_logprobs, *micro.packed, temperature=temperature, impl=impl)
+            how = {"temperature": temperature, "kept": micro.kept, "impl": impl}
+            scored = call(owner, policy_logprobs, *micro.packed, **how)
             ref_logprobs[micro.slots] = micro.weight * scored[0]
     return fields
 

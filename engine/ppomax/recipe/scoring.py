@@ -14,6 +14,7 @@ from ppomax.models import Critic, Head, head_of, packed_hidden
 from ppomax.models.branch import Branch, TrunkCritic
 from ppomax.models.transfers import sent
 from ppomax.recipe.batch import Trunk, trunk_cu
+from ppomax.recipe.cut import cut_logprobs
 
 
 def state_hidden(
@@ -74,15 +75,19 @@ def policy_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    kept: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Logprobs (N,) of `tokens[states + 1]`, each given all before it in its sequence, and entropies (N,) or None."""
+    """Logprobs (N,) of `tokens[states + 1]`, each given all before it in its sequence, and entropies (N,) or None.
+    kept: over these tokens alone (rollout/kept.py)."""
     hidden = state_hidden(policy, tokens, cu_seqlens, states, trunk)
     head = policy.head if isinstance(policy, Branch) else head_of(policy)
     if head is None:
         raise ValueError(
             "policy_logprobs: this branch has no language-model head; give the policy's or the reference's"
         )
+    if kept is not None:
+        return cut_logprobs(hidden, head, tokens[states + 1], kept, temperature)
     return head_logprobs(hidden, head, tokens[states + 1], temperature=temperature, entropy=entropy, impl=impl)
 
 

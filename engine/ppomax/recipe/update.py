@@ -40,6 +40,7 @@ from ppomax.recipe.batch import (
     split_minibatches,
     with_stand_in,
 )
+from ppomax.recipe.cut import cut_ppo_loss
 from ppomax.recipe.rewards import whitened_and_clipped
 from ppomax.recipe.scoring import scaled, state_hidden, state_values
 from ppomax.sharding import Trained, ranks
@@ -226,32 +227,34 @@ def policy_loss(
 def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
     loss, kl = config.loss, config.kl
     head = head_of(policy)
-    hidden, bias = scaled(state_hidden(policy, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk), head)
+    hidden = state_hidden(policy, micro.tokens, micro.cu_seqlens, micro.states, micro.trunk)
     old = micro.ref_logprobs if loss.ratio_to == "reference" else micro.old_logprobs
     weights = None
     if loss.sampler_is_cap is not None:
         weights = (micro.old_logprobs - micro.sampler_logprobs).exp().clamp(max=loss.sampler_is_cap)
-    pg_loss, figures = K.linear_ppo_loss(
-        hidden,
-        head.weight,
-        micro.labels,
-        old,
-        micro.advantages,
-        bias=bias,
-        temperature=config.rollout.temperature,
-        softcap=head.softcap,
-        clip_low=1.0 if loss.clip_low is None else loss.clip_low,
-        clip_high=math.inf if loss.clip_high is None else loss.clip_high,
-        dual_clip=loss.dual_clip,
-        normalizer=tokens,
-        is_weights=weights,
-        ent_coef=loss.ent_coef if micro.ent_coef is None else micro.ent_coef,
-        ref_logprobs=micro.ref_logprobs if kl.loss_coef else None,
-        kl_coef=kl.loss_coef,
-        estimator=kl.loss_estimator,
-        kept=len(micro.labels),
-        impl=config.impl,
-    )
+    per_token: dict[str, Any] = {
+        "old_logprobs": old,
+        "advantages": micro.advantages,
+        "is_weights": weights,
+        "ref_logprobs": micro.ref_logprobs if kl.loss_coef else None,
+    }
+    terms: dict[str, Any] = {
+        "clip_low": 1.0 if loss.clip_low is None else loss.clip_low,
+        "clip_high": math.inf if loss.clip_high is None else loss.clip_high,
+        "dual_clip": loss.dual_clip,
+        "normalizer": tokens,
+        "ent_coef": loss.ent_coef if micro.ent_coef is None else micro.ent_coef,
+        "kl_coef": kl.loss_coef,
+        "estimator": kl.loss_estimator,
+        "impl": config.impl,
+    }
+    temperature = config.rollout.temperature
+    if micro.kept is not None:
+        cut = cut_ppo_loss(hidden, head, micro.labels, per_token, micro.kept, temperature=temperature, **terms)
+        return cut[0], cut[1].tensor
+    hidden, bias = scaled(hidden, head)
+    how: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": head.softcap, "kept": len(micro.labels)}
+    pg_loss, figures = K.linear_ppo_loss(hidden, head.weight, micro.labels, **per_token, **terms, **how)
     return pg_loss, figures.tensor
 
 

@@ -29,7 +29,7 @@ from ppomax.rollout.forward import Draws, Extras, Forward
 from ppomax.rollout.gpu_trunk import gpu_trunk
 from ppomax.rollout.graphs import capture_for
 from ppomax.rollout.packed_weights import packed_trunk
-from ppomax.rollout.recorder import Recorder
+from ppomax.rollout.recorder import KeptRecorder, Recorder
 from ppomax.rollout.responses import Responses, RolloutStats
 from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.sizes import RolloutError, RolloutSizes, rollout_sizes
@@ -71,7 +71,7 @@ def decode(
     sampling = dataclasses.replace(sampling, cuda_graphs=graphs)
     capture = capture_for(model.device) if graphs else None
     if not prompts:
-        return Responses([], [], [], None if trunk_layers is None else [])
+        return Responses([], [], [], None if trunk_layers is None else [], None if sampling.cut is None else [])
     distinct = slotting.grouped(prompts)
     sizes = rollout_sizes(model, distinct, sampling, trunk=trunk_layers is not None)
     if announce is not None:
@@ -85,7 +85,8 @@ def decode(
             recorder = Recorder(model, trunk_layers, sizes.slots, sampling.max_new_tokens, len(prompts))
         slots = Slots(distinct, sizes.slots, sampling.max_new_tokens, arena)
         eos = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
-        draws = Draws(sampling, stream_seeds(sampling.seed, uids).to(model.device), eos)
+        kept = None if sampling.cut is None else KeptRecorder(sizes.slots, sampling.max_new_tokens, len(prompts))
+        draws = Draws(sampling, stream_seeds(sampling.seed, uids).to(model.device), eos, kept)
         forward = Forward(model, attention, slots, draws, Extras(panels, capture, recorder))
         loop = _Loop(forward, len(prompts), ends, texts, on_token)
         try:
@@ -96,7 +97,9 @@ def decode(
     loop.stats.planned_bytes, loop.stats.slots, loop.stats.pages = sizes.peak_bytes, sizes.slots, sizes.pages
     loop.stats.most_pages = sizes.pages - arena.least_free
     recorded = None if recorder is None else recorder.done
-    return Responses(loop.tokens, loop.logprobs, loop.finished, recorded, loop.stats)
+    return Responses(
+        loop.tokens, loop.logprobs, loop.finished, recorded, None if kept is None else kept.done, loop.stats
+    )
 
 
 class _Loop:
@@ -146,6 +149,8 @@ class _Loop:
         for sequence in ended:
             if self.forward.recorder is not None:
                 self.forward.recorder.finish(sequence)
+            if self.forward.draws.kept is not None:
+                self.forward.draws.kept.finish(sequence)
             self.slots.release(sequence)
         if ended:
             self.slots.living = [s for s in self.slots.living if not s.ended]

@@ -19,7 +19,8 @@ from ppomax.rollout import slots as slotting
 from ppomax.rollout.arena import Step
 from ppomax.rollout.attention import Attention
 from ppomax.rollout.graphs import Capture, DecodeGraphs
-from ppomax.rollout.recorder import Recorder
+from ppomax.rollout.kept import kept_rows, only_kept, token_at
+from ppomax.rollout.recorder import KeptRecorder, Recorder
 from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.slots import Admission, Slots
 
@@ -32,6 +33,8 @@ class Draws(NamedTuple):
     """(sequences,) int64: each one's random stream."""
     eos: Tensor
     """Ids that are forbidden until `sampling.min_new_tokens` are out."""
+    kept: KeptRecorder | None = None
+    """Keeps what each token is drawn from."""
 
 
 class Extras(NamedTuple):
@@ -155,21 +158,20 @@ class Forward:
     def _draw(self, hidden: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """A token and its logprob for each state (B, D) of the sequences in `where`. Token -1: the logits were no
         numbers."""
-        (_, _, index, drawn), sampling = where, self.draws.sampling
+        (_, slot, index, drawn), sampling = where, self.draws.sampling
         logits = self._logits(hidden)
         if sampling.min_new_tokens and len(self.draws.eos):
             early = (drawn < sampling.min_new_tokens)[:, None]
             logits[:, self.draws.eos] = logits[:, self.draws.eos].masked_fill(early, -torch.inf)
-        token, logprob, _, _ = K.sample(
-            logits,
-            self.draws.seeds[index],
-            drawn,
-            temperature=float(sampling.temperature),
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            impl=sampling.impl,
-        )
-        return token, logprob
+        seeds, temperature = self.draws.seeds[index], float(sampling.temperature)
+        if sampling.cut is None or self.draws.kept is None:
+            top_k, top_p, impl = sampling.top_k, sampling.top_p, sampling.impl
+            return K.sample(logits, seeds, drawn, temperature=temperature, top_k=top_k, top_p=top_p, impl=impl)[:2]
+        kept = kept_rows(logits, sampling.cut)
+        self.draws.kept.record(slot, drawn, kept)
+        left = only_kept(logits, kept)
+        column, logprob, _, _ = K.sample(left, seeds, drawn, temperature=temperature, impl=sampling.impl)
+        return token_at(column, kept), logprob
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(B, V) of states (B, D)."""

@@ -24,4 +24,5 @@ def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
         [part.tolist() for part in ranks.gather(logprobs).split(lengths)],
         [bool(x) for x in ranks.gather(finished).tolist()],
         responses.trunk,
+        None if responses.kept is None else list(ranks.gather(torch.cat(responses.kept)).split(lengths)),
     )

@@ -1,4 +1,5 @@
-"""States on the way, for `hydra`: recorded while decoding, so that no one runs the blocks below again."""
+"""What is recorded while decoding: states on the way, for `hydra`, so that no one runs the blocks below again; and the
+sets that a cut left to each draw."""
 
 from __future__ import annotations
 
@@ -8,6 +9,26 @@ from transformers import PreTrainedModel
 
 from ppomax.models import blocks_of
 from ppomax.rollout.slots import Sequence
+
+
+class KeptRecorder:
+    """Keeps the set of each draw (kept.py)."""
+
+    def __init__(self, slots: int, limit: int, count: int):
+        self.rows: Tensor | None = None
+        self.size = (slots + 1, limit)
+        self.done: list[Tensor] = [torch.empty(0)] * count
+
+    def record(self, slots: Tensor, at: Tensor, kept: Tensor) -> None:
+        """The sets (B, W) of the draws number `at` into their slots' rows; those of no slot into a last row."""
+        if self.rows is None:
+            self.rows = kept.new_empty(*self.size, kept.shape[1])
+        self.rows[slots.clamp(max=self.size[0] - 1), at] = kept
+
+    def finish(self, sequence: Sequence) -> None:
+        """Those of a sequence that has ended."""
+        assert self.rows is not None
+        self.done[sequence.index] = self.rows[sequence.slot, : len(sequence.tokens)].clone()
 
 
 class Recorder:

@@ -61,4 +61,6 @@ class Responses:
     """Ended by EOS or a stop string, not by the length limit."""
     trunk: list[Tensor] | None = None
     """For `trunk_layers=b`: what enters block b at each token but the last, (len(prompt) + len(response) - 1, D)."""
+    kept: list[Tensor] | None = None
+    """For `record_kept`: what each token was drawn from, (len(response), W) as kept.py has it."""
     stats: RolloutStats = field(default_factory=RolloutStats)

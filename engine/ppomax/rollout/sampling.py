@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ppomax.config import RolloutConfig
+from ppomax.rollout.kept import Cut
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,16 @@ class Sampling:
     cuda_graphs: bool | None = None
     """Replay steps without prompts, with their rows rounded up; the model must be on a CUDA device. None: where it is
     on one and attention is ours."""
+    record_kept: bool = False
+    """Give back what top_k, top_p and min_new_tokens left each draw to choose from (`Responses.kept`)."""
     impl: str = "auto"
     """Back-end of the kernels."""
+
+    @property
+    def cut(self) -> Cut | None:
+        """The cut whose sets are recorded; None: none are, or every token may be drawn."""
+        cuts = self.top_k > 0 or self.top_p < 1 or self.min_new_tokens > 0
+        return Cut(self.top_k, self.top_p, self.temperature) if self.record_kept and cuts else None
 
     @classmethod
     def of(cls, config: RolloutConfig, *, seed: int, impl: str) -> Sampling:
@@ -48,5 +57,6 @@ class Sampling:
             slots=config.slots,
             cache_tokens=config.cache_tokens,
             cuda_graphs=config.cuda_graphs,
+            record_kept=not config.allow_biased_sampling,
             impl=impl,
         )

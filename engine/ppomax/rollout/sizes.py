@@ -43,6 +43,8 @@ class RolloutSizes:
     """Weights packed or joined for the phase."""
     trunk_bytes: int
     """Recorded states, if asked for: what is returned, and the rows of living sequences."""
+    kept_bytes: int = 0
+    """Recorded sets of a cut: what is returned, and the rows of living sequences."""
     graph_bytes: int = 0
     """Of decoding from CUDA graphs: their buffers, and a pool for the activations of their widest forward. The driver's
     own record of the graphs is not counted."""
@@ -50,7 +52,8 @@ class RolloutSizes:
     @property
     def peak_bytes(self) -> int:
         """All of it: what the rollout adds to the process at most."""
-        return self.arena_bytes + self.workspace_bytes + self.packed_bytes + self.trunk_bytes + self.graph_bytes
+        held = self.arena_bytes + self.workspace_bytes + self.packed_bytes
+        return held + self.trunk_bytes + self.kept_bytes + self.graph_bytes
 
     def sentence(self) -> str:
         return (
@@ -58,6 +61,7 @@ class RolloutSizes:
             f"peak {self.peak_bytes / MIB:.1f} MiB (cache {self.arena_bytes / MIB:.1f}, workspace "
             f"{self.workspace_bytes / MIB:.1f}, packed weights {self.packed_bytes / MIB:.1f}"
             + (f", trunk states {self.trunk_bytes / MIB:.1f}" if self.trunk_bytes else "")
+            + (f", sets of the cut {self.kept_bytes / MIB:.1f}" if self.kept_bytes else "")
             + (f", CUDA graphs {self.graph_bytes / MIB:.1f})" if self.graph_bytes else ")")
         )
 
@@ -89,7 +93,7 @@ def rollout_sizes(
         )
     tokens = sum(len(p.tokens) * (len(p.sequences) + 1) for p in prompts) + (sequences + slots) * (max_new_tokens - 1)
     width = embedding_weight(model).shape[1]
-    row = width * model.dtype.itemsize
+    row, vocabulary = width * model.dtype.itemsize, len(head_of(model).weight)
     capacity = pages_for(longest + max_new_tokens - 1, page) * page
     gathered = _gathered(model, slots, capacity) if attention == "sdpa" else 0
     return RolloutSizes(
@@ -101,6 +105,7 @@ def rollout_sizes(
         workspace_bytes=_workspace(model, prompts, slots) + gathered,
         packed_bytes=joined_bytes(joined(model)) if attention == "triton" else packed_bytes(model, attention),
         trunk_bytes=tokens * row if trunk else 0,
+        kept_bytes=(sequences + slots) * max_new_tokens * sampling.cut.row_bytes(vocabulary) if sampling.cut else 0,
         graph_bytes=_graphs(slots) + _activations(model, slots) + gathered if graphs else 0,
     )
 
