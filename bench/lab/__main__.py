@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.lab.alarms import outcomes, summary
 from bench.lab.grid import GRID, GridError, read_grid
 from bench.lab.runs import RESULTS, checked, data_folder, rows, run_all
 
@@ -67,12 +68,21 @@ def page(given: argparse.Namespace) -> None:
     print(f"written: {write(grid, runs, given.out, given.figures)}")
 
 
+def alarm(given: argparse.Namespace) -> None:
+    """show in how many collapsed and healthy runs the collapse alarm is raised"""
+    from bench.lab.judging import with_gold
+
+    runs = with_gold(checked(read_grid(given.grid), rows(given.results)), given.results)
+    print(summary(outcomes(runs)))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": run,
     "language-model": language_model,
     "gold": gold,
     "judge": judge,
     "page": page,
+    "alarm": alarm,
 }
 
 

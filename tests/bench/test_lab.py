@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from bench.lab import runs as lab
+from bench.lab.alarms import outcomes, summary
 from bench.lab.gold import Verdicts
 from bench.lab.grid import Figure, GridError, claim, read_grid
 from bench.lab.judging import judge_all, with_gold
@@ -227,3 +228,39 @@ def test_no_claim_of_the_grid_holds_by_its_form() -> None:
             extremes = {t.at for t in (one.left, one.right) if not isinstance(t, float)} & {"max", "min"}
             same = not isinstance(one.right, float) and one.left[:2] == one.right[:2]
             assert not (extremes and same), one.test
+
+
+# ---- the alarm held against the judge -------------------------------------------------------------------------------
+
+
+def judged(seed: int, win: list[float], gold: list[float], kl: float, length: float) -> dict[str, object]:
+    steps = 30
+    series = {"kl": kl, "entropy": 2.0, "perplexity": 9.0, "train_length": length, "score": 1.0}
+    first = {"kl": 0.0, "entropy": 2.0, "perplexity": 9.0, "train_length": 20.0, "score": 0.0}
+    grown = {name: [first[name]] * 12 + [last] * (steps - 12) for name, last in series.items()}
+    return {"seed": seed, "eval_steps": [0, 10, 20, 30], "win": win, "gold": gold, "finished": [1.0] * 4, **grown}
+
+
+def test_alarm_is_held_against_the_judge() -> None:
+    runs = {
+        ("a", 0): judged(0, [0.5, 0.4, 0.3, 0.2], [0, -1, -1, -2], 0.5, 50.0),
+        ("b", 0): judged(0, [0.5, 0.5, 0.3, 0.2], [0, -1, -1, -2], 0.1, 20.0),
+        ("a", 2): judged(2, [0.5, 0.6, 0.6, 0.7], [0, 1, 1, 2], 0.1, 20.0),
+        ("b", 2): judged(2, [0.5, 0.6, 0.6, 0.7], [0, 1, 1, 2], 0.5, 50.0),
+        ("c", 2): judged(2, [0.5, 0.6, 0.6, 0.7], [0, 1, 1, -2], 0.5, 50.0),
+    }
+    found = outcomes(runs)
+    assert [o.kind for o in found] == ["collapsed", "collapsed", "healthy", "healthy", "between"]
+    assert [o.raised for o in found] == [16, None, None, 16, 16]
+    assert [o.seen for o in found] == [20, 20, None, None, None]
+    here, others = summary(found).splitlines()[2:]
+    assert here.endswith("| 1 of 2 | 1 of 2 | 0 of 0 |")
+    assert others.endswith("| 0 of 0 | 0 of 0 | 1 of 2 |")
+
+
+def test_alarm_misses_no_collapse_of_the_laboratory_and_few_healthy_runs_raise_it() -> None:
+    found = outcomes(with_gold(lab.checked(read_grid(), lab.rows()), lab.RESULTS))
+    raised = {kind: [o.raised is not None for o in found if o.kind == kind] for kind in ("collapsed", "healthy")}
+    assert min(map(len, raised.values())) >= 20
+    assert all(raised["collapsed"])
+    assert sum(raised["healthy"]) <= len(raised["healthy"]) / 20

@@ -76,7 +76,7 @@ def test_one_kind_of_sign_is_named_and_raises_nothing(change):
         {"rollout__truncated": lambda s: 0.9, "objective__kl_per_token": lambda s: 0.6},
         {"rollout__perplexity": lambda s: 1.5, "objective__kl_per_token": lambda s: 0.6},
         {"rollout__length": lambda s: 5.0, "rollout__ref_perplexity": lambda s: 90.0},
-        {"objective__kl_per_token": lambda s: 1.2},
+        {"objective__kl_per_token": lambda s: 1.3},
     ],
 )
 def test_two_kinds_or_a_large_kl_raise_it_once_and_within_the_window(change):

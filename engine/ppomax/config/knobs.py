@@ -512,9 +512,9 @@ class MonitorConfig:
     """First steps, whose means are the healthy state, as long as their KL is small."""
     alarm_window: int = 5
     """Steps of the moving mean that is held against it."""
-    alarm_kl: float = 0.25
-    """KL per token (k3, nats) that counts as one sign of collapse; so does its doubling within 50 steps above half of
-    this. Four times this raises the alarm by itself."""
+    alarm_kl: float = 0.3
+    """KL per token (k3, nats) that counts as one sign of collapse; so does its doubling in 50 steps above half of this.
+    Four times this raises the alarm by itself. `python -m bench.lab alarm` shows what it was chosen by."""
     alarm_truncated: float = 0.3
     """Rise of the truncated share that counts as one sign; so does a mean length of twice or half the start's."""
     alarm_entropy: float = 0.6

@@ -5,7 +5,8 @@
     now   = mean over the newest `alarm_window` steps
     (a) length      now > 2 x start or < start / 2, or the truncated share rose by more than alarm_truncated
     (b) entropy     entropy or response NLL < alarm_entropy x start
-    (c) kl          KL per token > alarm_kl, or doubled within 50 steps and above alarm_kl / 2
+    (c) kl          KL per token > alarm_kl, or doubled in 50 steps and above alarm_kl / 2 (not in a run's first 50
+                    after the baseline, where every KL doubles from near 0)
     (d) perplexity  under the start model, now > 3 x start or < start / 3
     (e) held_out    the judge of `monitor.eval_every` finds the policy worse than the start, the 95 % interval of its
                     win rate below one half, while the training score is above the start's
@@ -125,7 +126,7 @@ class CollapseAlarm:
             return
         if now[KL] > limit:
             yield Sign("kl", KL, f"KL {now[KL]:.3f} nats a token, over {limit:g}")
-        elif self._kl and now[KL] > limit / 2 and now[KL] > 2 * min(self._kl):
+        elif len(self._kl) == DOUBLING_STEPS and now[KL] > limit / 2 and now[KL] > 2 * min(self._kl):
             yield Sign(
                 "kl",
                 KL,
