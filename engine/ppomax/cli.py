@@ -1,5 +1,5 @@
-"""`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, generate, export, report,
-doctor, presets.
+"""`ppomax COMMAND`: train, plan, sft, reward-model, build-default, evaluate, agreement, evaluate-reward, generate,
+export, report, doctor, presets.
 
 Each command reads its flags (options.py), checks the run's folder, and calls one function of stages/. An error is one
 line and exit status 2 (1 for a bug of ours); --debug shows the traceback. A run that a signal ended before its last
@@ -134,6 +134,34 @@ def evaluate(argv: list[str]) -> None:
     console.print(run_evaluation(config).sentence(), highlight=False)
 
 
+def agreement(argv: list[str]) -> None:
+    """what people said on the sheet of an evaluation, and how far they and its judge agree"""
+    parser = argparse.ArgumentParser(prog="ppomax agreement", description=agreement.__doc__)
+    parser.add_argument("evaluation", type=Path, metavar="EVALUATION", help="Folder of `ppomax evaluate --sheet`.")
+    parser.add_argument("answers", nargs="+", type=Path, metavar="ANSWERS", help="Files that the sheet saved.")
+    given = parser.parse_args(argv)
+    from ppomax.stages.sheet import agreement as read
+
+    print(read(given.evaluation, given.answers))
+
+
+def evaluate_reward(argv: list[str]) -> None:
+    """a reward model on preference pairs of several sources: accuracy and calibration"""
+    parser = argparse.ArgumentParser(prog="ppomax evaluate-reward", description=evaluate_reward.__doc__)
+    parser.add_argument("reward_model", metavar="MODEL", help="HF folder, hub name, run of reward-model, or `default`.")
+    parser.add_argument("pairs", nargs="+", metavar="PAIRS", help="Files of pairs, or an evaluation.json.")
+    parser.add_argument("--max_tokens", type=int, default=2048, metavar="N", help="Longer pairs are an error.")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N.")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="Folder to write. Default: a dated one under runs/.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Let the model run Python of its own.")
+    given = vars(parser.parse_args(argv))
+    from ppomax.stages.evaluate_reward import evaluate_reward as run
+
+    start_logging()
+    found = run(given.pop("reward_model"), given.pop("pairs"), **given)
+    print(f"{found.table()}\nwritten: {found.path}")
+
+
 def generate(argv: list[str]) -> None:
     """sample from a model by hand: text as it comes, tokens a second"""
     from ppomax.config.stages import GenerateConfig
@@ -212,6 +240,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reward-model": reward_model,
     "build-default": build_default,
     "evaluate": evaluate,
+    "agreement": agreement,
+    "evaluate-reward": evaluate_reward,
     "generate": generate,
     "export": export,
     "doctor": doctor,
@@ -296,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def usage() -> str:
     """The commands and what each does."""
-    lines = [f"  {name:14} {(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
+    lines = [f"  {name:15} {(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
     ends = "exit status: 0 done, 2 wrong input, 1 a bug of ppomax, 3 what is planned does not fit or the doctor\n"
     ends += "  found what ends a run, 130 / 143 ended by Ctrl-C / SIGTERM, a checkpoint written (go on with --resume)"
     head = "usage: ppomax COMMAND [options]\n\n" + "\n".join(lines)

@@ -19,8 +19,9 @@ from ppomax.config.stages import EvaluateConfig
 from ppomax.recipe.rewards import RewardError
 from ppomax.saving.model_folder import save_model
 from ppomax.saving.saved_policy import open_policy
-from ppomax.stages.evaluate import run_evaluation, wilson
+from ppomax.stages.evaluate import run_evaluation
 from ppomax.stages.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
+from ppomax.stages.wilson import wilson
 
 from tests.engine.tiny import tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer
 

@@ -20,6 +20,8 @@ from ppomax.config.mapping import merge, nearest, read_yaml, undot
 C = TypeVar("C")
 
 RUN_FLAGS = {"--out": "--run.out", "--steps": "--run.steps", "--seed": "--run.seed", "--resume": "--run.resume"}
+SWITCHES = ("--run.resume", "--resume", "--sheet")
+"""Flags that stand alone."""
 SHARED_HELP = {
     "--config": ("FILE|NAME", "YAML file of knobs, or the name of a shipped one."),
     "--preset": ("NAME", "Named set of knobs; see `ppomax presets`."),
@@ -159,12 +161,12 @@ class Options(typing.Generic[C]):
 
 
 def expand(argv: list[str], shorts: dict[str, str]) -> list[str]:
-    """Short flags by their knobs' names, a bare --resume as true, None as null."""
+    """Short flags by their knobs' names, a bare switch as true, None as null."""
     out: list[str] = []
     for word in argv:
         flag, equals, value = word.partition("=")
         flag = shorts.get(flag, flag)
-        if flag in ("--run.resume", "--resume") and not equals:
+        if flag in SWITCHES and not equals:
             equals, value = "=", "true"
         if value == "None" or word == "None":
             value = "null"

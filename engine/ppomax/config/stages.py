@@ -190,6 +190,9 @@ class EvaluateConfig:
     """Responses decoded together."""
     seed: int = 0
     """Seeds the responses."""
+    sheet: bool = False
+    """Also write sheet.html, a blind page on which people compare the same pairs; `ppomax agreement` reads their
+    answers."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`."""
     out: str | None = None

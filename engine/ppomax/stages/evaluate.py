@@ -7,11 +7,10 @@ Judges: a reward model, a Python function as in training, or an OpenAI-compatibl
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from ppomax.assets import named_model, shipped
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import EvaluateConfig
 from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key
+from ppomax.stages.sheet import write_sheet
+from ppomax.stages.wilson import wilson
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Evaluation:
     positive: tuple[float, float] | None = None
     """Shares of policy's and baseline's texts that the classifier calls positive, where it judged."""
 
+    sheet: Path | None = None
+    """The blind page, where one was asked for."""
+
     @property
     def win_rate(self) -> float:
         """(wins + ties / 2) / judged."""
@@ -68,15 +72,12 @@ class Evaluation:
         return (
             f"win {self.win}  tie {self.tie}  lose {self.lose}{lost}  win rate {self.win_rate:.1%} "
             f"(95 %: {low:.1%} to {high:.1%})\nwritten: {self.path}"
+            + (
+                f"\nsheet: {self.sheet}  (ppomax agreement {self.path.parent} ANSWERS... reads it)"
+                if self.sheet
+                else ""
+            )
         )
-
-
-def wilson(rate: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a share `rate` of `n` trials (Wilson 1927)."""
-    centre = rate + z * z / (2 * n)
-    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def run_evaluation(config: EvaluateConfig) -> Evaluation:
@@ -98,7 +99,10 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     out.mkdir(parents=True, exist_ok=True)
     positive = positive_shares(judged) if config.judge == "classifier" else None
     result = Evaluation(counts["win"], counts["tie"], counts["lose"], counts[None], out / "evaluation.json", positive)
-    result.path.write_text(json.dumps(as_json(result, config, ours, theirs, judged), indent=1), encoding="utf-8")
+    held = as_json(result, config, ours, theirs, judged)
+    if config.sheet:
+        result = replace(result, sheet=write_sheet(held, out, config.seed))
+    result.path.write_text(json.dumps(held, indent=1), encoding="utf-8")
     return result
 
 

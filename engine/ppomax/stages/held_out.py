@@ -14,7 +14,7 @@ from ppomax.config import ConfigError
 from ppomax.data import PromptRow, columns_of
 from ppomax.engine import Engine
 from ppomax.recipe.rewards import RESERVED, FunctionReward, check_columns, load_function, wanted_by
-from ppomax.stages.evaluate import wilson
+from ppomax.stages.wilson import wilson
 
 CLASSIFIER, REWARD = "classifier", "reward"
 
