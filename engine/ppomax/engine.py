@@ -195,7 +195,9 @@ class Engine:
         scores = self.reward.total(parts) if isinstance(self.reward, SumReward) else self.reward(roll)
         moments = self.moments.with_scores(scores)
         units = units_of(moments, self.config.reward)
-        roll = replace(roll, values=moved(roll.values, self.units or units, units))
+        before, last = self.units or units, roll.last_values
+        last = None if last is None else moved(last, before, units)
+        roll = replace(roll, values=moved(roll.values, before, units), last_values=last)
         shaped = shape_scores(scores, roll.finished, moments, self.config.reward)
         rewards = token_rewards(shaped, roll, self.controller.coef, self.config.kl.estimator, self.config.impl)
         advantages, returns = advantages_and_returns(rewards, roll, self.config.advantage, self.config.impl)
@@ -328,6 +330,7 @@ class Engine:
                 eos_ids=self.eos_ids,
                 generator=generator,
                 announce=self._announce,
+                last_values=self.config.advantage.bootstrap_truncated,
             )
 
     def _announce(self, sizes: RolloutSizes) -> None:

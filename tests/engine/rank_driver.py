@@ -112,7 +112,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "optimiser offloaded": ({"sharding__offload_optimizer": True}, {}),
     "frozen offloaded": ({"sharding__frozen": "offloaded"}, {}),
     "bfloat16": ({"model__dtype": "bfloat16"}, {}),
-    "our kernels": ({"impl": "auto"}, {}),
+    "our kernels": ({"impl": "auto", "advantage__bootstrap_truncated": True}, {}),
 }
 STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3),
           "our kernels": (0, 3)}  # fmt: skip

@@ -263,6 +263,9 @@ class AdvantageConfig:
     """Normalise advantages to mean 0 and std 1."""
     clip: float | None = None
     """Cut advantages to +-clip, after whitening. None: off."""
+    bootstrap_truncated: bool = False
+    """A response that was cut at the limit goes on after it: the critic's value at its last token, times gamma, stands
+    for the rewards to come. Off: they count as none."""
     over: Literal["buffer", "minibatch"] = "buffer"
     """Whose mean and std `whiten` takes: the whole buffer's, or each minibatch's own."""
 
@@ -616,3 +619,8 @@ class TrainConfig:
             f"a multiple of rollout.samples_per_prompt={self.rollout.samples_per_prompt}",
             self.batch.rollout_size,
         )
+        if self.advantage.bootstrap_truncated and self.model.critic == "trunk":
+            raise ConfigError(
+                "config: advantage.bootstrap_truncated needs the value at each response's last token, whose trunk "
+                "states model.critic=trunk has not; set model.critic to reward_model, policy or a path, or leave it off"
+            )

@@ -68,6 +68,8 @@ class Rollout:
     """(N,) float32, V(s_t) of the critic."""
     micro_batches: MicroBatches
     """Which sequences were scored together; the first epoch trains on the same ones."""
+    last_values: Tensor | None = None
+    """(S,) float32, V after each response's last token, for `advantage.bootstrap_truncated`."""
     kept: Tensor | None = None
     """(N, W), what each response token was drawn from (rollout/kept.py), where sampling was cut: logprobs, entropy and
     ref_logprobs are then over these tokens. None: over the whole vocabulary."""

@@ -23,7 +23,7 @@ from ppomax.config import AdvantageConfig, KLConfig, RewardConfig
 from ppomax.models import RewardModel
 from ppomax.models.fused_trunk import fused_trunk
 from ppomax.models.transfers import sent
-from ppomax.recipe.batch import Rollout, per_token, spans, with_stand_in
+from ppomax.recipe.batch import Rollout, last_tokens, per_token, spans, with_stand_in
 from ppomax.recipe.moments import RunningMoments
 from ppomax.sharding import call, ranks
 
@@ -56,7 +56,7 @@ class ModelReward:
                 which = with_stand_in(micro, rollout.on_host[0])
                 at, cu = spans(rollout.on_host[0], which)
                 found = call(self.model, RewardModel.scores, rollout.tokens[sent(at, scores.device)], cu)
-                scores[sent(which, scores.device)] = float(len(micro) > 0) * found
+                scores[sent(which, scores.device)] += float(len(micro) > 0) * found  # it may be here
         return finite_scores(ranks.sum(scores), "the reward model")
 
 
@@ -260,6 +260,10 @@ def advantages_and_returns(
 ) -> tuple[Tensor, Tensor]:
     """(N,) advantages with the actor's lambda, (N,) returns with the critic's; then buffer-wide whitening and
     clipping, unless each minibatch does both by itself."""
+    if config.bootstrap_truncated and roll.last_values is not None:
+        # delta_T = r_T + gamma * V(s_{T+1}) - V(s_T): the value to come is a reward of the last token.
+        to_come = config.gamma * roll.last_values * (~roll.finished).float()
+        rewards = rewards.index_add(0, last_tokens(roll.response_cu), to_come)
     lam: float | Tensor = config.lam
     if config.length_alpha is not None:
         lam = (1 - 1 / (config.length_alpha * roll.lengths.float())).clamp(min=0.0)

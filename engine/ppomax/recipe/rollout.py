@@ -63,9 +63,10 @@ def rollout(
     eos_ids: Sequence[int],
     generator: torch.Generator | None = None,
     announce: Callable[[RolloutSizes], None] | None = None,
+    last_values: bool = False,
 ) -> Rollout:
     """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `announce` is
-    told the sizes of decoding, memory included, before it starts."""
+    told the sizes of decoding, memory included, before it starts. last_values: see `score`."""
     mine = ranks.part_of(len(prompts))
     own = decode(
         models.policy,
@@ -82,7 +83,8 @@ def rollout(
     padded = any_pads(models.policy, models.reference, models.critic)
     micro_batches = split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded)
     began = time.perf_counter()
-    roll = score(models, prompts, responses, micro_batches, temperature=sampling.temperature, impl=sampling.impl)
+    how: dict[str, Any] = {"temperature": sampling.temperature, "impl": sampling.impl, "last_values": last_values}
+    roll = score(models, prompts, responses, micro_batches, **how)
     scored = {"perf/scoring_tokens_per_second": float(lengths.sum()) / (time.perf_counter() - began)}
     return dataclasses.replace(roll, stats=own.stats.metrics() | scored)
 
@@ -96,8 +98,10 @@ def score(
     *,
     temperature: float = 1.0,
     impl: str = "auto",
+    last_values: bool = False,
 ) -> Rollout:
-    """Pack prompts with responses (from any sampler) and score them micro-batch by micro-batch.
+    """Pack prompts with responses (from any sampler) and score them micro-batch by micro-batch. last_values: the critic
+    is read after each response's last token, too; not a TrunkCritic, which has no state there.
 
     What enters the lowest trained block is taken from the responses, or computed once if the sampler did not record
     it."""
@@ -117,7 +121,9 @@ def score(
         return (_micro(micro, tokens, *cu, trunk, kept) for each in micro_batches for micro in each)
 
     with fused_trunk(models.policy, models.reference, models.critic, impl=impl):
-        fields = _fields(models, micros, int(host_response_cu[-1]), temperature=temperature, impl=impl)
+        count = int(host_response_cu[-1])
+        fields = _fields(models, micros, count, temperature=temperature, impl=impl)
+        last = ranks.sum(_last_values(models, micros, len(host_cu) - 1)) if last_values else None
     logprobs, entropy, ref_logprobs, values = ranks.sum(fields)
     return Rollout(
         tokens=tokens,
@@ -131,6 +137,7 @@ def score(
         ref_logprobs=ref_logprobs,
         values=values,
         micro_batches=micro_batches,
+        last_values=last,
         kept=kept,
         trunk=trunk,
     )
@@ -139,6 +146,8 @@ def score(
 class _Micro(NamedTuple):
     """One micro-batch of a scoring."""
 
+    which: Tensor
+    """Its sequences."""
     slots: Tensor
     """Where its response tokens stand in the (N,) fields."""
     weight: float
@@ -159,29 +168,40 @@ def _micro(
     states = sent(_states(micro_cu, micro_response_cu), device)
     packed = (tokens[sent(at, device)], micro_cu, states, select_trunk(trunk, cu, which))
     slots = sent(slots, device)
-    return _Micro(slots, weight, packed, None if kept is None else kept[slots])
+    return _Micro(sent(which, device), slots, weight, packed, None if kept is None else kept[slots])
 
 
 def _fields(
     models: Scorers, micros: Callable[[], Iterator[_Micro]], count: int, *, temperature: float, impl: str
 ) -> Tensor:
     """(4, N) logprobs, entropy, ref_logprobs and values. Each token is scored on one rank and is 0 on the others, so
-    the sum over ranks is exact."""
+    the sum over ranks is exact; a stand-in adds 0 to what its sequence may have here already."""
     policy, reference = models.policy, models.reference
     fields = torch.zeros(4, count, device=policy.device)
     logprobs, entropy, ref_logprobs, values = fields
     for micro in micros():
         how = {"temperature": temperature, "kept": micro.kept, "impl": impl}
         scored = call(policy, policy_logprobs, *micro.packed, entropy=True, **how)
-        logprobs[micro.slots], entropy[micro.slots] = (micro.weight * x for x in scored)
-        values[micro.slots] = micro.weight * call(models.critic, state_values, *micro.packed)
+        for field, x in zip((logprobs, entropy), scored, strict=True):
+            field[micro.slots] += micro.weight * x
+        values[micro.slots] += micro.weight * call(models.critic, state_values, *micro.packed)
     with adapters_off(policy) if reference is None else nullcontext():
         for micro in micros():
             owner = policy if reference is None else reference
             how = {"temperature": temperature, "kept": micro.kept, "impl": impl}
             scored = call(owner, policy_logprobs, *micro.packed, **how)
-            ref_logprobs[micro.slots] = micro.weight * scored[0]
+            ref_logprobs[micro.slots] += micro.weight * scored[0]
     return fields
+
+
+def _last_values(models: Scorers, micros: Callable[[], Iterator[_Micro]], count: int) -> Tensor:
+    """(S,) values after the last tokens, of this rank's sequences; 0 of the others."""
+    values = torch.zeros(count, device=models.policy.device)
+    for micro in micros():
+        tokens, cu, _, _ = micro.packed
+        ends = sent(last_tokens(cu), tokens.device)
+        values[micro.which] += micro.weight * call(models.critic, state_values, tokens, cu, ends)
+    return values
 
 
 def _trunk(
