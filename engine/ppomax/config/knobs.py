@@ -509,6 +509,9 @@ class MonitorConfig:
     `file.py:name` as `reward.function`."""
     tensorboard: bool = True
     """Write TensorBoard events too."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Services that get the metrics as well, each a package of its own to install. One that cannot be used is dropped
+    with a warning, and the run goes on."""
     alarm: Literal["off", "warn", "stop", "rollback"] = "warn"
     """What a collapse alarm does."""
     alarm_baseline_steps: int = 10

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppomax.config import TrainConfig
+from ppomax.config import TrainConfig, to_dict
 from ppomax.reporting.alarm import CollapseAlarm
 from ppomax.reporting.monitors import Halt
+from ppomax.reporting.trackers import Trackers
 from ppomax.saving.jsonl import append_row, keep_rows
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,12 @@ STABILITY = {
 """The progress line: mean raw score, k3 per token, response perplexity under the start model, tokens, nats."""
 
 
+COLUMNS = 80
+"""Of a terminal that a log is read on."""
+ETA_STEPS = 20
+"""Newest steps whose mean time tells what is left."""
+
+
 class RunMonitor:
     """Watches one PPO run in folder `out`; a Monitor. `console`: a rich one; None: standard output."""
 
@@ -71,6 +79,7 @@ class RunMonitor:
         self.line = progress_line(config.run.steps, config.critic.pretrain_steps, console)
         self.halt: Halt | None = None
         """What the alarm asked for, once it did."""
+        self.trackers = Trackers(self.settings.trackers, self.out, to_dict(config)) if self.settings.trackers else None
         self._begun = False
         self._board: Any = None
 
@@ -79,6 +88,8 @@ class RunMonitor:
         self._begin(step, metrics.get("pretrain/buffers"))
         append_row(self.out / METRICS, {"step": step, **metrics})
         self._scalars(step, metrics)
+        if self.trackers is not None:
+            self.trackers.log(step, metrics)
         self.line.show(step, metrics)
         if step < 1 or self.settings.alarm == "off" or not self.alarm.update(metrics):
             return None
@@ -109,6 +120,8 @@ class RunMonitor:
         self.line.close()
         if self._board is not None:
             self._board.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
     def _begin(self, step: int, buffers: float | None) -> None:
         """Before the first row: cut what an interrupted run left of `step` and later; the alarm sees the rest."""
@@ -167,10 +180,27 @@ def before(step: int, buffers: float | None, name: str) -> Callable[[dict[str, A
 # ---- the progress line ----------------------------------------------------------------------------------------------
 
 
-def figures(metrics: dict[str, float]) -> str:
-    """The figures that tell stability, as words: `score 0.31  kl 0.012 ...`."""
+def figures(metrics: dict[str, float]) -> list[str]:
+    """The figures that tell stability, as words: `score 0.31`, `kl 0.012` ..."""
     shown = STABILITY | {"critic ev": "pretrain/explained_var"}
-    return "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics)
+    return [f"{name} {short(metrics[key])}" for name, key in shown.items() if key in metrics]
+
+
+def short(value: float) -> str:
+    """Three digits of a figure, two of a small one: 0.899, 1234, 0.0012."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def clock(seconds: float) -> str:
+    """`1:02` minutes and seconds, `3h02` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}"
+
+
+def plain_line(words: list[str]) -> str:
+    """Two spaces between them, one where the line would be over COLUMNS."""
+    wide = "  ".join(words)
+    return wide if len(wide) <= COLUMNS else " ".join(words)
 
 
 def progress_line(steps: int, pretrain: int, console: Any = None) -> PlainLine | RichLine:
@@ -182,15 +212,20 @@ def progress_line(steps: int, pretrain: int, console: Any = None) -> PlainLine |
 
 
 class PlainLine:
-    """One printed line a step, for logs and pipes."""
+    """One printed line a step, for logs and pipes, its last figure the time that is left by the newest steps."""
 
     def __init__(self, steps: int, pretrain: int):
         self.steps, self.pretrain = steps, pretrain
+        self.newest: deque[float] = deque(maxlen=ETA_STEPS)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        buffers = metrics.get("pretrain/buffers", 0)
+        buffers, took = metrics.get("pretrain/buffers", 0), metrics.get("time/step", 0.0)
         where = f"step {step}/{self.steps}" if step else f"critic {buffers:.0f}/{self.pretrain}"
-        print(f"{where}  {figures(metrics)}  {metrics.get('time/step', 0):.1f} s", flush=True)
+        words = [where, *figures(metrics), f"{short(took)} s"]
+        if step and took:
+            self.newest.append(took)
+            words.append(f"left {clock((self.steps - step) * sum(self.newest) / len(self.newest))}")
+        print(plain_line(words), flush=True)
 
     def close(self) -> None:
         pass
@@ -221,7 +256,9 @@ class RichLine:
             self.progress.start()
         buffers = int(metrics.get("pretrain/buffers", 0))
         done, total, name = (step, self.steps, "ppo") if step else (buffers, self.pretrain, "critic")
-        self.progress.update(self.task, description=name, completed=done, total=total, figures=figures(metrics))
+        self.progress.update(
+            self.task, description=name, completed=done, total=total, figures="  ".join(figures(metrics))
+        )
 
     def close(self) -> None:
         self.progress.stop()

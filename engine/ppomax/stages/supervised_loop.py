@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,18 @@ def run_loop(
 ) -> None:
     """Train `module` for run.steps optimiser steps, loss_of(step) -> (loss, metrics), and put it in evaluation mode.
 
-    Appends a line of metrics to out/metrics.jsonl every LOG_EVERY steps; checkpoints in out/checkpoints; with
-    run.resume goes on from the newest whole one, to the bit. `identity` (the configuration; of `run` only the seed)
-    must be the same then. SIGTERM and Ctrl-C checkpoint and raise Stopped. A NaN or infinite loss or gradient
-    skips the step; run.max_bad_steps in a row stop the run.
+    Appends a line of metrics to out/metrics.jsonl every LOG_EVERY steps, and to out/tensorboard; checkpoints in
+    out/checkpoints; with run.resume goes on from the newest whole one, to the bit. `identity` (the configuration; of
+    `run` only the seed) must be the same then. SIGTERM and Ctrl-C checkpoint and raise Stopped. A NaN or infinite loss
+    or gradient skips the step; run.max_bad_steps in a row stop the run.
     """
     seed_all(run.seed)
     trained = Trained(module, optim, run.steps)
     bad = _resume(trained, out, identity) if run.resume else _fresh(out)
-    with stop_requests() as stop:
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(out / "tensorboard"), purge_step=trained.steps + 1)
+    with closing(board), stop_requests() as stop:
         while trained.steps < run.steps:
             began = time.perf_counter()
             lr = trained.lr
@@ -122,6 +126,8 @@ def run_loop(
                 if step == run.steps or step % eval_every == 0:
                     row |= evaluate()
                 append_row(out / METRICS, row)
+                for name, value in row.items():
+                    board.add_scalar(name, value, step)
                 log.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
             if stop.asked or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
                 _save(trained, out, identity, bad)
