@@ -75,7 +75,7 @@ def commands() -> list[list[str]]:
     inline = re.findall(r"`(ppomax [a-z-]+[^`]*)`", text)
     found = []
     for line in [*lines, *inline]:
-        at = re.search(rf"\bppomax ({'|'.join(COMMANDS)})\b", line)
+        at = re.search(rf"\bppomax ({'|'.join(COMMANDS)})(?![\w-])", line)
         if at:
             words = shlex.split(re.sub(r"'\"?\$\w+\"?'?|\$\w+", "", line[at.end() :].split("  #")[0]), comments=True)
             if at[1] == "report" or not words or words[0].startswith("-"):  # others are output

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from ppomax.cli import main
 from ppomax.config import ConfigError, load_config
 from ppomax.reporting.monitor import RunMonitor, clock, plain_line, short
 
@@ -126,3 +127,9 @@ def test_plain_lines_fit_a_terminal_and_tell_what_is_left(tmp_path: Path, capsys
     assert (clock(59.6), clock(3599), clock(7261)) == ("1:00", "59:59", "2h01")
     assert (short(0.8994), short(-0.0123), short(12345.6), short(0.0)) == ("0.899", "-0.012", "12346", "0")
     assert plain_line(["a" * 40, "b" * 39]) == "a" * 40 + " " + "b" * 39
+
+
+@pytest.mark.parametrize("words", [["--monitor.trackers", '["wandbs"]'], ['--monitor.trackers=["wandbs"]']])
+def test_one_that_is_unknown_is_refused_on_the_command_line(words: list[str], capsys: Any) -> None:
+    assert main(["train", *words]) == 2
+    assert "monitor.trackers must be one of wandb, mlflow, got 'wandbs'" in capsys.readouterr().err

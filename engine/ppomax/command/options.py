@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import typing
 from pathlib import Path
@@ -144,20 +145,32 @@ class Options(typing.Generic[C]):
         try:
             values = parser.parse_args(argv)
         except ArgumentError as error:
-            raise ConfigError(self._one_line(str(error), layers)) from error
+            raise ConfigError(self._one_line(str(error), layers, argv)) from error
         return {key: value for key, value in to_plain(values).items() if key in _fields(self.cls)}
 
-    def _one_line(self, message: str, layers: dict[str, Any]) -> str:
+    def _one_line(self, message: str, layers: dict[str, Any], argv: list[str]) -> str:
         """jsonargparse's message; for a value of the wrong type, our own, which is shorter."""
         key, value = re.search(r'Parser key "([^"]+)"', message), re.search(r"[Vv]alue: (.*?)\s*$", message)
         if key and value:
             try:
-                build(self.cls, merge(layers, undot({key[1]: value[1]})))
+                build(self.cls, merge(layers, undot({key[1]: _given(argv, key[1], value[1])})))
             except ConfigError as error:
                 return str(error)
             except TypeError:
                 pass  # another knob is missing; this one is what is wrong here
         return f"ppomax {self.command}: " + " ".join(message.split())
+
+
+def _given(argv: list[str], knob: str, otherwise: str) -> Any:
+    """What `argv` gives for a knob: a list as one, all else as it stands."""
+    words = [w.partition("=") for w in argv]
+    following = zip(words, [*argv[1:], otherwise], strict=True)
+    text = next((w[2] if w[1] else after for w, after in following if w[0] == f"--{knob}"), otherwise)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, list) else text
 
 
 def expand(argv: list[str], shorts: dict[str, str]) -> list[str]:
