@@ -1,7 +1,9 @@
 """The report on runs made up for it: what it says, what it compares, and that it is one file which runs nothing."""
 
 import json
+import math
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -9,9 +11,12 @@ import yaml
 from ppomax.cli import main
 from ppomax.config import ConfigError, load_config, to_dict
 from ppomax.reporting import plots
-from ppomax.reporting.alarm import history
+from ppomax.reporting.about import note_start
+from ppomax.reporting.alarm import history, thresholds
 from ppomax.reporting.page import write_report
 from ppomax.reporting.runs import read_run, short_names
+from ppomax.reporting.sections import curve
+from ppomax.reporting.seeds import groups, mean_curve
 
 
 def made_up_run(folder, preset="ppo-max", collapse_at=None, steps=40, prompt="a film that", samples=True):
@@ -203,3 +208,86 @@ def test_names_are_as_long_as_it_takes(tmp_path):
 
 def test_moving_mean_skips_what_is_not_finite():
     assert plots.moving_mean([1.0, float("nan"), 3.0, 5.0], 2) == [1.0, 1.0, 3.0, 4.0]
+
+
+# ---- seeds, thresholds, what a run was made with --------------------------------------------------------------------
+
+
+def reseeded(folder, seed, **values):
+    """A made-up run as another seed would have it, with other values of some metrics."""
+    made_up_run(folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["run"] |= {"seed": seed, "out": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.update({name: x for name, x in values.items() if row["step"]})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def test_seeds_of_one_configuration_are_one_mean_in_its_interval(tmp_path):
+    lengths = (30.0, 33.0, 39.0)
+    folders = [reseeded(tmp_path / str(i), i, **{"rollout/length": x}) for i, x in enumerate(lengths)]
+    runs = [read_run(f, f.name, plots.COLOURS[i]) for i, f in enumerate(folders)]
+    other = read_run(made_up_run(tmp_path / "v", preset="vanilla"), "v", plots.COLOURS[3])
+    found = groups([*runs, other])
+    assert [[r.name for r in g] for g in found] == [["0", "1", "2"], ["v"]]
+    mean = mean_curve([curve(run, "rollout/length", band=False) for run in runs])
+    assert mean.values[0] == pytest.approx(34.0)
+    # by hand: std of 30, 33, 39 is sqrt(21), t of two degrees of freedom 4.303
+    assert mean.high[0] - 34.0 == pytest.approx(4.303 * math.sqrt(21 / 3), rel=1e-3)
+    assert mean.low[0] + mean.high[0] == pytest.approx(68.0)
+    two = mean_curve([curve(run, "rollout/length", band=False) for run in runs[1:]])
+    assert (two.low[0], two.values[0], two.high[0]) == (33.0, 36.0, 39.0)
+    assert "0</span> and 2 more seeds" in write_report([*folders, tmp_path / "v"], tmp_path / "r.html").read_text()
+
+
+def test_a_seed_that_is_there_twice_is_no_second_seed(tmp_path):
+    folders = [reseeded(tmp_path / name, 7) for name in ("a", "b")]
+    assert [len(g) for g in groups([read_run(f, f.name, "#000000") for f in folders])] == [1, 1]
+
+
+def test_thresholds_are_those_of_the_alarm():
+    settings = load_config().monitor
+    for metric in ("rollout/length", "rollout/truncated", "policy/entropy_avg", "rollout/ref_perplexity"):
+        start = {"rollout/length": 20.0, "rollout/truncated": 0.1, "policy/entropy_avg": 2.0,
+                 "rollout/ref_perplexity": 9.0, "objective/kl_per_token": 0.0}  # fmt: skip
+        for threshold in thresholds(metric, start, settings):
+            outside = 1.01 if threshold > start[metric] else 0.99
+            for factor, expected in ((outside, True), (2 - outside, False)):
+                rows = [start] * 10 + [{**start, metric: factor * threshold}] * 10
+                seen = history([{"step": i + 1, **row} for i, row in enumerate(rows)], settings).first
+                assert any(sign.metric == metric and sign.counted for _, sign in seen) is expected, (metric, threshold)
+    assert thresholds("objective/kl_per_token", {}, settings) == [settings.alarm_kl, 4 * settings.alarm_kl]
+    assert thresholds("loss/value_avg", {"loss/value_avg": 1.0}, settings) == []
+
+
+def test_a_panel_is_no_lower_than_a_share_of_the_start(monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots, "_picture", lambda draw, size: seen.append(drawn_limits(draw)) or "")
+    steps, values = list(range(10)), [100.0 + i / 10 for i in range(10)]
+    plots.curve_panel([plots.Curve(steps, values, "#000000")], start=100.0)
+    plots.curve_panel([plots.Curve(steps, values, "#000000")])
+    (low, high), (tight_low, tight_high) = seen
+    assert high - low == pytest.approx(30.0)
+    assert low < tight_low < tight_high < high
+
+
+def drawn_limits(draw):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    draw(axes)
+    return axes.get_ylim()
+
+
+def test_a_run_notes_what_it_was_made_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/ppomax", "train", "--data.prompts", "my prompts.jsonl"])
+    folder = made_up_run(tmp_path / "run")
+    note_start(folder, 4)
+    words = write_report([folder]).read_text()
+    assert "command: ppomax train --data.prompts &#x27;my prompts.jsonl&#x27;" in words
+    assert "machine: 4 x " in words
+    assert "torch 2." in words
+    assert "Critic pre-training" in words

@@ -182,6 +182,21 @@ def means(rows: Iterable[dict[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+def thresholds(metric: str, start: dict[str, float], config: MonitorConfig) -> list[float]:
+    """Values of a metric beyond which it is a sign of collapse by itself, for a run with this start."""
+    level = start.get(metric)
+    if metric == KL:
+        return [config.alarm_kl, KL_ALONE * config.alarm_kl]
+    if level is None:
+        return []
+    return {
+        LENGTH: [level / LENGTH_FACTOR, level * LENGTH_FACTOR],
+        TRUNCATED: [level + config.alarm_truncated],
+        ENTROPY: [level * config.alarm_entropy],
+        REF_PERPLEXITY: [level / PERPLEXITY_FACTOR, level * PERPLEXITY_FACTOR],
+    }.get(metric, [])
+
+
 @dataclass(frozen=True)
 class History:
     """What went wrong in a run, in order."""

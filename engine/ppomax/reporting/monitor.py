@@ -187,8 +187,8 @@ def figures(metrics: dict[str, float]) -> list[str]:
 
 
 def short(value: float) -> str:
-    """Three digits of a figure, two of a small one: 0.899, 1234, 0.0012."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 0.1 else f"{value:.2g}"
+    """Three digits of a figure, two of a small one, no fraction of a large one: 0.899, 0.0012, 1234."""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.3g}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def clock(seconds: float) -> str:
@@ -221,7 +221,7 @@ class PlainLine:
     def show(self, step: int, metrics: dict[str, float]) -> None:
         buffers, took = metrics.get("pretrain/buffers", 0), metrics.get("time/step", 0.0)
         where = f"step {step}/{self.steps}" if step else f"critic {buffers:.0f}/{self.pretrain}"
-        words = [where, *figures(metrics), f"{short(took)} s"]
+        words = [where, *figures(metrics), f"{took:.1f} s"]
         if step and took:
             self.newest.append(took)
             words.append(f"left {clock((self.steps - step) * sum(self.newest) / len(self.newest))}")

@@ -1,7 +1,8 @@
 """`ppomax report RUN [RUN2 ...]`: one HTML file about a run, or several side by side, with nothing outside it.
 
-In reading order: figures at the start and the end, what went wrong and in which metric first, curves, score histograms,
-phase times, samples before and after, configuration. What went wrong is the collapse alarm (alarm.py) replayed over
+In reading order: what the runs were made with and where they differ, figures at the start and the end, what went wrong
+and in which metric first, curves, critic pre-training, score histograms, phase times, samples before and after,
+configuration. What went wrong is the collapse alarm (alarm.py) replayed over
 metrics.jsonl, so a run that was trained with the alarm off is judged too."""
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ def one_line(row: dict[str, Any]) -> str:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML document."""
-    parts = [sections.header(runs)]
+    parts = [sections.header(runs), sections.differences(runs)]
     if any("objective/scores" in run.rows[0] for run in runs):
         parts += [
             sections.glance(runs),
             sections.outcome_section(runs),
             sections.section("Stability", sections.panels(runs, sections.STABILITY)),
+            sections.pretraining(runs),
             sections.score_histograms(runs),
             sections.section("Learning", sections.panels(runs, sections.LEARNING)),
             sections.phase_times(runs),

@@ -17,8 +17,10 @@ PHASES = {
     "time/experience": ("experience", "#a9c4e4"),
     "time/update": ("update", "#1f4e85"),
 }
-SMOOTH_FROM = 150
+SMOOTH_FROM = 20
 """Steps from which a curve is drawn as its moving mean over the raw line."""
+LEAST_RANGE = 0.3
+"""Of a panel's height, as a share of the start's level, so that noise does not look like a collapse."""
 STYLE = {
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -51,19 +53,33 @@ class Curve:
     """Steps of alarms, drawn as dashed verticals."""
 
 
-def curve_panel(curves: Sequence[Curve], *, limit: float | None = None, floor: float | None = None) -> str:
-    """Lines over steps; `limit`: a dotted horizontal where the alarm's threshold lies, drawn if it is near the data;
-    `floor`: nothing below it is shown."""
+def curve_panel(
+    curves: Sequence[Curve],
+    *,
+    limits: Sequence[float] = (),
+    start: float | None = None,
+    floor: float | None = None,
+    x: str = "step",
+) -> str:
+    """Lines over steps; `limits`: dotted horizontals where the alarm's thresholds lie, each drawn if it is near the
+    data; `start`: a thin line at the start's level, which the panel's height is at least LEAST_RANGE of; `floor`:
+    nothing below it is shown."""
 
     def draw(axes: Any) -> None:
         for curve in curves:
             _draw_curve(axes, curve)
         low, high = axes.get_ylim()
+        if start is not None:
+            lacking = max(0.0, LEAST_RANGE * abs(start) - (high - low)) / 2
+            low, high = low - lacking, high + lacking
+            axes.set_ylim(low, high)
+            axes.axhline(start, color=FAINT, linewidth=0.6)
         if floor is not None and low < floor:
             axes.set_ylim(bottom=floor)
-        if limit is not None and low <= limit <= high + 0.5 * (high - low):
-            axes.axhline(limit, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.set_xlabel("step")
+        for limit in limits:
+            if low - 0.5 * (high - low) <= limit <= high + 0.5 * (high - low):
+                axes.axhline(limit, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.set_xlabel(x)
         axes.locator_params(axis="x", integer=True)
         axes.margins(x=0.01)
 
@@ -73,13 +89,14 @@ def curve_panel(curves: Sequence[Curve], *, limit: float | None = None, floor: f
 def _draw_curve(axes: Any, curve: Curve) -> None:
     n = len(curve.steps)
     if len(curve.low):
-        axes.fill_between(curve.steps, curve.low, curve.high, color=curve.colour, alpha=0.13, linewidth=0)
+        band = [moving_mean(x, max(5, n // 40)) if n >= SMOOTH_FROM else x for x in (curve.low, curve.high)]
+        axes.fill_between(curve.steps, *band, color=curve.colour, alpha=0.13, linewidth=0)
     alone = {"marker": "o", "markersize": 3} if n == 1 else {}
     if n < SMOOTH_FROM:
         axes.plot(curve.steps, curve.values, color=curve.colour, linewidth=1.5, **alone)
     else:
         axes.plot(curve.steps, curve.values, color=curve.colour, linewidth=0.6, alpha=0.3)
-        axes.plot(curve.steps, moving_mean(curve.values, n // 40), color=curve.colour, linewidth=1.5)
+        axes.plot(curve.steps, moving_mean(curve.values, max(5, n // 40)), color=curve.colour, linewidth=1.5)
     for step in curve.marks:
         axes.axvline(step, color=curve.colour, linewidth=0.9, linestyle=(0, (3, 3)))
 

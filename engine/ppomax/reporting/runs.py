@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ppomax.config import ConfigError, MonitorConfig, build
 from ppomax.config.mapping import read_yaml
+from ppomax.reporting.about import ABOUT
 from ppomax.reporting.alarm import History, history, means
 from ppomax.reporting.monitor import METRICS, SAMPLES, SCORES
 from ppomax.saving.jsonl import read_rows
@@ -32,6 +33,8 @@ class Run:
     history: History
     baseline_steps: int
     """First steps that the others are held against."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """When it was begun, by which command, with what; see about.py."""
     picture: bytes = b""
     """held_out.png of a reward model: score histograms and calibration."""
 
@@ -69,6 +72,7 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
         read_rows(folder / SCORES),
         history(steps, monitor),
         monitor.alarm_baseline_steps,
+        next(iter(read_rows(folder / ABOUT)), {}),
         picture.read_bytes() if (picture := folder / "held_out.png").is_file() else b"",
     )
 

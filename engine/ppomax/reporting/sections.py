@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 
+from ppomax.config import MonitorConfig, build
 from ppomax.config.mapping import flat
 from ppomax.reporting import plots
-from ppomax.reporting.alarm import means
+from ppomax.reporting.alarm import means, thresholds
 from ppomax.reporting.runs import Run
+from ppomax.reporting.seeds import groups, mean_curve
 
 GLANCE = {
     "objective/scores": "score (raw, mean)",
@@ -66,8 +68,23 @@ def header(runs: Sequence[Run]) -> str:
         known = [f"preset {run.config['preset']}"] if "preset" in run.config else []
         seed = (run.config.get("run") or {}).get("seed")
         known += [str(policy), f"{run.rows[-1]['step']} steps"] + ([f"seed {seed}"] if seed is not None else [])
-        lines.append(f"<p>{tag(run)} <span class=faint>{esc(' · '.join(known))}</span></p>")
+        lines.append(f"<p>{tag(run)} <span class=faint>{esc(' · '.join(known))}</span>{made_by(run)}</p>")
     return f"<header><h1>{'Comparison of runs' if len(runs) > 1 else 'Training run'}</h1>{''.join(lines)}</header>"
+
+
+def made_by(run: Run) -> str:
+    """Date, data, machine, versions and command, as far as the run's folder tells them."""
+    model, data, reward = (run.config.get(part) or {} for part in ("model", "data", "reward"))
+    known = {
+        "begun": run.about.get("date"),
+        "prompts": data.get("prompts") if isinstance(data, dict) else data,
+        "reward": reward.get("function") or (model.get("reward_model") if isinstance(model, dict) else None),
+        "machine": run.about.get("machine"),
+        "versions": ", ".join(f"{k} {v}" for k, v in run.about.get("versions", {}).items()) or None,
+        "command": run.about.get("command"),
+    }
+    words = [f"{name}: {esc(str(value))}" for name, value in known.items() if value]
+    return f"<br><small class=faint>{' · '.join(words)}</small>" if words else ""
 
 
 def glance(runs: Sequence[Run]) -> str:
@@ -126,29 +143,48 @@ def outcome(run: Run) -> str:
     return f"<span class=good>no collapse alarm</span>{seen}"
 
 
+BANDS = {
+    "objective/scores": ("objective/scores_p5", "objective/scores_p95", "p5 to p95"),
+    "eval/win_rate": ("eval/win_rate_low", "eval/win_rate_high", "95 %"),
+}
+"""Edges of the band around a metric of a single run, and what they are."""
+
+
 def panels(runs: Sequence[Run], metrics: dict[str, str]) -> str:
-    """A grid of curves; a metric that no run has is left out."""
-    out = []
+    """A grid of curves, seeds of one configuration as their mean; a metric that no run has is left out."""
+    out, together = [], groups(runs)
     for metric, title in metrics.items():
-        curves = [curve(run, metric, band=len(runs) == 1) for run in runs]
-        drawn = [c for c in curves if c.values]
+        each = [[c for run in group if (c := curve(run, metric, band=len(runs) == 1)).values] for group in together]
+        drawn = [mean_curve(curves) if len(curves) > 1 else curves[0] for curves in each if curves]
         if not any(value for c in drawn for value in c.values):
             continue  # not there, or switched off in all runs
-        monitor = runs[0].config.get("monitor") or {}
-        limit = monitor.get("alarm_kl") if metric == "objective/kl_per_token" else None
-        out.append(
-            figure(
-                title + (" (band: p5 to p95)" if drawn[0].low else ""),
-                plots.curve_panel(drawn, limit=limit, floor=FLOORS.get(metric)),
-            )
-        )
+        first = runs[0]
+        level = first.start.get(metric) if metric in STABILITY else None
+        limits = thresholds(metric, first.start, build(MonitorConfig, first.config.get("monitor") or {}))
+        band = BANDS[metric][2] if metric in BANDS else ""
+        band = f" (band: {band})" if len(runs) == 1 and drawn[0].low else ""
+        out.append(figure(title + band, plots.curve_panel(drawn, limits=limits, start=level, floor=FLOORS.get(metric))))
     return f"{legend(runs)}<div class=grid>{''.join(out)}</div>"
+
+
+def pretraining(runs: Sequence[Run]) -> str:
+    """What the critic's pre-training did, buffer by buffer."""
+    out = []
+    for metric, title in (("explained_var", "Explained variance"), ("value_loss", "Value loss")):
+        curves = []
+        for run in runs:
+            rows = [r for r in run.pretraining if f"pretrain/{metric}" in r]
+            buffers, values = [r.get("pretrain/buffers", 0) for r in rows], [r[f"pretrain/{metric}"] for r in rows]
+            curves += [plots.Curve(buffers, values, run.colour)] if rows else []
+        if curves:
+            out.append(figure(title, plots.curve_panel(curves, x="buffer")))
+    return section("Critic pre-training", f"<div class=grid>{''.join(out)}</div>") if out else ""
 
 
 def curve(run: Run, metric: str, *, band: bool) -> plots.Curve:
     rows = [r for r in run.rows if isinstance(r.get(metric), (int, float)) and math.isfinite(r[metric])]
-    low, high = "objective/scores_p5", "objective/scores_p95"
-    edges = band and metric == "objective/scores" and all(low in r and high in r for r in rows)
+    low, high, _ = BANDS.get(metric, ("", "", ""))
+    edges = band and bool(low) and all(low in r and high in r for r in rows)
     return plots.Curve(
         [r["step"] for r in rows],
         [r[metric] for r in rows],
@@ -258,18 +294,20 @@ def response(row: dict[str, Any] | None) -> str:
     return f"{text}{cut} <span class=score>{row['score']:.2f}</span>"
 
 
+def differences(runs: Sequence[Run]) -> str:
+    """Knobs in which the runs differ."""
+    every = [flat(run.config) for run in runs]
+    keys = [k for k in dict.fromkeys(k for one in every for k in one) if len({str(one.get(k)) for one in every}) > 1]
+    rows = "".join(
+        f"<tr><td><code>{esc(k)}</code>" + "".join(f"<td>{esc(str(one.get(k)))}" for one in every) for k in keys
+    )
+    table = f"<table><tr><th>knob{''.join(f'<th>{tag(run)}' for run in runs)}{rows}</table>"
+    return section("Differences", table) if len(runs) > 1 else ""
+
+
 def configuration(runs: Sequence[Run]) -> str:
-    """Knobs in which the runs differ, and each run's resolved configuration."""
+    """Each run's resolved configuration."""
     body = ""
-    if len(runs) > 1:
-        every = [flat(run.config) for run in runs]
-        keys = [
-            k for k in dict.fromkeys(k for one in every for k in one) if len({str(one.get(k)) for one in every}) > 1
-        ]
-        rows = "".join(
-            f"<tr><td><code>{esc(k)}</code>" + "".join(f"<td>{esc(str(one.get(k)))}" for one in every) for k in keys
-        )
-        body += f"<table><tr><th>knob{''.join(f'<th>{tag(run)}' for run in runs)}{rows}</table>"
     for run in runs:
         text = yaml.safe_dump(run.config, sort_keys=False)
         body += f"<details><summary>resolved configuration of {esc(run.name)}</summary><pre>{esc(text)}</pre></details>"
@@ -288,10 +326,20 @@ def figure(title: str, source: str) -> str:
 
 
 def legend(runs: Sequence[Run]) -> str:
-    marks = " · dashed: collapse alarm" if any(run.history.alarms for run in runs) else ""
+    words = "faint line: raw values, and the start's level; dotted: thresholds of the alarm"
+    words += "; dashed: collapse alarm" if any(run.history.alarms for run in runs) else ""
     if len(runs) == 1:
-        return f"<p class=faint>{marks[3:]}</p>" if marks else ""
-    return f"<p>{' &nbsp; '.join(tag(run) for run in runs)}<span class=faint>{marks}</span></p>"
+        return f"<p class=faint>{words}</p>"
+    named = []
+    for group in groups(runs):
+        more = f" and {len(group) - 1} more seed{'s' * (len(group) > 2)}, {drawn_as(group)}" if len(group) > 1 else ""
+        named.append(tag(group[0]) + more)
+    return f"<p>{' &nbsp; '.join(named)}<br><span class=faint>{words}</span></p>"
+
+
+def drawn_as(group: Sequence[Run]) -> str:
+    """What mean_curve makes of so many seeds."""
+    return "mean in its 95 % interval" if len(group) > 2 else "their mean and both"
 
 
 def tag(run: Run) -> str:

@@ -25,6 +25,7 @@ from ppomax.models.fingerprints import fingerprint_rows
 from ppomax.models.modes import start_policy
 from ppomax.recipe.reward_sources import named_rewards
 from ppomax.recipe.streams import Purpose
+from ppomax.reporting.about import note_start
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
 from ppomax.rollout import Sampling, decode
@@ -84,6 +85,7 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
             clean(out / "checkpoints")
         if ranks.rank() == 0:
             save_config(config, out / "config.yaml")
+            note_start(out, ranks.world_size())
             monitor = monitor or RunMonitor(out, config)
         else:
             monitor = NoMonitor()
