@@ -164,7 +164,8 @@ class Engine:
             recompute_blocks(models.policy)
             recompute_blocks(models.critic)
         self.eos_ids = eos_ids_of(models.policy, self.tokenizer)
-        check_vocabularies(models.policy, models.reference, models.critic, self.reward_model)
+        by_tokens = None if self.config.reward.tokenizer else self.reward_model
+        check_vocabularies(models.policy, models.reference, models.critic, by_tokens)
         self.fingerprints = fingerprints(models.policy, models.critic, self.reference, self.reward_model)
 
     def _shard(self, models: _Models) -> None:

@@ -32,7 +32,7 @@ from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
 
 from tests.engine.rank_cases import Kept, keep, tried
-from tests.engine.tiny import SMALL, prompts, small_config, tiny_engine, tiny_policy
+from tests.engine.tiny import SMALL, prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
 
 PARTITION_ALL = {
     "zero_optimization": {
@@ -112,6 +112,10 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "optimiser offloaded": ({"sharding__offload_optimizer": True}, {}),
     "frozen offloaded": ({"sharding__frozen": "offloaded"}, {}),
     "bfloat16": ({"model__dtype": "bfloat16"}, {}),
+    "text reward": (
+        {"reward__tokenizer": lambda folder: own_tokenizer(folder), "model__critic": "policy"},
+        {"tokenizer": tiny_tokenizer},
+    ),
     "our kernels": ({"impl": "auto", "advantage__bootstrap_truncated": True}, {}),
 }
 STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3),
@@ -119,8 +123,20 @@ STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (
 """Of ZeRO in which a variant is tried by `more`; the others under 3."""
 
 
+def own_tokenizer(folder: Path) -> str:
+    """A folder of this rank's with the tokenizer of a reward model that reads text."""
+    path = folder / f"tokenizer-{ranks.rank()}"
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def knobs_of(folder: Path, name: str) -> dict[str, object]:
+    """A variant's knobs; one that is a function is asked with the folder."""
+    return {knob: value(folder) if callable(value) else value for knob, value in VARIANTS[name][0].items()}
+
+
 def variant(folder: Path, name: str, stage: int | None) -> dict[str, Any]:
-    knobs, parts = VARIANTS[name]
+    knobs, parts = knobs_of(folder, name), VARIANTS[name][1]
     engine = engine_of(config_of(folder, stage, **knobs), **{role: make() for role, make in parts.items()})
     return {"metrics": steps(engine, (8, 7)), "state": state_of(engine)}
 
@@ -141,7 +157,7 @@ def two(folder: Path) -> dict[str, Kept]:
     out["gathered"] = tried(gathered, engine)
     out["one prompt"] = tried(steps, engine, (1,))
     out["nan"] = tried(nan_on_one_rank, engine)
-    out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra")}
+    out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra", "text reward")}
     out["trunk"] = tried(trunk_states, folder)
     out["doctor"] = tried(doctor.examine, folder / "doctor")
     out["our kernels"] = tried(variant, folder, "our kernels", 2)

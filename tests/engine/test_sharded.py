@@ -125,7 +125,7 @@ def test_two_ranks_are_one_process(on_two, plain, stage: int) -> None:
     assert_same_run(on_two[f"zero {stage}"], plain)
 
 
-@pytest.mark.parametrize("name", ["tied", "recomputed", "hydra", "our kernels"])
+@pytest.mark.parametrize("name", ["tied", "recomputed", "hydra", "text reward", "our kernels"])
 def test_two_ranks_are_one_process_in_every_mode(on_two, folder, name: str) -> None:
     """And where they run blocks again in the backward, one that does not is still the same."""
     assert_same_run(on_two[name], alone(folder, name))
@@ -249,7 +249,7 @@ def test_16_bit_weights_and_second_copies_resume_to_the_bit(on_two_more, case: s
 
 def alone(folder: Path, name: str) -> dict[str, Any]:
     """A variant in one process, where there is nothing to offload and no memory to save."""
-    knobs, parts = driver.VARIANTS[name]
+    knobs, parts = driver.knobs_of(folder, name), driver.VARIANTS[name][1]
     kept = {k: v for k, v in knobs.items() if not k.startswith("sharding__") and k not in driver.AGAIN}
     engine = driver.engine_of(driver.config_of(folder, None, **kept), **{role: make() for role, make in parts.items()})
     return {"metrics": driver.steps(engine, (8, 7)), "state": driver.state_of(engine)}

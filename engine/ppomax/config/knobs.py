@@ -161,6 +161,9 @@ class RewardConfig:
     functions: tuple[str, ...] = ()
     """Several Python rewards, `WEIGHT*file.py:name` each: their scores times their weights are added, to the reward
     model's (times `model_weight`) if there is one. In place of `function`."""
+    tokenizer: str | None = None
+    """Tokenizer of a reward model that does not share the policy's: it then gets text, the response as an assistant's
+    turn after the prompt where that tokenizer has a chat template. None: it reads the policy's tokens."""
     model_weight: float = 1.0
     """Weight of the reward model's score beside `functions`. 0: it is not asked (nor loaded)."""
     workers: int = 0
@@ -622,6 +625,11 @@ class TrainConfig:
             f"a multiple of rollout.samples_per_prompt={self.rollout.samples_per_prompt}",
             self.batch.rollout_size,
         )
+        if self.reward.tokenizer is not None and self.model.critic == "reward_model":
+            raise ConfigError(
+                "config: reward.tokenizer gives the reward model a vocabulary of its own, and a critic reads the "
+                "policy's tokens; set model.critic to policy, or to a path"
+            )
         if self.advantage.bootstrap_truncated and self.model.critic == "trunk":
             raise ConfigError(
                 "config: advantage.bootstrap_truncated needs the value at each response's last token, whose trunk "

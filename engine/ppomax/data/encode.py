@@ -56,8 +56,8 @@ def check_same_vocabulary(policy: Tokenizer, reward_model: Tokenizer) -> None:
     different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     raise DataError(
         f"policy and reward model have different vocabularies ({len(ours)} and {len(theirs)} tokens, {len(different)} "
-        f"differ, first {different[0]!r}: {ours.get(different[0])} and {theirs.get(different[0])}); train the "
-        "reward model with the policy's tokenizer, or score decoded text by a reward function"
+        f"differ, first {different[0]!r}: {ours.get(different[0])} and {theirs.get(different[0])}); set "
+        "reward.tokenizer, by which the reward model then reads text, or train it with the policy's tokenizer"
     )
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.config import ConfigError, RewardConfig, TrainConfig
-from ppomax.models import RewardModel, freeze, load_reward_model, set_attention
+from ppomax.models import RewardModel, freeze, load_reward_model, load_tokenizer, set_attention
 from ppomax.recipe.batch import Rollout
 from ppomax.recipe.reward_pool import Pooled
 from ppomax.recipe.rewards import FunctionReward, ModelReward, RewardSource, load_function
+from ppomax.recipe.text_reward import TextModelReward
 
 ModelOrFunction = str | Path | PreTrainedModel | RewardModel | Callable[..., Any]
 Weighed = Sequence[tuple[float, ModelOrFunction]]
@@ -67,6 +68,11 @@ def reward_source(
         model = load_reward_model(reward, dtype, trust_remote_code=trust, zero=zero)
         set_attention(freeze(model.to(device)), config.model.attention)
         source = ModelReward(model, config.impl)
+        if config.reward.tokenizer is not None:
+            if tokenizer is None:
+                raise ValueError("Engine: reward.tokenizer is set, so the policy's is needed too; pass tokenizer=")
+            own = load_tokenizer(config.reward.tokenizer, trust_remote_code=trust)
+            source = TextModelReward(model, config.impl, tokenizer, own, config.batch.micro_tokens)
         return Found(source, model, source)
     if not callable(reward):
         raise TypeError(

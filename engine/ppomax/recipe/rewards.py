@@ -76,15 +76,21 @@ class FunctionReward:
     def __call__(self, rollout: Rollout) -> Tensor:
         mine = ranks.part_of(len(rollout.finished))
         pairs = [pair for i, pair in enumerate(rollout.sequences()) if i in mine]
-        prompts, responses = (
-            [str(self.tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1)
-        )
+        prompts, responses = texts_of(pairs, self.tokenizer)
         columns = {name: [values[i] for i in mine] for name, values in rollout.columns.items()}
         ended = rollout.finished.tolist()
         columns |= {"prompt_ids": [p for p, _ in pairs], "response_ids": [r for _, r in pairs]}
         columns["finished"] = [ended[i] for i in mine]
         scores = call_reward(self.function, prompts, responses, columns, self.timeout) if pairs else torch.zeros(0)
         return ranks.gather(scores.to(rollout.tokens.device))
+
+
+def texts_of(
+    pairs: Sequence[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[str]]:
+    """Prompts and responses as text, without special tokens."""
+    prompts, responses = ([str(tokenizer.decode(p[i], skip_special_tokens=True)) for p in pairs] for i in (0, 1))
+    return prompts, responses
 
 
 class Wanted(NamedTuple):

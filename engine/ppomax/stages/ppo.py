@@ -118,7 +118,8 @@ class PpoLoop:
         self.given = Given.of(rows, *functions)
         self.fixed = Given.of(shown[: config.monitor.sample_prompts], *functions)
         self.judged = Given.of(shown[: config.monitor.eval_prompts], *functions, judge)
-        if sources.reward_model and (Path(sources.reward_model) / "tokenizer_config.json").is_file():
+        by_tokens = bool(sources.reward_model) and config.reward.tokenizer is None
+        if by_tokens and (Path(sources.reward_model) / "tokenizer_config.json").is_file():
             check_same_vocabulary(self.tokenizer, load_tokenizer(sources.reward_model, trust_remote_code=trust))
         critic = None if config.model.critic in ("reward_model", "policy", "trunk") else config.model.critic
         self.engine = Engine(
