@@ -67,6 +67,10 @@ class ZeroTrained(Trained[M]):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * ranks.world_size())
+        if self.stage == 3:
+            # What no hook of the backward has released (the head, whose module is not what uses it) is let go here, or
+            # it is there in the next forward on some ranks and fetched on others, which then wait for each other.
+            self.zero.parameter_offload.partition_all_parameters()
         self.reduced = last
 
     def grad_norm(self) -> Tensor:
