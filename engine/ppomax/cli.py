@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppomax.command.folders import folder_of, pop_flag, training_config
+from ppomax.command.folders import dated, folder_of, pop_flag, training_config
 from ppomax.command.launch import parse_on_all_ranks, watched, without_local_rank
 from ppomax.command.options import RUN_FLAGS, Options, stage_presets
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, to_dict
@@ -158,6 +158,7 @@ def evaluate_reward(argv: list[str]) -> None:
     from ppomax.stages.evaluate_reward import evaluate_reward as run
 
     start_logging()
+    given["out"] = given["out"] or dated("evaluate-reward")
     found = run(given.pop("reward_model"), given.pop("pairs"), **given)
     print(f"{found.table()}\nwritten: {found.path}")
 

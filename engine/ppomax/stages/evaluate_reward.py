@@ -6,7 +6,6 @@ of other sizes, temperatures or stages."""
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +43,14 @@ class RewardEvaluation:
 def evaluate_reward(
     reward_model: str,
     sources: Sequence[str],
-    out: Path | None = None,
+    out: Path,
     *,
     max_tokens: int = 2048,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> RewardEvaluation:
-    """Score every source's pairs; writes reward_evaluation.json and a plot of scores and calibration for each source.
+    """Score every source's pairs; writes reward_evaluation.json, and a plot of scores and calibration for each source,
+    to the folder `out`.
 
     reward_model: HF directory, hub name, run of `reward-model`, or `default`. DataError: pairs that cannot be read."""
     path = named_model(reward_model, "reward_model")
@@ -58,7 +58,6 @@ def evaluate_reward(
     pairs = {name: _pairs(name, tokenizer, max_tokens) for name in sources}
     model = load_reward_model(path, trust_remote_code=trust_remote_code)
     freeze(model.to(pick_device(device)))
-    out = out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-evaluate-reward")
     out.mkdir(parents=True, exist_ok=True)
     figures = {}
     for number, (name, given) in enumerate(pairs.items()):
