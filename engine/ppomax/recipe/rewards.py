@@ -75,7 +75,7 @@ class FunctionReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         mine = ranks.part_of(len(rollout.finished))
-        pairs = [pair for i, pair in enumerate(rollout.sequences()) if i in mine]
+        pairs = rollout.sequences()[mine.start : mine.stop]
         prompts, responses = texts_of(pairs, self.tokenizer)
         columns = {name: [values[i] for i in mine] for name, values in rollout.columns.items()}
         ended = rollout.finished.tolist()

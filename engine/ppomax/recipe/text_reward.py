@@ -55,8 +55,8 @@ class TextModelReward(ModelReward):
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         device, mine = rollout.tokens.device, ranks.part_of(len(rollout.finished))
-        prompts, responses = texts_of([pair for i, pair in enumerate(rollout.sequences()) if i in mine], self.tokenizer)
-        ended = [x for i, x in enumerate(rollout.finished.tolist()) if i in mine]
+        prompts, responses = texts_of(rollout.sequences()[mine.start : mine.stop], self.tokenizer)
+        ended = rollout.finished.tolist()[mine.start : mine.stop]
         rows = [self.encoded(*row) for row in zip(prompts, responses, ended, strict=True)]
         scores = torch.zeros(len(rows), device=device)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)

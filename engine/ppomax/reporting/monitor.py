@@ -79,7 +79,7 @@ class RunMonitor:
         self.line = progress_line(config.run.steps, config.critic.pretrain_steps, console)
         self.halt: Halt | None = None
         """What the alarm asked for, once it did."""
-        self.trackers = Trackers(self.settings.trackers, self.out, to_dict(config)) if self.settings.trackers else None
+        self.trackers = Trackers(self.settings.trackers, self.out, to_dict(config))
         self._begun = False
         self._board: Any = None
 
@@ -88,8 +88,7 @@ class RunMonitor:
         self._begin(step, metrics.get("pretrain/buffers"))
         append_row(self.out / METRICS, {"step": step, **metrics})
         self._scalars(step, metrics)
-        if self.trackers is not None:
-            self.trackers.log(step, metrics)
+        self.trackers.log(step, metrics)
         self.line.show(step, metrics)
         if step < 1 or self.settings.alarm == "off" or not self.alarm.update(metrics):
             return None
@@ -120,8 +119,7 @@ class RunMonitor:
         self.line.close()
         if self._board is not None:
             self._board.close()
-        if self.trackers is not None:
-            self.trackers.close()
+        self.trackers.close()
 
     def _begin(self, step: int, buffers: float | None) -> None:
         """Before the first row: cut what an interrupted run left of `step` and later; the alarm sees the rest."""

@@ -72,9 +72,9 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], out: Path, config: Mapping[str, Any]):
         self.used: dict[str, Tracker] = {}
-        out.mkdir(parents=True, exist_ok=True)
         for name in names:
             try:
+                out.mkdir(parents=True, exist_ok=True)
                 self.used[name] = KINDS[name](out, config)
             except Exception as error:  # whatever a service of others raises
                 self._dropped(name, error)

@@ -85,7 +85,9 @@ def decode(
             recorder = Recorder(model, trunk_layers, sizes.slots, sampling.max_new_tokens, len(prompts))
         slots = Slots(distinct, sizes.slots, sampling.max_new_tokens, arena)
         eos = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
-        kept = None if sampling.cut is None else KeptRecorder(sizes.slots, sampling.max_new_tokens, len(prompts))
+        cut, kept = sampling.cut, None
+        if cut is not None:
+            kept = KeptRecorder(cut, sizes.slots, sampling.max_new_tokens, len(prompts))
         draws = Draws(sampling, stream_seeds(sampling.seed, uids).to(model.device), eos, kept)
         forward = Forward(model, attention, slots, draws, Extras(panels, capture, recorder))
         loop = _Loop(forward, len(prompts), ends, texts, on_token)

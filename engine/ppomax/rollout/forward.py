@@ -164,11 +164,12 @@ class Forward:
             early = (drawn < sampling.min_new_tokens)[:, None]
             logits[:, self.draws.eos] = logits[:, self.draws.eos].masked_fill(early, -torch.inf)
         seeds, temperature = self.draws.seeds[index], float(sampling.temperature)
-        if sampling.cut is None or self.draws.kept is None:
+        recorder = self.draws.kept
+        if recorder is None:
             top_k, top_p, impl = sampling.top_k, sampling.top_p, sampling.impl
             return K.sample(logits, seeds, drawn, temperature=temperature, top_k=top_k, top_p=top_p, impl=impl)[:2]
-        kept = kept_rows(logits, sampling.cut)
-        self.draws.kept.record(slot, drawn, kept)
+        kept = kept_rows(logits, recorder.cut)
+        recorder.record(slot, drawn, kept)
         left = only_kept(logits, kept)
         column, logprob, _, _ = K.sample(left, seeds, drawn, temperature=temperature, impl=sampling.impl)
         return token_at(column, kept), logprob

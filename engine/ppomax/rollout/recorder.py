@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppomax.models import blocks_of
+from ppomax.rollout.kept import Cut
 from ppomax.rollout.slots import Sequence
 
 
 class KeptRecorder:
     """Keeps the set of each draw (kept.py)."""
 
-    def __init__(self, slots: int, limit: int, count: int):
+    def __init__(self, cut: Cut, slots: int, limit: int, count: int):
+        self.cut = cut
         self.rows: Tensor | None = None
         self.size = (slots + 1, limit)
         self.done: list[Tensor] = [torch.empty(0)] * count
