@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ppomax.assets import named_model, shipped
 from ppomax.cli import main
 from ppomax.data.rows import DataError
 from ppomax.models import load_reward_model, load_tokenizer
@@ -66,3 +67,8 @@ def test_bad_sources_are_named(sources: list[str], tmp_path: Path) -> None:
     Path("evaluation.json").write_text("[1]")
     with pytest.raises(DataError, match=r"is no evaluation\.json"):
         judged_pairs(Path("evaluation.json"))
+
+
+def test_default_is_the_reward_model_that_ships() -> None:
+    assert named_model("default", "reward_model") == str(shipped("reward_model"))
+    assert named_model("default") == str(shipped("policy"))

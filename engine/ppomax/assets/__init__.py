@@ -7,14 +7,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "default"
 DEFAULT = "default"
-"""The name by which commands know the policy that ships with ppomax."""
+"""The name by which commands know the models that ship with ppomax."""
 
 
 def named_model(name: str | Path, part: str = "policy") -> str:
-    """`name` itself, a folder or hub name; the shipped policy's folder for `default`; of a run's folder the model that
-    it wrote: its `policy`, or another `part`."""
+    """`name` itself, a folder or hub name; for `default` what ships, and of a run's folder what it wrote: its `policy`,
+    or another `part`."""
     if str(name) == DEFAULT:
-        return str(shipped("policy"))
+        return str(shipped(part))
     written = (Path(name) / part / "config.json").is_file() and not (Path(name) / "config.json").is_file()
     return str(Path(name) / part) if written else str(name)
 
