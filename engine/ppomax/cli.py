@@ -15,7 +15,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ppomax.command.folders import dated, folder_of, pop_flag, training_config
 from ppomax.command.launch import parse_on_all_ranks, watched, without_local_rank
@@ -24,6 +24,8 @@ from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, to_
 from ppomax.config.launcher import started_ranks
 from ppomax.config.mapping import flat, nearest, read_yaml
 from ppomax.config.stages import BuildDefaultConfig, RewardModelConfig, SftConfig
+
+C = TypeVar("C")
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
 
@@ -99,18 +101,24 @@ def plan(argv: list[str]) -> None:
 
 def sft(argv: list[str]) -> None:
     """fine-tune on responses, or train a language model on plain text"""
-    config = training_config("sft", SftConfig, argv)
-    from ppomax.stages.sft import train_sft
 
-    stage("sft", config, train_sft)
+    def run(config: SftConfig) -> Path:
+        from ppomax.stages.sft import train_sft
+
+        return train_sft(config)
+
+    sharded_stage("sft", SftConfig, argv, run)
 
 
 def reward_model(argv: list[str]) -> None:
     """train a reward model on preference pairs"""
-    config = training_config("reward-model", RewardModelConfig, argv)
-    from ppomax.stages.reward_model import train_reward_model
 
-    stage("reward-model", config, train_reward_model)
+    def run(config: RewardModelConfig) -> Path:
+        from ppomax.stages.reward_model import train_reward_model
+
+        return train_reward_model(config)
+
+    sharded_stage("reward-model", RewardModelConfig, argv, run)
 
 
 def build_default(argv: list[str]) -> None:
@@ -121,7 +129,7 @@ def build_default(argv: list[str]) -> None:
     config = training_config("build-default", BuildDefaultConfig, argv)
     from ppomax.default.build import build_default as run
 
-    stage("build-default", config, run)
+    in_its_folder("build-default", config, run)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -254,10 +262,29 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 # ---- what they share ------------------------------------------------------------------------------------------------
 
 
-def stage(name: str, config: Any, run: Callable[[Any], Path]) -> None:
-    """Run a stage in its folder."""
-    out, console = folder_of(config), start_logging()
-    console.print(f"[bold]ppomax {name}[/]  folder {out}", highlight=False)
+def sharded_stage(name: str, cls: type[C], argv: list[str], run: Callable[[C], Path]) -> None:
+    """Run a stage on all ranks that a launcher started, or in one process."""
+    with watched(argv) as watch:
+        config: Any = parse_on_all_ranks(lambda words: training_config(name, cls, words), argv)
+        from ppomax.stages.signals import Stopped
+
+        if watch is not None:
+            watch.silence = config.sharding.silence
+        stopped: Stopped | None = None
+        try:
+            in_its_folder(name, config, run)
+        except Stopped as raised:
+            stopped = raised  # all ranks come to it, and none has failed
+    if stopped is not None:
+        raise stopped
+
+
+def in_its_folder(name: str, config: C, run: Callable[[C], Path]) -> None:
+    """Run a stage and say where it writes."""
+    from ppomax.sharding import ranks
+
+    console = start_logging(quiet=ranks.rank() > 0)
+    console.print(f"[bold]ppomax {name}[/]  folder {folder_of(config)}", highlight=False)
     console.print(f"written: {run(config)}", highlight=False)
 
 
@@ -307,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}")
-        if started_ranks() > 1 and command not in ("train", "doctor"):
+        if started_ranks() > 1 and command not in ("train", "sft", "reward-model", "doctor"):
             words = f"ppomax {command} runs in one process, but {started_ranks()} were started; leave the launcher out"
             raise ConfigError(words)
         COMMANDS[command](rest)

@@ -32,6 +32,7 @@ from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
 
 from tests.engine.rank_cases import Kept, keep, tried
+from tests.engine.stage_cases import stages
 from tests.engine.tiny import SMALL, prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
 
 PARTITION_ALL = {
@@ -430,7 +431,7 @@ def main(case: str, folder: Path, *rest: str) -> int:
         number = signal.SIGTERM if rest[1].startswith("term-") else signal.SIGKILL
         return job(folder, rest[0], rest[1].removeprefix("term-"), number, victim=0 if rest[1] == "save" else 1)
     ranks.start("cpu")
-    keep(folder / f"{case}.json", {"one": one, "two": two, "more": more}[case](folder))
+    keep(folder / f"{case}.json", {"one": one, "two": two, "more": more, "stages": stages}[case](folder))
     ranks.shut_down()
     return 0
 

@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from ppomax.command.folders import has_begun
-from ppomax.config import TrainConfig
+from ppomax.command.folders import folder_of, has_begun
 from ppomax.config.launcher import restarts, started_ranks
 
 if TYPE_CHECKING:
     from ppomax.sharding.watch import Watch
+
+C = TypeVar("C")
 
 OUT_KEY = "ppomax/out"
 ANSWER_SECONDS = 20.0
@@ -67,7 +68,7 @@ def _lost_a_rank(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(w in str(error) for w in ("onnection", "NCCL", "gloo"))
 
 
-def parse_on_all_ranks(parse: Callable[[list[str]], TrainConfig], argv: list[str]) -> TrainConfig:
+def parse_on_all_ranks(parse: Callable[[list[str]], C], argv: list[str]) -> C:
     """`parse(argv)` on every rank, with rank 0's folder. Raises on all ranks if one could not, or if they
     differ."""
     if started_ranks() == 1 or {"-h", "--help"} & set(argv):
@@ -80,10 +81,9 @@ def parse_on_all_ranks(parse: Callable[[list[str]], TrainConfig], argv: list[str
         argv = [*argv, "--out", out, *(["--resume"] if has_begun(Path(out)) and "--resume" not in argv else [])]
     with ranks.fail_together():
         config = parse(argv) if ranks.rank() == 0 else None
-    out = ranks.broadcast(str(config.run.out) if config else "")
+    out = ranks.broadcast("" if config is None else str(folder_of(config)))
     with ranks.fail_together():
-        config = config or parse([*argv, "--out", out])
-    assert config is not None
+        config = parse([*argv, "--out", out]) if config is None else config
     if ranks.rank() == 0:
         store.set(OUT_KEY, str(Path(out).resolve()))
     return config

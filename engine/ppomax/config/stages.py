@@ -5,12 +5,62 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppomax.config.knobs import OptimConfig, RunConfig
+from ppomax.config.knobs import OptimConfig, RunConfig, ShardingConfig
 from ppomax.config.mapping import ConfigError, require, require_sampling
 
 
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """What fine-tuning and the reward model have in common: the model's form, the batch, the ranks."""
+
+    tokenizer: str | None = None
+    """Tokenizer directory; a reward model's must be the policy's, unless `train` is told of it. None: the model's
+    own."""
+    train: Literal["full", "lora"] = "full"
+    """What is trained: all weights; or adapters (and a reward model's new score head), merged into what is written."""
+    lora_rank: int = 16
+    """lora: rank of each adapter."""
+    lora_alpha: float = 32.0
+    """lora: an adapter's output is scaled by alpha / rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """lora: names of the linear layers of the blocks that get an adapter (q_proj, v_proj ...). None: all of them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameter and activation type; the optimiser steps float32 weights, and losses are float32, in any case."""
+    autocast: bool = False
+    """With dtype float32: run matrix products in bfloat16."""
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """How attention is computed; `varlen` and `flash_attention_2` read packed sequences without padding, on a GPU in
+    bfloat16. auto: varlen where it serves, else sdpa. For short rows in bfloat16 on a CPU `eager` is the fastest."""
+    gradient_checkpointing: bool = False
+    """Run each decoder block once more in the backward instead of keeping what its forward held."""
+    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
+    """Back-end of the loss kernels."""
+    max_tokens: int = 512
+    """Limit of one row in tokens, prompt and EOS included; of a pair, of either side."""
+    batch_tokens: int = 16384
+    """Most tokens behind one optimiser step, over all ranks; of a pair both sides count."""
+    micro_tokens: int = 16384
+    """Most tokens of one forward and backward; a rank whose share of the batch is larger makes several."""
+    epochs: float | None = None
+    """Passes over the rows, which then say how many steps there are. None: `run.steps`."""
+    eval_every: int = 100
+    """Steps between held-out evaluations."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
+        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+        require(self.micro_tokens >= 1, "micro_tokens", "at least 1", self.micro_tokens)
+        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
+        require(self.epochs is None or self.epochs > 0, "epochs", "above 0, or null for run.steps", self.epochs)
+        require(self.lora_rank >= 1, "lora_rank", "at least 1", self.lora_rank)
+        require(self.lora_alpha > 0, "lora_alpha", "above 0", self.lora_alpha)
+        require(self.lora_targets is None or bool(self.lora_targets), "lora_targets", "names, or null for all", [])
+        require(not (self.autocast and self.dtype != "float32"), "autocast", "off unless dtype is float32", True)
+
+
 @dataclass(frozen=True)
-class SftConfig:
+class SftConfig(SupervisedConfig):
     """One run of supervised fine-tuning or language modelling."""
 
     model: str
@@ -20,38 +70,19 @@ class SftConfig:
     `conversations`, or `chosen` of preference pairs."""
     eval_data: str | None = None
     """Held-out rows of the same form. None: no held-out figures."""
-    tokenizer: str | None = None
-    """Tokenizer directory. None: the model's own."""
     mask_prompt: bool = True
     """Count the loss on responses only. Plain text has no prompt, so all of it counts."""
-    max_tokens: int = 512
-    """Limit of one row, prompt and EOS included."""
     overlong: Literal["error", "truncate", "split", "drop"] = "error"
     """Rows over the limit: stop with an error, cut the end, cut into several (plain text), or leave out; counted and
     logged."""
     bad_rows: Literal["error", "drop"] = "error"
     """Other unusable rows (empty, malformed): stop with an error, or leave out, counted and logged."""
-    batch_tokens: int = 16384
-    """Most tokens behind one optimiser step."""
-    autocast: bool = False
-    """Run matrix products in bfloat16; weights and optimiser stay float32."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
-    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
-    """Back-end of the loss kernels."""
-    eval_every: int = 100
-    """Steps between held-out evaluations."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine", weight_decay=0.1))
     run: RunConfig = field(default_factory=lambda: RunConfig(steps=1000))
 
-    def __post_init__(self) -> None:
-        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
-        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
-        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
-
 
 @dataclass(frozen=True)
-class RewardModelConfig:
+class RewardModelConfig(SupervisedConfig):
     """One run of reward-model training."""
 
     model: str
@@ -61,12 +92,8 @@ class RewardModelConfig:
     """Training pairs: JSONL, CSV, Parquet or HF data set with `chosen` / `rejected` (and `prompt`, `margin`)."""
     eval_data: str | None = None
     """Held-out pairs. None: no held-out figures."""
-    tokenizer: str | None = None
-    """Tokenizer directory; must be the policy's. None: the model's own."""
     layers: int | None = None
     """Keep only the first so many blocks of the start model's trunk. None: all."""
-    max_tokens: int = 512
-    """Limit of prompt + response of either side."""
     bad_rows: Literal["error", "drop"] = "drop"
     """Unusable pairs (equal sides, empty, over the limit): stop with an error, or leave out, counted and logged."""
     margin: float = 0.0
@@ -77,24 +104,12 @@ class RewardModelConfig:
     """Responses (`prompt` + `response`, or `text`) that shall score mean 0 after training. None: no centring."""
     unit_std: bool = False
     """Scale scores too, so that those responses have standard deviation 1."""
-    batch_tokens: int = 16384
-    """Most tokens of chosen and rejected together behind one optimiser step."""
-    autocast: bool = False
-    """Run matrix products in bfloat16; weights and optimiser stay float32."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How transformers computes attention. For short rows in bfloat16 on a CPU `eager` is the fastest."""
-    impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"
-    """Back-end of the loss kernels."""
-    eval_every: int = 100
-    """Steps between held-out evaluations."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6))
     run: RunConfig = field(default_factory=lambda: RunConfig(steps=1000))
 
     def __post_init__(self) -> None:
-        require(self.max_tokens >= 2, "max_tokens", "at least 2", self.max_tokens)
+        super().__post_init__()
         require(self.lm_coef >= 0, "lm_coef", "0 (off) or more", self.lm_coef)
-        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
-        require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
         require(
             not self.unit_std or self.centre_data is not None,
             "unit_std",

@@ -12,20 +12,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ppomax.config import ModelConfig
 from ppomax.models.partitioned import gathered
 from ppomax.models.trunk import blocks_of
 from ppomax.sharding import Lazy
 
 
-def add_adapters(model: PreTrainedModel, config: ModelConfig, *, seed: int = 0) -> None:
+class AdapterKnobs(Protocol):
+    """The knobs of adapters, which several configurations have."""
+
+    @property
+    def lora_rank(self) -> int: ...
+
+    @property
+    def lora_alpha(self) -> float: ...
+
+    @property
+    def lora_targets(self) -> tuple[str, ...] | None: ...
+
+
+def add_adapters(model: PreTrainedModel, config: AdapterKnobs, *, seed: int = 0) -> None:
     """Freeze `model` and give it trainable adapters as `config` says; `seed` fixes their start.
 
     ModuleNotFoundError if PEFT is missing, ValueError if a target names no linear layer of the blocks."""
@@ -33,14 +45,14 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, *, seed: int = 0) 
         from peft import LoraConfig
     except ImportError as error:
         raise ModuleNotFoundError(
-            "model.train: lora needs PEFT, which is not installed; pip install 'ppomax[lora]'"
+            "train: lora needs PEFT, which is not installed; pip install 'ppomax[lora]'"
         ) from error
     layers = linear_layers(model)
     known = sorted({name.rsplit(".", 1)[-1] for name in layers})
     for target in config.lora_targets or ():
         if not any(name == target or name.endswith("." + target) for name in layers):
             raise ValueError(
-                f"model.lora_targets: {target!r} is no linear layer of {type(model).__name__}'s blocks (known: "
+                f"lora_targets: {target!r} is no linear layer of {type(model).__name__}'s blocks (known: "
                 f"{', '.join(known)}); name some of those, or leave it null for all"
             )
     wanted = config.lora_targets or known

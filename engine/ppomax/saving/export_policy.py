@@ -1,6 +1,6 @@
-"""The trained policy as a HF directory, written by rank 0.
+"""A trained policy, or another trained model, as a HF directory, written by rank 0.
 
-A policy that is cut over the ranks (ZeRO-3) or has adapters is made whole tensor by tensor and written shard by shard,
+One that is cut over the ranks (ZeRO-3) or has adapters is made whole tensor by tensor and written shard by shard,
 so that no process holds more of it than one layer beside what it holds anyway."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,15 +38,32 @@ def export_policy(engine: HasPolicy, path: str | Path, *, shard_bytes: int = SHA
     return the path; a folder of that name is replaced. Adapters are merged in, and lie beside the weights in `adapter`,
     in PEFT's format. Every rank calls; rank 0 writes, in files of at most `shard_bytes`. CheckpointError: a weight is
     not finite."""
-    path, policy = Path(path), engine.policy
-    refuse_not_finite({"policy": policy})
-    weights, adapters = policy.all_weights(), dict[str, Lazy]()
-    if has_adapters(policy.module):
-        weights, adapters = merged_weights(policy.module, weights)
-    elif not policy.sharded:
+    refuse_not_finite({"policy": engine.policy})
+    return export_model(engine.policy, engine.tokenizer, path, shard_bytes=shard_bytes)
+
+
+def export_model(
+    trained: Trained[Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    part: str = "",
+    beside_adapters: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """The same of any trained module, or of the HF model that is its submodule `part`. beside_adapters off: without the
+    folder `adapter`, for a model that is more than its start and the adapters."""
+    path, model = Path(path), trained.module.get_submodule(part)
+    prefix = f"{part}." if part else ""
+    weights = {n.removeprefix(prefix): x for n, x in trained.all_weights().items() if n.startswith(prefix)}
+    adapters = dict[str, Lazy]()
+    if has_adapters(model):
+        weights, adapters = merged_weights(model, weights)
+        adapters = adapters if beside_adapters else {}
+    elif not trained.sharded:
         with ranks.fail_together():
             if ranks.rank() == 0:
-                save_model(policy.module, engine.tokenizer, path)
+                save_model(model, tokenizer, path)
         return path
     parts = shards(weights, shard_bytes)
 
@@ -56,10 +73,10 @@ def export_policy(engine: HasPolicy, path: str | Path, *, shard_bytes: int = SHA
             _write_weights(folder, weights, parts, stream)
             if adapters:
                 whole = {name: next(stream).detach().cpu().clone() for name in adapters}
-                policy.module.save_pretrained(folder / "adapter", state_dict=whole, safe_serialization=True)
-            _write_configs(folder, policy.module)
-            if engine.tokenizer is not None:
-                engine.tokenizer.save_pretrained(folder)
+                model.save_pretrained(folder / "adapter", state_dict=whole, safe_serialization=True)
+            _write_configs(folder, model)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
     write_gathered([*weights.values(), *adapters.values()], write)
     return path
@@ -82,5 +99,5 @@ def _write_configs(folder: Path, policy: PreTrainedModel) -> None:
         config = copy.deepcopy(policy.config)
     config.architectures, config.dtype = [type(policy).__name__], policy.dtype  # as save_pretrained does
     config.save_pretrained(folder)
-    if policy.generation_config is not None:
+    if getattr(policy, "generation_config", None) is not None:
         policy.generation_config.save_pretrained(folder)

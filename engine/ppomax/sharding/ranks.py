@@ -164,6 +164,11 @@ def gather_host(x: Tensor) -> Tensor:
     return gather(x.cuda()).cpu() if talks_by_nccl() else gather(x)
 
 
+def sum_host(x: Tensor) -> Tensor:
+    """`sum` of tensors on the host, over whatever the ranks talk by."""
+    return sum(x.cuda()).cpu() if talks_by_nccl() else sum(x)
+
+
 def gather_objects(x: T) -> list[T]:
     """`x` (plain data) of every rank, in rank order."""
     if world_size() == 1:

@@ -55,10 +55,13 @@ def _alone() -> None:
 
 
 def register_heads(wrapper: LossModule) -> None:
-    """Tell ZeRO-3 which weights are read outside of their own module's forward: those of output heads."""
+    """Tell ZeRO-3 which weights are read outside of their own module's forward: those of output heads, and what a
+    module names as `read_by_hand`."""
     import deepspeed
 
     for module in wrapper.modules():
+        for p in getattr(module, "read_by_hand", ()):
+            deepspeed.zero.register_external_parameter(wrapper, p)
         head = getattr(module, "score", None)
         if head is None and isinstance(module, PreTrainedModel):
             head = module.get_output_embeddings()

@@ -36,7 +36,7 @@ from ppomax.saving.folder import CheckpointError, clean, newest, prune
 from ppomax.saving.lock import claimed
 from ppomax.saving.random_state import seed_all
 from ppomax.sharding import ranks
-from ppomax.sharding.settle import agreed_config
+from ppomax.sharding.settle import agreed_config, agreed_rows
 from ppomax.stages.held_out import Given, HeldOut, judge_function, sentence
 from ppomax.stages.order import Order
 from ppomax.stages.pretrain_critic import pretrain_critic
@@ -134,7 +134,8 @@ class PpoLoop:
         self.order = Order(len(self.given.prompts), config.run.seed)
         self.texts = self._load_texts() if config.ptx.coef else []
         self.text_order = Order(max(1, len(self.texts)), config.run.seed, Purpose.TEXTS)
-        self.data = self._agreed_data()
+        texts = fingerprint_rows(t.tokens for t in self.texts) if config.ptx.texts else None
+        self.data = agreed_rows({"prompts": fingerprint_rows(self.given.prompts), "ptx texts": texts})
         self.held_out = HeldOut(self.engine, self.judged, judge, self.progress.eval_start)
 
     def _load_prompts(self, source: str) -> list[PromptRow]:
@@ -143,21 +144,6 @@ class PpoLoop:
             source, self.tokenizer, data.max_prompt_tokens, column=data.prompt_column, overlong=data.overlong
         )
         return rows
-
-    def _agreed_data(self) -> dict[str, str | None]:
-        """Fingerprints of what was read. ConfigError on all ranks if they have read different rows."""
-        read = {
-            "prompts": fingerprint_rows(self.given.prompts),
-            "ptx texts": fingerprint_rows(t.tokens for t in self.texts) if self.config.ptx.texts else None,
-        }
-        for number, found in enumerate(ranks.gather_objects(read)):
-            odd = [what for what in read if found[what] != read[what]]
-            if odd:
-                raise ConfigError(
-                    f"config: the {odd[0]} that rank {number} read are not those of rank {ranks.rank()}; give all "
-                    "ranks the same files"
-                )
-        return dict(read)
 
     def next_prompts(self) -> Given:
         """The prompts of the next buffer, each as often as it is sampled, with their columns."""

@@ -7,7 +7,6 @@ Batches are packed; the loss is one token mean over the batch, whatever the leng
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,17 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.assets import named_model
-from ppomax.config.mapping import to_dict
 from ppomax.config.stages import SftConfig
 from ppomax.data import Text, load_texts
-from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden
+from ppomax.models import Head, head_of, load_tokenizer, packed_hidden
+from ppomax.models.adapters import add_adapters
 from ppomax.models.checks import eos_ids_of
+from ppomax.models.fingerprints import fingerprint_rows
+from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import pack
-from ppomax.saving.lock import claimed
-from ppomax.saving.model_folder import save_model
-from ppomax.stages.supervised_loop import BatchOrder, chunks, run_loop
-
-log = logging.getLogger(__name__)
+from ppomax.saving.export_policy import export_model
+from ppomax.sharding import ranks
+from ppomax.stages.supervised_loop import Metrics, Task, claimed_run, load_start, own_chunks, run_loop
 
 
 def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[None]:
@@ -64,6 +63,11 @@ def counted_tokens(texts: Sequence[Text], device: torch.device) -> Tensor:
     return torch.tensor(positions, dtype=torch.int64, device=device)
 
 
+def counted_in(texts: Sequence[Text]) -> int:
+    """How many tokens of these count in the loss."""
+    return sum(len(text.tokens) - text.loss_from for text in texts)
+
+
 def batch_nll(
     model: PreTrainedModel, texts: Sequence[Text], *, normalizer: float | None = None, impl: str = "auto"
 ) -> Tensor:
@@ -76,23 +80,22 @@ def batch_nll(
 
 @torch.no_grad()
 def mean_nll(model: PreTrainedModel, texts: Sequence[Text], batch_tokens: int, *, impl: str = "auto") -> float:
-    """Token mean of the NLL over all texts, in nats."""
-    total = 0.0
-    for rows in chunks([len(text.tokens) for text in texts], batch_tokens):
-        total += batch_nll(model, [texts[row] for row in rows], normalizer=1.0, impl=impl).item()
-    return total / sum(len(text.tokens) - text.loss_from for text in texts)
+    """Token mean of the NLL over all texts, in nats. Of several ranks, which all call, each reads its share."""
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for rows in own_chunks([len(text.tokens) for text in texts], batch_tokens):
+        total += batch_nll(model, [texts[row] for row in rows], normalizer=1.0, impl=impl).double()
+    return ranks.sum(total).item() / counted_in(texts)
 
 
 def train_sft(config: SftConfig) -> Path:
-    """Train, write metrics.jsonl and the model as a HF directory; returns that directory (`run.out`/policy)."""
-    out = Path(config.run.out or "runs/sft")
-    with claimed(out, config):
-        return _train(config, out)
+    """Train, write metrics.jsonl and the model as a HF directory; returns that directory (`run.out`/policy). Every
+    rank calls."""
+    with claimed_run(config, "runs/sft") as (agreed, out):
+        return _train(agreed, out)
 
 
 def _train(config: SftConfig, out: Path) -> Path:
     start = named_model(config.model)
-    identity = to_dict(config) | {"run": {"seed": config.run.seed}}
     tokenizer = load_tokenizer(config.tokenizer or start)
 
     def load(source: str) -> list[Text]:
@@ -107,25 +110,28 @@ def _train(config: SftConfig, out: Path) -> Path:
 
     texts = load(config.data)
     held_out = load(config.eval_data) if config.eval_data else []
-    model = load_policy(start, attn_implementation=config.attention)
-    model.train()
-    order = BatchOrder([len(text.tokens) for text in texts], config.batch_tokens, config.run.seed)
-    log.info("%d texts, %d tokens, %d steps an epoch", len(texts), sum(len(text.tokens) for text in texts), len(order))
+    model = load_start(start, config)
+    if config.train == "lora":
+        add_adapters(model, config, seed=config.run.seed)
+    if config.gradient_checkpointing:
+        recompute_blocks(model)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = [texts[row] for row in order.batch(step)]
+    def loss_of(model: PreTrainedModel, rows: Sequence[int], batch: Sequence[int]) -> tuple[Tensor, Metrics]:
+        own, count = [texts[row] for row in rows], counted_in([texts[row] for row in batch])
         with autocast(config.autocast, model.device):
-            loss = batch_nll(model, batch, impl=config.impl)
-        return loss, {"tokens": sum(len(text.tokens) - text.loss_from for text in batch)}
+            loss = batch_nll(model, own, normalizer=count, impl=config.impl)
+        return loss, {"tokens": torch.tensor(float(counted_in(own)), device=loss.device)}
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
         if not held_out:
             return {}
         with autocast(config.autocast, model.device):
-            nll = mean_nll(model, held_out, config.batch_tokens, impl=config.impl)
+            nll = mean_nll(model, held_out, config.micro_tokens, impl=config.impl)
         return {"eval_nll": nll, "eval_perplexity": math.exp(nll)}
 
-    run_loop(model, loss_of, config.optim, config.run, out, identity, evaluate, eval_every=config.eval_every)
+    read = fingerprint_rows([text.loss_from, *text.tokens] for text in texts)
+    task = Task([len(text.tokens) for text in texts], loss_of, evaluate, read)
+    trained = run_loop(model, task, config, out)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = eos_ids_of(model, tokenizer)  # what was taught, so that it is stopped at
-    return save_model(model, tokenizer, out / "policy")
+    return export_model(trained, tokenizer, out / "policy")

@@ -1,36 +1,60 @@
 """The training loop that supervised fine-tuning and the reward model share: batches, schedule, steps, metrics.
 
 A batch is a pure function of (seed, step), so that a resumed run needs no state of its data order. Rows of like length
-share a batch: the padded layout of models.packed_hidden then computes on little else than real tokens.
-"""
+share a batch: the padded layout of models.packed_hidden then computes on little else than real tokens. A batch is dealt
+out over ranks and micro-batches, whose losses and metrics are shares of the whole batch's: they only add up."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ppomax.config import OptimConfig, RunConfig
+from ppomax.config.mapping import to_dict
+from ppomax.config.stages import RewardModelConfig, SftConfig
+from ppomax.models import load_policy, pick_device, set_attention, use_threads
+from ppomax.models.fingerprints import fingerprint
 from ppomax.recipe.streams import Purpose, stream
-from ppomax.saving.engine_state import refuse_not_finite
-from ppomax.saving.folder import CheckpointError, atomic_folder, check_space, newest, prune
+from ppomax.saving.engine_state import read_state, restore_state, save_state
+from ppomax.saving.folder import CheckpointError, newest, prune
 from ppomax.saving.jsonl import append_row, keep_rows
-from ppomax.saving.random_state import python_random_state, random_state, restore_random_state, seed_all
-from ppomax.sharding import Trained
+from ppomax.saving.lock import claimed
+from ppomax.saving.random_state import seed_all
+from ppomax.sharding import Trained, ranks, stage_of, train_model, zero_config
+from ppomax.sharding.settle import agreed, agreed_rows
 from ppomax.stages.signals import Stopped, stop_requests
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+
+M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", SftConfig, RewardModelConfig)
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage trains on, and how that is measured."""
+
+    sizes: list[int]
+    """Tokens of each row."""
+    loss_of: Callable[[Any, Sequence[int], Sequence[int]], tuple[Tensor, Metrics]]
+    """(module, rows, batch) -> the share of `rows` in the loss and in the metrics of `batch`; 0-d each. The shares of
+    a batch's rows add up to the batch's own."""
+    evaluate: Callable[[Any], dict[str, float]]
+    """Held-out figures of the module; every rank calls."""
+    rows: str | None = None
+    """Fingerprint of the rows, which a resumed run must have again."""
 
 
 class BatchOrder:
@@ -81,70 +105,118 @@ class BatchOrder:
         return batches
 
 
-def run_loop(
-    module: nn.Module,
-    loss_of: Callable[[int], tuple[Tensor, dict[str, Any]]],
-    optim: OptimConfig,
-    run: RunConfig,
-    out: Path,
-    identity: dict[str, Any],
-    evaluate: Callable[[], dict[str, float]],
-    *,
-    eval_every: int,
-) -> None:
-    """Train `module` for run.steps optimiser steps, loss_of(step) -> (loss, metrics), and put it in evaluation mode.
+@contextmanager
+def claimed_run(config: C, default: str) -> Iterator[tuple[C, Path]]:
+    """Inside, this process is a rank of the job, `config` is what all its ranks run with, and the folder (`default`
+    where none is named) is this job's own."""
+    use_threads(config.run.threads)
+    ranks.start(config.run.device, config.sharding.timeout)
+    config = agreed(config)
+    out = Path(config.run.out or default)
+    with ExitStack() as held:
+        with ranks.fail_together():
+            if ranks.rank() == 0:
+                held.enter_context(claimed(out, config))
+        yield config, out
+
+
+def load_start(source: str | Path, config: SftConfig | RewardModelConfig, *, sharded: bool = True) -> PreTrainedModel:
+    """A causal language model to train, in the form that `config` asks for, on its device; sharded: under ZeRO-3 on
+    several ranks each reads its part alone."""
+    dtype = getattr(torch, config.dtype)
+    zero = None
+    if sharded and ranks.world_size() > 1 and stage_of(config.sharding) == 3:
+        zero = zero_config.trained(config.sharding, 3, dtype, config.optim.grad_clip)
+    return placed(load_policy(source, dtype, zero=zero), config)
+
+
+def placed(model: PreTrainedModel, config: SftConfig | RewardModelConfig) -> PreTrainedModel:
+    """`model` on the device of `config`, attending as it says, in evaluation mode: nothing in it is random."""
+    model.to(pick_device(config.run.device))  # type: ignore[arg-type]
+    log.info("attention: %s", set_attention(model, config.attention))
+    return model.eval()
+
+
+def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: Path) -> Trained[M]:
+    """Train `module` for config.run.steps optimiser steps, or config.epochs passes over the rows; returns it with its
+    weights as they are at the end, which other ranks may hold in part.
 
     Appends a line of metrics to out/metrics.jsonl every LOG_EVERY steps, and to out/tensorboard; checkpoints in
-    out/checkpoints; with run.resume goes on from the newest whole one, to the bit. `identity` (the configuration; of
-    `run` only the seed) must be the same then. SIGTERM and Ctrl-C checkpoint and raise Stopped. A NaN or infinite loss
-    or gradient skips the step; run.max_bad_steps in a row stop the run.
-    """
+    out/checkpoints; with run.resume goes on from the newest whole one, to the bit. The configuration (of `run` only the
+    seed) and the rows must be the same then. SIGTERM and Ctrl-C checkpoint and raise Stopped. A NaN or infinite loss or
+    gradient skips the step; run.max_bad_steps in a row stop the run."""
+    run = config.run
     seed_all(run.seed)
-    trained = Trained(module, optim, run.steps)
-    bad = _resume(trained, out, identity) if run.resume else _fresh(out)
-    from torch.utils.tensorboard import SummaryWriter
-
-    board = SummaryWriter(str(out / "tensorboard"), purge_step=trained.steps + 1)
-    with closing(board), stop_requests() as stop:
-        while trained.steps < run.steps:
-            began = time.perf_counter()
-            lr = trained.lr
-            loss, metrics = loss_of(trained.steps)
-            trained.backward(loss)
+    order = BatchOrder(task.sizes, config.batch_tokens, run.seed)
+    steps = run.steps if config.epochs is None else max(1, round(config.epochs * len(order)))
+    log.info("%d rows, %d tokens, %d steps an epoch", len(task.sizes), sum(task.sizes), len(order))
+    prints = {"start": fingerprint(module), **agreed_rows({"rows": task.rows})}
+    trained = train_model(module, config.optim, steps, config.sharding)
+    saved = Saved(out, _identity(config), prints, run.accept_changes)
+    bad = saved.resume(trained) if run.resume else saved.fresh()
+    with Curves(out, trained.steps + 1) as curves, stop_requests() as stop:
+        while trained.steps < steps:
+            began, lr = time.perf_counter(), trained.lr
+            metrics = add_gradients(trained, task, order.batch(trained.steps), config.micro_tokens)
             norm = trained.grad_norm()
-            bad = _step(trained, loss, norm, bad, run)
+            bad = _step(trained, metrics["loss"], norm, bad, run.max_bad_steps)
             step = trained.steps
-            if step % LOG_EVERY == 0 or step == run.steps or step % eval_every == 0:
-                row = {
-                    "step": step,
-                    "loss": loss.item(),
-                    "grad_norm": norm.item(),
-                    "lr": lr,
-                    "step_seconds": time.perf_counter() - began,
-                    **{name: float(value) for name, value in metrics.items()},
-                }
-                if step == run.steps or step % eval_every == 0:
-                    row |= evaluate()
-                append_row(out / METRICS, row)
-                for name, value in row.items():
-                    board.add_scalar(name, value, step)
-                log.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            if stop.asked or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
-                _save(trained, out, identity, bad)
+            evaluated = step == steps or step % config.eval_every == 0
+            if step % LOG_EVERY == 0 or evaluated:
+                row = {"step": step, "loss": metrics["loss"].item(), "grad_norm": norm.item(), "lr": lr}
+                row["step_seconds"] = time.perf_counter() - began
+                row |= {name: value.item() for name, value in metrics.items() if name != "loss"}
+                if evaluated:
+                    with trained.gathered() as whole:
+                        row |= task.evaluate(whole)
+                curves.add(row)
+            stop.asked = bool(ranks.max(torch.tensor(float(stop.asked), device=norm.device)))
+            if stop.asked or step == steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
+                saved.save(trained, bad)
                 prune(out / CHECKPOINTS, run.keep_checkpoints)
-            if stop.signal and step < run.steps:
-                raise Stopped(stop.signal, f"stopped by {stop.signal.name} after step {step}; go on with --resume")
-    module.eval()
+            if stop.asked and step < steps:
+                words = stop.signal.name if stop.signal else "another rank's signal"
+                raise Stopped(stop.signal, f"stopped by {words} after step {step}; go on with --resume")
+    return trained
 
 
-def _step(trained: Trained, loss: Tensor, norm: Tensor, bad: int, run: RunConfig) -> int:
+def add_gradients(trained: Trained[Any], task: Task, batch: Sequence[int], micro_tokens: int) -> Metrics:
+    """Add the gradient of a batch's loss; its `loss` and metrics, over all ranks."""
+    micros = micro_batches(batch, task.sizes, micro_tokens)
+    totals: Metrics = {}
+    for i, rows in enumerate(micros):
+        # A rank without a row of its own for this one keeps step with the others on a row that counts for nothing.
+        weight = float(bool(rows))
+        loss, metrics = trained.call(task.loss_of, rows or batch[:1], batch)
+        trained.backward(loss * weight, last=i + 1 == len(micros))
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + value * weight
+    summed = ranks.sum(torch.stack([value.float() for value in totals.values()]))
+    return dict(zip(totals, summed, strict=True))
+
+
+def micro_batches(batch: Sequence[int], sizes: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """This rank's rows of a batch, in as many parts on every rank as keep each within `micro_tokens` tokens (a longer
+    row is a part of its own); a part is empty where there are fewer rows than parts."""
+    lengths, count = [sizes[row] for row in batch], ranks.world_size()
+    each = max(1, -(-sum(lengths) // (count * micro_tokens)))
+    while True:
+        hands: list[list[int]] = [[] for _ in range(count * each)]
+        for row, hand in zip(batch, ranks.deal(lengths, len(hands)), strict=True):
+            hands[hand].append(row)
+        if all(len(rows) < 2 or sum(sizes[row] for row in rows) <= micro_tokens for rows in hands):
+            return hands[ranks.rank() * each :][:each]
+        each += 1
+
+
+def _step(trained: Trained[Any], loss: Tensor, norm: Tensor, bad: int, most: int) -> int:
     """One optimiser step, or a skipped one; returns how many were skipped in a row."""
     if bool(torch.isfinite(loss) & torch.isfinite(norm)):
         trained.step(norm)
         return 0
     log.warning("step %d skipped: loss %s, gradient norm %s", trained.steps, loss.item(), norm.item())
     trained.skip()
-    if bad + 1 >= run.max_bad_steps:
+    if bad + 1 >= most:
         raise FloatingPointError(
             f"{bad + 1} steps in a row had a NaN or infinite loss or gradient; lower the learning rate, or look at "
             "the rows of the last step"
@@ -152,57 +224,91 @@ def _step(trained: Trained, loss: Tensor, norm: Tensor, bad: int, run: RunConfig
     return bad + 1
 
 
+class Curves:
+    """metrics.jsonl, TensorBoard and the log's lines, all by rank 0."""
+
+    def __init__(self, out: Path, first: int):
+        self.path, self.board = out / METRICS, None
+        if ranks.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
+
+    def __enter__(self) -> Curves:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one step's metrics down."""
+        if self.board is None:
+            return
+        append_row(self.path, row)
+        for name, value in row.items():
+            self.board.add_scalar(name, value, row["step"])
+        log.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def _save(trained: Trained, out: Path, identity: dict[str, Any], bad: int) -> None:
-    refuse_not_finite({"model": trained})
-    weights, state = trained.tensors()
-    with atomic_folder(out / CHECKPOINTS / f"step-{trained.steps:06d}") as folder:
-        check_space(folder, sum(x.numel() * x.element_size() for x in [*weights.values(), *state.values()]))
-        for name, tensors in (("weights", weights), ("optim", state), ("rng", random_state())):
-            save_file(
-                {key: x.detach().contiguous().cpu() for key, x in tensors.items()}, folder / f"{name}.safetensors"
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoints of a run, in the layout of engine_state.py: any other number of ranks can go on from them."""
+
+    out: Path
+    identity: dict[str, Any]
+    """The configuration, as far as a resumed run must have the same one."""
+    prints: dict[str, str | None]
+    """Fingerprints of rows and frozen weights."""
+    accept_changes: bool
+
+    def save(self, trained: Trained[Any], bad: int) -> None:
+        state = {"identity": self.identity, "fingerprints": self.prints, "skipped_in_a_row": bad}
+        save_state(self.out / CHECKPOINTS / f"step-{trained.steps:06d}", {"model": trained}, state, {})
+
+    def resume(self, trained: Trained[Any]) -> int:
+        """Go on from the newest checkpoint; how many steps were skipped in a row before it."""
+        path = newest(self.out / CHECKPOINTS)
+        if path is None:
+            return self.fresh()
+        before = read_state(path)["identity"]
+        if before != self.identity:
+            names = [name for name in self.identity if before.get(name) != self.identity[name]]
+            raise CheckpointError(
+                f"{path} is of another run: {', '.join(names) or 'its configuration'} differs; resume with the same "
+                "configuration, or start anew in another folder"
             )
-        (folder / "state.json").write_text(
-            json.dumps(
-                {
-                    "steps": trained.steps,
-                    "skipped_in_a_row": bad,
-                    "identity": identity,
-                    "random": python_random_state(),
-                }
+        state, _ = restore_state(path, {"model": trained}, self.prints, self.accept_changes)
+        if ranks.rank() == 0:
+            keep_rows(self.out / METRICS, lambda row: row["step"] <= trained.steps)
+        log.info("resumed %s", path)
+        return int(state["skipped_in_a_row"])
+
+    def fresh(self) -> int:
+        """Start anew. CheckpointError: the folder holds another run's checkpoints."""
+        if newest(self.out / CHECKPOINTS) is not None:
+            raise CheckpointError(
+                f"{self.out} holds checkpoints of an earlier run; resume it, or choose another run.out"
             )
-        )
+        if ranks.rank() == 0:
+            (self.out / METRICS).unlink(missing_ok=True)
+        return 0
 
 
-def _resume(trained: Trained, out: Path, identity: dict[str, Any]) -> int:
-    path = newest(out / CHECKPOINTS)
-    if path is None:
-        return _fresh(out)
-    state = json.loads((path / "state.json").read_text())
-    if state["identity"] != identity:
-        names = [name for name in identity if state["identity"].get(name) != identity[name]]
-        raise CheckpointError(
-            f"{path} is of another run: {', '.join(names) or 'its configuration'} differs; resume with the same "
-            "configuration, or start anew in another folder"
-        )
-    trained.load(load_file(path / "weights.safetensors"), load_file(path / "optim.safetensors"), state["steps"])
-    restore_random_state(load_file(path / "rng.safetensors"), state["random"])
-    keep_rows(out / METRICS, lambda row: row["step"] <= state["steps"])
-    log.info("resumed %s", path)
-    return int(state["skipped_in_a_row"])
+def _identity(config: SftConfig | RewardModelConfig) -> dict[str, Any]:
+    found = to_dict(config) | {"run": {"seed": config.run.seed}}
+    del found["sharding"]
+    return found
 
 
-def _fresh(out: Path) -> int:
-    if newest(out / CHECKPOINTS) is not None:
-        raise CheckpointError(f"{out} holds checkpoints of an earlier run; resume it, or choose another run.out")
-    (out / METRICS).unlink(missing_ok=True)
-    return 0
-
-
-def chunks(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of all rows in batches of like length, for evaluation."""
-    order = BatchOrder(lengths, batch_tokens, seed=0)
+def own_chunks(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of this rank's stretch of the rows, in batches of like length, for evaluation."""
+    mine = ranks.part_of(len(lengths))
+    if not mine:
+        return
+    order = BatchOrder([lengths[row] for row in mine], batch_tokens, seed=0)
     for step in range(len(order)):
-        yield order.batch(step)
+        yield [mine[i] for i in order.batch(step)]
