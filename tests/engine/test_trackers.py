@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from ppomax.cli import main
 from ppomax.config import ConfigError, load_config
-from ppomax.reporting.monitor import RunMonitor, clock, plain_line, short
+from ppomax.reporting.lines import clock, plain_line, short
+from ppomax.reporting.monitor import RunMonitor
 
 
 class Calls:
@@ -97,7 +98,7 @@ def test_one_that_fails_is_dropped_and_said_once(
             watched.log(step, {"objective/scores": 0.5})
         watched.close()
     assert [r.getMessage() for r in caplog.records] == [
-        "monitor.trackers: wandb cannot be used (ConnectionError: no route); the run goes on without it"
+        "trackers: wandb cannot be used (ConnectionError: no route); the run goes on without it"
     ]
     assert sum(name == fails for name, _ in calls.made) == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3

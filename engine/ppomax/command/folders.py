@@ -13,7 +13,7 @@ from ppomax.config.mapping import flat, read_yaml
 
 C = TypeVar("C")
 
-FREE_ON_RESUME = ("run.", "monitor.", "sharding.", "threads", "out")
+FREE_ON_RESUME = ("run.", "monitor.", "sharding.", "trackers", "log_every", "threads", "out")
 """Knobs that a resumed run may change, run.seed apart: how long, where, on how many ranks and how it is watched."""
 RUN_FILES = ("metrics.jsonl", "checkpoints", "work")
 """What shows that a folder holds a run."""

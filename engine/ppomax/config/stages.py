@@ -45,6 +45,11 @@ class SupervisedConfig:
     """Passes over the rows, which then say how many steps there are. None: `run.steps`."""
     eval_every: int = 100
     """Steps between held-out evaluations."""
+    log_every: int = 10
+    """Steps between rows of metrics."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Services that get the metrics as well, each a package of its own to install. One that cannot be used is dropped
+    with a warning, and the run goes on."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     def __post_init__(self) -> None:
@@ -52,6 +57,7 @@ class SupervisedConfig:
         require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
         require(self.micro_tokens >= 1, "micro_tokens", "at least 1", self.micro_tokens)
         require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
+        require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
         require(self.epochs is None or self.epochs > 0, "epochs", "above 0, or null for run.steps", self.epochs)
         require(self.lora_rank >= 1, "lora_rank", "at least 1", self.lora_rank)
         require(self.lora_alpha > 0, "lora_alpha", "above 0", self.lora_alpha)

@@ -156,9 +156,23 @@ def take_length_out(critic: Critic) -> Critic:
     return critic
 
 
-def make_reward_model(policy: PreTrainedModel, *, layers: int | None = None, seed: int = 0) -> RewardModel:
-    """A new reward model on a copy of the policy's trunk, its first `layers` blocks where given, with a fresh head."""
-    model = _score_model_of(policy, seed)
+def make_reward_model(
+    policy: ModelSource,
+    dtype: torch.dtype | None = None,
+    *,
+    layers: int | None = None,
+    seed: int = 0,
+    zero: dict[str, Any] | None = None,
+) -> RewardModel:
+    """A new reward model on a copy of the policy's trunk, its first `layers` blocks where given, with a fresh head; a
+    path with `zero` is read into ZeRO-3's partitions, as in load_policy. dtype: None keeps the policy's."""
+    if isinstance(policy, PreTrainedModel):
+        model = _score_model_of(policy, seed)
+    elif zero is not None:
+        options: dict[str, Any] = {"settings": zero, "new_head": True, "seed": seed}
+        model = load_partitioned(policy, dtype or torch.float32, "sequence_classification", **options)
+    else:
+        model = _score_model_of(load_policy(policy, dtype or torch.float32), seed)
     if layers is not None:
         depth = model.config.num_hidden_layers
         if not 1 <= layers <= depth:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ppomax.config import TrainConfig, to_dict
 from ppomax.reporting.alarm import CollapseAlarm
+from ppomax.reporting.lines import TimeLeft, plain_line, short
 from ppomax.reporting.monitors import Halt
 from ppomax.reporting.trackers import Trackers
 from ppomax.saving.jsonl import append_row, keep_rows
@@ -62,12 +62,6 @@ STABILITY = {
     "ent": "policy/entropy_avg",
 }
 """The progress line: mean raw score, k3 per token, response perplexity under the start model, tokens, nats."""
-
-
-COLUMNS = 80
-"""Of a terminal that a log is read on."""
-ETA_STEPS = 20
-"""Newest steps whose mean time tells what is left."""
 
 
 class RunMonitor:
@@ -184,23 +178,6 @@ def figures(metrics: dict[str, float]) -> list[str]:
     return [f"{name} {short(metrics[key])}" for name, key in shown.items() if key in metrics]
 
 
-def short(value: float) -> str:
-    """Three digits of a figure, two of a small one, no fraction of a large one: 0.899, 0.0012, 1234."""
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.3g}" if abs(value) >= 0.1 else f"{value:.2g}"
-
-
-def clock(seconds: float) -> str:
-    """`1:02` minutes and seconds, `3h02` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}"
-
-
-def plain_line(words: list[str]) -> str:
-    """Two spaces between them, one where the line would be over COLUMNS."""
-    wide = "  ".join(words)
-    return wide if len(wide) <= COLUMNS else " ".join(words)
-
-
 def progress_line(steps: int, pretrain: int, console: Any = None) -> PlainLine | RichLine:
     """A moving line on a terminal, a plain line a step elsewhere."""
     from rich.console import Console
@@ -214,15 +191,15 @@ class PlainLine:
 
     def __init__(self, steps: int, pretrain: int):
         self.steps, self.pretrain = steps, pretrain
-        self.newest: deque[float] = deque(maxlen=ETA_STEPS)
+        self.left = TimeLeft()
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         buffers, took = metrics.get("pretrain/buffers", 0), metrics.get("time/step", 0.0)
         where = f"step {step}/{self.steps}" if step else f"critic {buffers:.0f}/{self.pretrain}"
         words = [where, *figures(metrics), f"{took:.1f} s"]
         if step and took:
-            self.newest.append(took)
-            words.append(f"left {clock((self.steps - step) * sum(self.newest) / len(self.newest))}")
+            self.left.take(took)
+            words.append(self.left.words(self.steps - step))
         print(plain_line(words), flush=True)
 
     def close(self) -> None:

@@ -100,6 +100,6 @@ class Trackers:
         words = " ".join(str(error).split())[:200]
         install = f"; pip install {name}" if isinstance(error, ImportError) else ""
         log.warning(
-            "monitor.trackers: %s cannot be used (%s: %s%s); the run goes on without it", name, type(error).__name__,
+            "trackers: %s cannot be used (%s: %s%s); the run goes on without it", name, type(error).__name__,
             words, install,
         )  # fmt: skip

@@ -28,10 +28,12 @@ from ppomax.models import (
     RewardModel,
     embedding_weight,
     head_of,
+    load_policy,
     load_reward_model,
     load_tokenizer,
     make_reward_model,
     packed_hidden,
+    pick_device,
 )
 from ppomax.models.adapters import add_adapters
 from ppomax.models.files import model_config
@@ -42,7 +44,7 @@ from ppomax.recipe.batch import pack
 from ppomax.saving.export_policy import export_model
 from ppomax.sharding import ranks
 from ppomax.stages.sft import autocast, counted_in, counted_tokens, token_nll
-from ppomax.stages.supervised_loop import Metrics, Task, claimed_run, load_start, own_chunks, placed, run_loop
+from ppomax.stages.supervised_loop import Metrics, Task, claimed_run, own_chunks, placed, run_loop, sharded_read
 
 
 class RewardTrainee(nn.Module):
@@ -54,7 +56,7 @@ class RewardTrainee(nn.Module):
         tied = reward_model.model.config.tie_word_embeddings
         self.head = head
         # A tied head is the trunk's own embedding; a separate one is trained here and left behind.
-        self.head_weight = None if head is None or tied else nn.Parameter(head.weight.detach().clone())
+        self.head_weight = None if head is None or tied else head.weight
 
     @property
     def head_of_trunk(self) -> Tensor:
@@ -75,13 +77,15 @@ class RewardTrainee(nn.Module):
     @classmethod
     def load(cls, config: RewardModelConfig) -> RewardTrainee:
         """From a causal LM (trunk, new head) or from an earlier reward model."""
-        start = named_model(config.model)
+        start, dtype, zero = named_model(config.model), getattr(torch, config.dtype), sharded_read(config)
         architectures = model_config(start).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
-            policy = load_start(start, config, sharded=False)
-            reward_model = make_reward_model(policy, layers=config.layers, seed=config.run.seed)
+            policy = load_policy(start, dtype, zero=zero).to(pick_device(config.run.device))  # type: ignore[arg-type]
+            source = start if zero else policy
+            reward_model = make_reward_model(source, dtype, layers=config.layers, seed=config.run.seed, zero=zero)
+            placed(reward_model.model, config)
             return cls(reward_model, head_of(policy) if config.lm_coef else None)._set_up(config)
-        reward_model = load_reward_model(start, getattr(torch, config.dtype))
+        reward_model = load_reward_model(start, dtype, zero=zero)
         placed(reward_model.model, config)
         if config.lm_coef and not reward_model.model.config.tie_word_embeddings:
             raise ValueError(

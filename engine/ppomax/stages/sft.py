@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ppomax.assets import named_model
 from ppomax.config.stages import SftConfig
 from ppomax.data import Text, load_texts
-from ppomax.models import Head, head_of, load_tokenizer, packed_hidden
+from ppomax.models import Head, head_of, load_policy, load_tokenizer, packed_hidden
 from ppomax.models.adapters import add_adapters
 from ppomax.models.checks import eos_ids_of
 from ppomax.models.fingerprints import fingerprint_rows
@@ -28,7 +28,7 @@ from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import pack
 from ppomax.saving.export_policy import export_model
 from ppomax.sharding import ranks
-from ppomax.stages.supervised_loop import Metrics, Task, claimed_run, load_start, own_chunks, run_loop
+from ppomax.stages.supervised_loop import Metrics, Task, claimed_run, own_chunks, placed, run_loop, sharded_read
 
 
 def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[None]:
@@ -110,7 +110,7 @@ def _train(config: SftConfig, out: Path) -> Path:
 
     texts = load(config.data)
     held_out = load(config.eval_data) if config.eval_data else []
-    model = load_start(start, config)
+    model = placed(load_policy(start, getattr(torch, config.dtype), zero=sharded_read(config)), config)
     if config.train == "lora":
         add_adapters(model, config, seed=config.run.seed)
     if config.gradient_checkpointing:

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import RewardModelConfig, SftConfig
-from ppomax.models import load_policy, pick_device, set_attention, use_threads
+from ppomax.models import pick_device, set_attention, use_threads
 from ppomax.models.fingerprints import fingerprint
 from ppomax.recipe.streams import Purpose, stream
+from ppomax.reporting.lines import TimeLeft, plain_line, short
+from ppomax.reporting.trackers import Trackers
 from ppomax.saving.engine_state import read_state, restore_state, save_state
 from ppomax.saving.folder import CheckpointError, newest, prune
 from ppomax.saving.jsonl import append_row, keep_rows
@@ -34,7 +36,6 @@ from ppomax.stages.signals import Stopped, stop_requests
 
 log = logging.getLogger(__name__)
 
-LOG_EVERY = 10
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 
 M = TypeVar("M", bound=nn.Module)
@@ -120,14 +121,11 @@ def claimed_run(config: C, default: str) -> Iterator[tuple[C, Path]]:
         yield config, out
 
 
-def load_start(source: str | Path, config: SftConfig | RewardModelConfig, *, sharded: bool = True) -> PreTrainedModel:
-    """A causal language model to train, in the form that `config` asks for, on its device; sharded: under ZeRO-3 on
-    several ranks each reads its part alone."""
-    dtype = getattr(torch, config.dtype)
-    zero = None
-    if sharded and ranks.world_size() > 1 and stage_of(config.sharding) == 3:
-        zero = zero_config.trained(config.sharding, 3, dtype, config.optim.grad_clip)
-    return placed(load_policy(source, dtype, zero=zero), config)
+def sharded_read(config: SftConfig | RewardModelConfig) -> dict[str, Any] | None:
+    """DeepSpeed's settings of a model of which each rank reads its part alone: under ZeRO-3 on several ranks."""
+    if ranks.world_size() == 1 or stage_of(config.sharding) != 3:
+        return None
+    return zero_config.trained(config.sharding, 3, getattr(torch, config.dtype), config.optim.grad_clip)
 
 
 def placed(model: PreTrainedModel, config: SftConfig | RewardModelConfig) -> PreTrainedModel:
@@ -141,10 +139,10 @@ def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: 
     """Train `module` for config.run.steps optimiser steps, or config.epochs passes over the rows; returns it with its
     weights as they are at the end, which other ranks may hold in part.
 
-    Appends a line of metrics to out/metrics.jsonl every LOG_EVERY steps, and to out/tensorboard; checkpoints in
-    out/checkpoints; with run.resume goes on from the newest whole one, to the bit. The configuration (of `run` only the
-    seed) and the rows must be the same then. SIGTERM and Ctrl-C checkpoint and raise Stopped. A NaN or infinite loss or
-    gradient skips the step; run.max_bad_steps in a row stop the run."""
+    Appends a row of metrics to out/metrics.jsonl every `log_every` steps, to out/tensorboard and to the trackers;
+    checkpoints in out/checkpoints; with run.resume goes on from the newest whole one, to the bit. The configuration (of
+    `run` only the seed) and the rows must be the same then. SIGTERM and Ctrl-C checkpoint and raise Stopped. A NaN or
+    infinite loss or gradient skips the step; run.max_bad_steps in a row stop the run."""
     run = config.run
     seed_all(run.seed)
     order = BatchOrder(task.sizes, config.batch_tokens, run.seed)
@@ -154,7 +152,7 @@ def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: 
     trained = train_model(module, config.optim, steps, config.sharding)
     saved = Saved(out, _identity(config), prints, run.accept_changes)
     bad = saved.resume(trained) if run.resume else saved.fresh()
-    with Curves(out, trained.steps + 1) as curves, stop_requests() as stop:
+    with Curves(out, config, trained.steps, steps) as curves, stop_requests() as stop:
         while trained.steps < steps:
             began, lr = time.perf_counter(), trained.lr
             metrics = add_gradients(trained, task, order.batch(trained.steps), config.micro_tokens)
@@ -162,14 +160,15 @@ def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: 
             bad = _step(trained, metrics["loss"], norm, bad, run.max_bad_steps)
             step = trained.steps
             evaluated = step == steps or step % config.eval_every == 0
-            if step % LOG_EVERY == 0 or evaluated:
-                row = {"step": step, "loss": metrics["loss"].item(), "grad_norm": norm.item(), "lr": lr}
-                row["step_seconds"] = time.perf_counter() - began
+            curves.took(time.perf_counter() - began)
+            if step % config.log_every == 0 or evaluated:
+                row = {"loss": metrics["loss"].item(), "grad_norm": norm.item(), "lr": lr}
                 row |= {name: value.item() for name, value in metrics.items() if name != "loss"}
+                held_out: dict[str, float] = {}
                 if evaluated:
                     with trained.gathered() as whole:
-                        row |= task.evaluate(whole)
-                curves.add(row)
+                        held_out = task.evaluate(whole)
+                curves.add(step, row, held_out)
             stop.asked = bool(ranks.max(torch.tensor(float(stop.asked), device=norm.device)))
             if stop.asked or step == steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
                 saved.save(trained, bad)
@@ -225,14 +224,18 @@ def _step(trained: Trained[Any], loss: Tensor, norm: Tensor, bad: int, most: int
 
 
 class Curves:
-    """metrics.jsonl, TensorBoard and the log's lines, all by rank 0."""
+    """metrics.jsonl, TensorBoard, trackers and the log's lines, all by rank 0."""
 
-    def __init__(self, out: Path, first: int):
-        self.path, self.board = out / METRICS, None
+    SHOWN = ("loss", "accuracy", "grad_norm", "lr")
+    """Of a row, in the log."""
+
+    def __init__(self, out: Path, config: SftConfig | RewardModelConfig, done: int, steps: int):
+        self.path, self.steps, self.left, self.seconds, self.board = out / METRICS, steps, TimeLeft(), 0.0, None
+        self.trackers = Trackers(config.trackers if ranks.rank() == 0 else (), out, to_dict(config))
         if ranks.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
 
     def __enter__(self) -> Curves:
         return self
@@ -240,15 +243,28 @@ class Curves:
     def __exit__(self, *raised: object) -> None:
         if self.board is not None:
             self.board.close()
+        self.trackers.close()
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Write one step's metrics down."""
+    def took(self, seconds: float) -> None:
+        """Take a step's time."""
+        self.seconds = seconds
+        self.left.take(seconds)
+
+    def add(self, step: int, figures: dict[str, float], held_out: dict[str, float]) -> None:
+        """Write a step's metrics down; held_out: `eval_...`."""
         if self.board is None:
             return
-        append_row(self.path, row)
+        row = {**figures, "step_seconds": self.seconds, **held_out}
+        append_row(self.path, {"step": step, **row})
         for name, value in row.items():
-            self.board.add_scalar(name, value, row["step"])
-        log.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            self.board.add_scalar(name, value, step)
+        self.trackers.log(step, row)
+        words = [f"{name} {short(figures[name])}" for name in self.SHOWN if name in figures]
+        words += [f"{self.seconds:.1f} s", self.left.words(self.steps - step)]
+        log.info(plain_line([f"step {step}/{self.steps}", *words]))
+        if held_out:
+            words = [f"{name.removeprefix('eval_')} {short(value)}" for name, value in held_out.items()]
+            log.info(plain_line(["held out:", *words]))
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -300,7 +316,8 @@ class Saved:
 
 def _identity(config: SftConfig | RewardModelConfig) -> dict[str, Any]:
     found = to_dict(config) | {"run": {"seed": config.run.seed}}
-    del found["sharding"]
+    for knob in ("sharding", "trackers", "log_every"):
+        del found[knob]
     return found
 
 
