@@ -13,6 +13,7 @@ import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,18 +84,22 @@ def plan(argv: list[str]) -> None:
     """memory and time of a run on given GPUs, before it is started"""
     from ppomax.planning.command import parser, run_plan, split
 
+    kinds: dict[str, type] = {"train": TrainConfig, "sft": SftConfig, "reward-model": RewardModelConfig}
+    command, argv = (argv[0], argv[1:]) if argv and argv[0] in kinds else ("train", argv)
     flags, rest = split(argv)
     if {"-h", "--help"} & set(rest):
         parser().print_help()
-        print("\nEvery knob of `ppomax train` (see its --help) can be given too.")
+        print(f"\nEvery knob of `ppomax {command}` (see its --help) can be given too.")
         return
     if flags.compare:
         from ppomax.planning.compare import show_comparison
 
         show_comparison(start_logging())
         return
-    config = Options("plan", TrainConfig, RUN_FLAGS).parse(rest)
-    name = pop_flag(rest, "--config")[1] or "default"
+    if command != "train":
+        rest = ["--data", "none", *rest]  # no row is looked at, so none need be named
+    config: Any = Options(command, kinds[command], RUN_FLAGS).parse(rest)
+    name = " ".join([command] * (command != "train") + [pop_flag(rest, "--config")[1] or "default"])
     if not run_plan(flags, config, f"ppomax plan {name}", start_logging()):
         raise SystemExit(3)
 
@@ -285,6 +290,12 @@ def in_its_folder(name: str, config: C, run: Callable[[C], Path]) -> None:
 
     console = start_logging(quiet=ranks.rank() > 0)
     console.print(f"[bold]ppomax {name}[/]  folder {folder_of(config)}", highlight=False)
+    if isinstance(config, (SftConfig, RewardModelConfig)):
+        from ppomax.planning.plan import plan_line
+
+        with ranks.fail_together():
+            if ranks.rank() == 0:
+                console.print(plan_line(config), highlight=False, markup=False)
     console.print(f"written: {run(config)}", highlight=False)
 
 
@@ -310,6 +321,8 @@ def start_logging(*, quiet: bool = False) -> Any:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("ppomax").setLevel(logging.ERROR if quiet else logging.INFO)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # DeepSpeed calls torch's collectives by names that newer ones replace, and would have torch say so at every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading takes a moment, and the bars would cut through the progress line

@@ -9,16 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 from ppomax.cli import main
-from ppomax.config import ConfigError, config_names, load_config
+from ppomax.command.options import Options
+from ppomax.config import ConfigError, RunConfig, config_names, load_config
+from ppomax.config.stages import RewardModelConfig, SftConfig
+from ppomax.data import Text
 from ppomax.engine import Engine
-from ppomax.models import make_reward_model
-from ppomax.models.recompute import recompute
+from ppomax.models import load_policy, make_reward_model
+from ppomax.models.adapters import add_adapters
+from ppomax.models.recompute import recompute, recompute_blocks
 from ppomax.planning.job import GiB, Job, roles
 from ppomax.planning.memory import device_bytes, optimiser, rollout, weights
-from ppomax.planning.plan import job_of, make_plan, plan_here, plan_line, refuse_if_too_large, shape_of
+from ppomax.planning.plan import job_of, make_plan, plan_here, plan_line, refuse_if_too_large, shape_of, stage_job_of
 from ppomax.planning.seconds import DEVICES, seconds
 from ppomax.planning.trace import held, live_bytes, sizes_of
 from ppomax.rollout import Sampling, decode
+from ppomax.stages.sft import batch_nll
+from ppomax.stages.supervised_loop import Task, run_loop
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from .families import FAMILIES, family
@@ -322,6 +328,55 @@ def test_unknown_models_and_flags_are_named(capsys, tmp_path):
 def test_there_are_configs_of_three_models_in_three_modes():
     modes = ("", "-lora", "-hydra")
     assert config_names() == sorted(f"{m}{mode}" for m in ("llama-7b", "llama-13b", "qwen-7b") for mode in modes)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward-model"])
+@pytest.mark.parametrize("name", ["llama-7b", "qwen-7b"])
+def test_a_full_scale_config_of_a_stage_fits_its_node(command, name):
+    assert config_names(command) == ["llama-7b", "qwen-7b"]
+    kind = {"sft": SftConfig, "reward-model": RewardModelConfig}[command]
+    config = Options(command, kind, {}).parse(["--config", name, "--data", "rows.jsonl"])
+    planned, _ = stage_job_of(config, ranks=8, memory=80 * GiB, host_memory=1024 * GiB)
+    plan = make_plan(planned, DEVICES["a100-80g"])
+    assert plan.fits
+    assert {a.knob for a in plan.advice} >= {"--train lora", "--micro_tokens 4096", "--sharding.offload_param true"}
+    assert list(plan.times) == ["update", "step"]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"train": "lora"}])
+def test_a_stage_is_planned_as_it_runs(knobs, tmp_path):
+    """What fine-tuning holds at its peak, activations leading, by counting live storages."""
+    torch.manual_seed(0)
+    hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES["4M"])
+    LlamaForCausalLM(hf).save_pretrained(tmp_path / "start")
+    texts = [Text(torch.randint(4, 4000, (64,)).tolist(), 1) for _ in range(16)]
+    run = RunConfig(steps=3, device="cpu", out=str(tmp_path / "run"))
+    sizes = {"batch_tokens": 1024, "micro_tokens": 512, "max_tokens": 64}
+    config = SftConfig(model=str(tmp_path / "start"), data="", impl="ref", run=run, **sizes, **knobs)
+    planned, _ = stage_job_of(config, ranks=1, memory=GiB, host_memory=GiB, cpu=True)
+    want = device_bytes(planned)
+    with live_bytes() as live:
+        model = load_policy(LlamaForCausalLM(hf), getattr(torch, config.dtype))  # weights read from files are not seen
+        if config.train == "lora":
+            add_adapters(model, config)
+        if config.gradient_checkpointing:
+            recompute_blocks(model)
+        live.peak = live.now
+
+        def loss_of(model, rows, batch):
+            return batch_nll(model, [texts[row] for row in rows], normalizer=1000.0), {}
+
+        run_loop(model, Task([64] * 16, loss_of, lambda module: {}), config, tmp_path / "run")
+        got = live.peak
+    phases = {phase: sum(kinds.values()) - kinds["overhead"] for phase, kinds in want.items()}
+    assert max(phases["update"], phases["step"]) == pytest.approx(got, rel=WITHIN)
+
+
+def test_a_stage_that_cannot_fit_is_refused_before_it_reads_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ppomax.planning.plan.free_host_memory", lambda: GiB)
+    words = ["sft", "--config", "llama-7b", "--data", "none.jsonl", "--run.device", "cpu", "--out", str(tmp_path / "r")]
+    assert main(words) == 2
+    assert "this run needs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", config_names())

@@ -12,10 +12,10 @@ import dataclasses
 import json
 import re
 import typing
-from pathlib import Path
 from typing import Any, TypeVar
 
-from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, build, config_names, load_config, preset_names, to_dict
+from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, build, load_config, preset_names, to_dict
+from ppomax.config.layers import read_source
 from ppomax.config.mapping import merge, nearest, read_yaml, undot
 
 C = TypeVar("C")
@@ -72,7 +72,7 @@ class Options(typing.Generic[C]):
         """Preset and file as one mapping, not yet checked for missing knobs."""
         if self.cls is TrainConfig:
             return to_dict(load_config(config, preset=preset))
-        return merge(self._stage_preset(preset), self._stage_file(config))
+        return merge(self._stage_preset(preset), read_source(config, self.command))
 
     def _stage_preset(self, name: str | None) -> dict[str, Any]:
         if name is None:
@@ -87,14 +87,6 @@ class Options(typing.Generic[C]):
                 f"ppomax {self.command}: unknown preset {name!r}{nearest(name, known)} (known: {', '.join(known)})"
             )
         return read_yaml(PRESET_DIR / self.command / f"{name}.yaml")
-
-    def _stage_file(self, source: str | None) -> dict[str, Any]:
-        if source is not None and not Path(source).is_file():
-            raise ConfigError(
-                f"config: no file {source} (the shipped configurations are for `ppomax train`: "
-                f"{', '.join(config_names()) or 'none'})"
-            )
-        return {} if source is None else read_yaml(source)
 
     def _parser(self, layers: dict[str, Any]) -> Any:
         from jsonargparse import ArgumentParser, set_parsing_settings

@@ -23,9 +23,13 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in PRESET_DIR.glob("*.yaml"))
 
 
-def config_names() -> list[str]:
-    """Names that `--config` takes besides files."""
-    return sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))
+def config_names(command: str = "train") -> list[str]:
+    """Names that `--config` of a command takes besides files."""
+    return sorted(p.stem for p in _configs_of(command).glob("*.yaml"))
+
+
+def _configs_of(command: str) -> Path:
+    return CONFIG_DIR if command == "train" else CONFIG_DIR / command
 
 
 def load_config(
@@ -39,23 +43,25 @@ def load_config(
 
     Raises ConfigError for unknown names and keys (with the nearest known one), wrong types and values out of range.
     """
-    layer = source if isinstance(source, dict) else _read_source(source)
+    layer = source if isinstance(source, dict) else read_source(source)
     name = preset or layer.get("preset") or TrainConfig.preset
     merged = merge(_read_preset(name), layer, undot(overrides or {}), {"preset": name})
     return build(TrainConfig, merged)
 
 
-def _read_source(source: str | Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A file's knobs, laid over those of the configuration that its key `base` names (a file or a shipped name)."""
+def read_source(source: str | Path | None, command: str = "train", above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A file's knobs, laid over those of the configuration that its key `base` names (a file, or a name that ships for
+    `command`)."""
     if source is None:
         return {}
-    if str(source) in config_names() and not Path(source).is_file():
-        path = CONFIG_DIR / f"{source}.yaml"
+    if str(source) in config_names(command) and not Path(source).is_file():
+        path = _configs_of(command) / f"{source}.yaml"
     elif Path(source).exists():
         path = Path(source)
     else:
-        known = ", ".join(config_names()) or "none"
-        raise ConfigError(f"config: no file {source} and no shipped configuration of that name (known: {known})")
+        known = ", ".join(config_names(command)) or "none"
+        words = f"config: no file {source} and no shipped configuration of that name for `ppomax {command}`"
+        raise ConfigError(f"{words} (known: {known})")
     layer = read_yaml(path)
     base = layer.pop("base", None)
     if base is None:
@@ -63,7 +69,7 @@ def _read_source(source: str | Path | None, above: tuple[str, ...] = ()) -> dict
     require(isinstance(base, str), f"base in {path}", "a file or the name of a shipped configuration", base)
     if str(path) in above:
         raise ConfigError(f"config: base goes round in a circle: {' -> '.join([*above, str(path)])}")
-    return merge(_read_source(base, (*above, str(path))), layer)
+    return merge(read_source(base, command, (*above, str(path))), layer)
 
 
 def _read_preset(name: str) -> dict[str, Any]:

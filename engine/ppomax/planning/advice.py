@@ -24,7 +24,7 @@ def advice_for(job: Job) -> tuple[Advice, ...]:
     """Every knob that lowers the peak or makes the job fit; those that make it fit first, then by what they save."""
     peak, fits = _looked_at(job)
     found = []
-    for flag, turn in KNOBS.items():
+    for flag, turn in (STAGE_KNOBS if job.alone else KNOBS).items():
         turned = turn(job)
         if turned == job or (turned.zero_stage is not None and turned.ranks == 1):
             continue
@@ -59,3 +59,13 @@ KNOBS: dict[str, Callable[[Job], Job]] = {
     "twice the GPUs ({ranks})": lambda job: replace(job, ranks=2 * job.ranks),
 }
 """What a user can turn, by the flag's name, and what it does to a job."""
+
+STAGE_KNOBS: dict[str, Callable[[Job], Job]] = {
+    **{
+        flag.replace("--model.", "--").replace("--batch.", "--"): turn
+        for flag, turn in KNOBS.items()
+        if flag.split(".")[0] not in ("--rollout", "--data") and "hydra" not in flag
+    },
+    "--max_tokens {response_tokens}": KNOBS["--rollout.max_new_tokens {response_tokens}"],
+}
+"""The same for a stage before PPO."""

@@ -1,4 +1,4 @@
-"""`ppomax plan`: the flags of its own, and the knobs of `ppomax train`."""
+"""`ppomax plan`: the flags of its own, and the knobs of `ppomax train` or of a stage before it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import argparse
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ppomax.config import ConfigError, TrainConfig
+from ppomax.config import ConfigError
 from ppomax.config.mapping import nearest
+
+if TYPE_CHECKING:
+    from ppomax.planning.plan import AnyConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ CUSTOM = {
 def parser() -> argparse.ArgumentParser:
     """Flags that `plan` has beside the knobs."""
     out = argparse.ArgumentParser(prog="ppomax plan", add_help=False, allow_abbrev=False, exit_on_error=False)
-    out.usage = "ppomax plan [--config NAME] [--gpus N] [--memory GiB] [options] [knobs of `ppomax train`]"
+    out.usage = "ppomax plan [sft|reward-model] [--config NAME] [--gpus N] [--memory GiB] [options] [knobs]"
     out.description = "Memory and time of a run before it is started. Reads no weights."
     out.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all. Default: 8.")
     out.add_argument("--gpus_per_node", type=int, default=8, metavar="N", help="GPUs of one node. Default: 8.")
@@ -78,10 +81,10 @@ def split(argv: list[str]) -> tuple[PlanFlags, list[str]]:
     return flags, rest
 
 
-def run_plan(flags: PlanFlags, config: TrainConfig, title: str, console: Any) -> bool:
+def run_plan(flags: PlanFlags, config: AnyConfig, title: str, console: Any) -> bool:
     """Make and show the plan; whether the run fits."""
     from ppomax.planning.job import GiB
-    from ppomax.planning.plan import job_of, make_plan
+    from ppomax.planning.plan import any_job_of, make_plan
     from ppomax.planning.seconds import DEVICES, Assumptions
     from ppomax.planning.tables import as_data, show
 
@@ -98,7 +101,7 @@ def run_plan(flags: PlanFlags, config: TrainConfig, title: str, console: Any) ->
         device = dataclasses.replace(device, name=f"{device.name} with own figures", **own)  # type: ignore[arg-type]
     assumed = Assumptions(**{k: v for k, v in flags.figures.items() if k not in units})
     memory = device.memory if flags.memory is None else int(flags.memory * GiB)
-    job, notes = job_of(
+    job, notes = any_job_of(
         config,
         ranks=flags.gpus,
         memory=memory,

@@ -19,6 +19,9 @@ class Job:
     """None: a branch on the policy's trunk."""
     reward: str | None
     """None: a function."""
+    alone: bool = False
+    """The policy is all there is, and rows of given text are what it is trained on: a stage before PPO. A row is then
+    a response without a prompt, and the batch of a step is the buffer."""
     dtype: str = "bfloat16"
     train: str = "full"
     trained_layers: int = 2
@@ -93,6 +96,10 @@ def roles(job: Job) -> list[Role]:
     trained = {"full": policy.params, "lora": adapters, "hydra": top}[job.train]
     out = [
         Role("policy", policy, policy.params + (adapters if job.train == "lora" else 0), trained),
+    ]
+    if job.alone:
+        return out
+    out += [
         Role("reference", policy, {"full": policy.params, "lora": 0, "hydra": top}[job.train]),
     ]
     if job.critic is None:

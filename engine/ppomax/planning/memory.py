@@ -21,7 +21,6 @@ from ppomax.planning.trace import Held, cache_bytes, held, packed_weight_bytes, 
 if TYPE_CHECKING:
     from ppomax.rollout.slots import Prompt
 
-PHASES = ("load", "rollout", "scoring", "update", "step", "save")
 DATA_PARALLEL_BUCKET = 1 << 25
 """Elements that ZeRO 0 sums in one float32 message (sharding/plain.py)."""
 GPU_OVERHEAD = int(1.5 * GiB)
@@ -38,7 +37,8 @@ def device_bytes(job: Job) -> dict[str, dict[str, int]]:
     """Phase -> kind -> bytes that one rank's device holds at that phase's peak."""
     phases = {"load": _sum(weights(job), _masters(job), _kept(job), overhead(job))}
     steady = _sum(weights(job), optimiser(job), _kept(job), overhead(job))
-    for phase, extra in (("rollout", rollout), ("scoring", scoring), ("update", update), ("step", step)):
+    before = {"evaluation": evaluation} if job.alone else {"rollout": rollout, "scoring": scoring}
+    for phase, extra in (before | {"update": update, "step": step}).items():
         phases[phase] = _sum(steady, extra(job))
     phases["save"] = _sum(steady, {"gathered": largest_parameter(job)} if job.zero_stage == 3 else {})
     if not job.cpu:
@@ -156,11 +156,22 @@ def scoring(job: Job) -> dict[str, int]:
     }
 
 
-def update(job: Job) -> dict[str, int]:
-    """The larger of the policy's and the critic's turn on one micro-batch, gradients of both held."""
+def evaluation(job: Job) -> dict[str, int]:
+    """A forward of the policy, whole, over held-out rows."""
     rows, length = micro_batch(job)
-    policy, critic = (next(r for r in roles(job) if r.name == name) for name in ("policy", "critic"))
+    logits = chunk_bytes(sizes_of(job.policy, "causal_lm").vocab, job) + 2 * _picked(job)
+    forward = _held(job, job.policy, rows, length).forward
+    return {**_larger({"activations": forward}, {"logits": logits}), "gathered": _gathered_policy(job)}
+
+
+def update(job: Job) -> dict[str, int]:
+    """The larger of the policy's and the critic's turn on one micro-batch, gradients of both held; alone, its own."""
+    rows, length = micro_batch(job)
     several = job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size > rows
+    if job.alone:
+        (policy,) = roles(job)
+        return _sum(_policy_turn(job, policy, None, rows, length, several), {"buckets": _passing_buckets(job)})
+    policy, critic = (next(r for r in roles(job) if r.name == name) for name in ("policy", "critic"))
     turns = [_policy_turn(job, policy, critic, rows, length, several)]
     if job.ptx_batch:
         at_once = max(1, min(job.ptx_batch, job.micro_tokens // max(1, job.ptx_tokens)))
@@ -179,10 +190,10 @@ def _passing_buckets(job: Job) -> int:
     return engines * job.bucket * job.width if job.zero_stage in (1, 2) else 0
 
 
-def _policy_turn(job: Job, policy: Role, critic: Role, rows: int, length: int, several: bool) -> dict[str, int]:
+def _policy_turn(job: Job, policy: Role, critic: Role | None, rows: int, length: int, several: bool) -> dict[str, int]:
     layers = job.trained_layers if job.train == "hydra" else policy.sizes.layers
     act = _held(job, job.policy, rows, length, layers, job.train == "lora")
-    others = _gradient(job, critic) if several else 0
+    others = _gradient(job, critic) if several and critic else 0
     before = others + (_gradient(job, policy) if several else 0)
     head = policy.sizes.head * 4 if job.train == "full" else 0
     loss = {"logits": chunk_bytes(policy.sizes.vocab, job) + head + 2 * _picked(job)}

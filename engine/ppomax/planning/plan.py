@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ppomax.assets.sources import named_sources
-from ppomax.config import CONFIG_DIR, ConfigError, TrainConfig
+from ppomax.assets.sources import named_model, named_sources
+from ppomax.config import CONFIG_DIR, ConfigError, ShardingConfig, TrainConfig
 from ppomax.config.launcher import local_rank, ranks_on_node, started_ranks
+from ppomax.config.stages import RewardModelConfig, SftConfig
 from ppomax.planning.advice import Advice, advice_for
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes
 from ppomax.planning.seconds import Assumptions, Device, seconds, tokens_per_second
+
+AnyConfig = TrainConfig | SftConfig | RewardModelConfig
 
 SHAPE_DIR = CONFIG_DIR / "shapes"
 """`<owner>--<name>.json`: architecture of a hub model that a shipped configuration names."""
@@ -108,8 +112,6 @@ def job_of(
     cpu: bool = False,
 ) -> tuple[Job, tuple[str, ...]]:
     """The job that `config` describes, and notes on what was assumed. ConfigError: a model's shape cannot be had."""
-    from ppomax.sharding import zero_config
-
     model, notes = config.model, []
     policy, reward, _ = named_sources(config)
     policy_shape = shape_of(policy)
@@ -123,8 +125,6 @@ def job_of(
         critic = shape_of(model.critic)
     if model.critic == "reward_model" and critic is None:
         raise ConfigError("config: model.critic is reward_model, but no reward model scores; set model.critic")
-    stage = config.sharding.zero_stage
-    zero = zero_config.extra(config.sharding).get("zero_optimization", {})
     return (
         Job(
             policy=policy_shape,
@@ -136,13 +136,7 @@ def job_of(
             lora_rank=model.lora_rank if model.train == "lora" else 0,
             lora_targets=tuple(model.lora_targets or ()),
             gradient_checkpointing=model.gradient_checkpointing,
-            zero_stage=2 if stage is None and ranks > 1 else stage,
-            offload_optimizer=config.sharding.offload_optimizer,
-            offload_param=config.sharding.offload_param,
-            frozen=config.sharding.frozen,
-            hpz=config.sharding.hpz,
-            bucket=int(zero.get("reduce_bucket_size", Job.bucket)),
-            live=int(zero.get("stage3_max_live_parameters", Job.live)),
+            **_sharded(config.sharding, ranks),
             ranks=ranks,
             ranks_per_node=ranks_per_node,
             memory=memory,
@@ -164,6 +158,27 @@ def job_of(
     )
 
 
+def _sharded(config: ShardingConfig, ranks: int) -> dict[str, Any]:
+    """How the models lie over the ranks, as fields of a Job."""
+    from ppomax.sharding import zero_config
+
+    stage, zero = config.zero_stage, zero_config.extra(config).get("zero_optimization", {})
+    return {
+        "zero_stage": 2 if stage is None and ranks > 1 else stage,
+        "offload_optimizer": config.offload_optimizer,
+        "offload_param": config.offload_param,
+        "frozen": config.frozen,
+        "hpz": config.hpz,
+        "bucket": int(zero.get("reduce_bucket_size", Job.bucket)),
+        "live": int(zero.get("stage3_max_live_parameters", Job.live)),
+    }
+
+
+def any_job_of(config: AnyConfig, **where: Any) -> tuple[Job, tuple[str, ...]]:
+    """The job of any command that trains."""
+    return job_of(config, **where) if isinstance(config, TrainConfig) else stage_job_of(config, **where)
+
+
 def shape_of(source: str) -> str:
     """The HF configuration of a model folder or hub name, as JSON; those that ship with ppomax need no network."""
     from ppomax.models.files import LoadingError, model_config, read_json
@@ -181,7 +196,48 @@ def shape_of(source: str) -> str:
         raise ConfigError(f"plan: the architecture of {source} cannot be read: {error}") from error
 
 
-def plan_here(config: TrainConfig) -> Plan:
+def stage_job_of(
+    config: SftConfig | RewardModelConfig,
+    *,
+    ranks: int,
+    memory: int,
+    host_memory: int,
+    ranks_per_node: int = 8,
+    cpu: bool = False,
+) -> tuple[Job, tuple[str, ...]]:
+    """The job of a stage before PPO, as `job_of`."""
+    shape = shape_of(named_model(config.model))
+    if isinstance(config, RewardModelConfig) and config.layers is not None:
+        shape = json.dumps({**json.loads(shape), "num_hidden_layers": config.layers})
+    rows = max(ranks, config.batch_tokens // config.max_tokens)
+    return (
+        Job(
+            policy=shape,
+            critic=None,
+            reward=None,
+            alone=True,
+            dtype=config.dtype,
+            train=config.train,
+            lora_rank=config.lora_rank if config.train == "lora" else 0,
+            lora_targets=tuple(config.lora_targets or ()),
+            gradient_checkpointing=config.gradient_checkpointing,
+            **_sharded(config.sharding, ranks),
+            ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            memory=memory,
+            host_memory=host_memory,
+            cpu=cpu,
+            prompt_tokens=0,
+            response_tokens=config.max_tokens,
+            rollout_size=rows,
+            minibatch_size=rows,
+            micro_tokens=config.micro_tokens,
+        ),
+        ("without float32 activations of autocast",) if config.autocast else (),
+    )
+
+
+def plan_here(config: AnyConfig) -> Plan:
     """The plan of `config` on the machine and the ranks that this process is one of."""
     import torch
 
@@ -190,14 +246,15 @@ def plan_here(config: TrainConfig) -> Plan:
     host = free_host_memory()
     cpu = config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
     memory = host // local if cpu else torch.cuda.get_device_properties(local_rank()).total_memory
-    job, notes = job_of(config, ranks=ranks, memory=memory, host_memory=host, ranks_per_node=local, cpu=cpu)
+    where = {"ranks": ranks, "memory": memory, "host_memory": host, "ranks_per_node": local}
+    job, notes = any_job_of(config, **where, cpu=cpu)
     return make_plan(job, advise=False, notes=notes)
 
 
-def plan_line(config: TrainConfig) -> str:
+def plan_line(config: AnyConfig) -> str:
     """One line about the plan of a run that is about to start here. ConfigError: it cannot fit, and
     `run.ignore_plan` is off."""
-    if config.model.trust_remote_code:
+    if isinstance(config, TrainConfig) and config.model.trust_remote_code:
         return "plan: none for models that bring code of their own"
     try:
         plan = plan_here(config)

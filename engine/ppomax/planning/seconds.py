@@ -68,11 +68,13 @@ class Assumptions:
 
 
 def seconds(job: Job, device: Device, assumed: Assumptions | None = None) -> dict[str, float]:
-    """Phase -> seconds of one iteration (one buffer, all its epochs)."""
+    """Phase -> seconds of one iteration (one buffer, all its epochs; alone, one optimiser step)."""
     assumed = assumed or Assumptions()
     if job.width == 4:
         device = replace(device, flops=device.flops * FP32_SHARE)
     parts = {r.name: r for r in roles(job)}
+    if job.alone:
+        return {"update": _update(job, parts, device, assumed), "step": _step(job, parts, device, assumed)}
     return {
         "rollout": _rollout(job, parts["policy"], device, assumed),
         "scoring": _scoring(job, parts, device, assumed),
@@ -121,8 +123,9 @@ def _scoring(job: Job, parts: dict[str, Role], device: Device, assumed: Assumpti
 
 def _update(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptions) -> float:
     total, again = 0.0, int(job.gradient_checkpointing)
-    for name in ("policy", "critic"):
-        role = parts[name]
+    for name, role in parts.items():
+        if not role.trained:
+            continue
         adapted = job.train == "lora" if name == "policy" else job.adapted_critic
         branch = (job.train == "hydra") if name == "policy" else job.critic is None
         share = job.trained_layers / role.sizes.layers if branch else 1.0
@@ -130,9 +133,8 @@ def _update(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptio
     texts = (3 + again) * forward_flops(parts["policy"], job.ptx_tokens) * job.ptx_batch * job.ptx_tokens / job.ranks
     steps = -(-job.rollout_size // job.minibatch_size)
     compute = (job.sequences * job.length * total + steps * texts) * job.epochs
-    trained = parts["policy"].elements + parts["critic"].elements
-    gathers = _gathers(job, trained, 2, job.epochs, device, assumed)
-    reduced = sum(parts[n].trained for n in ("policy", "critic")) * job.width
+    gathers = _gathers(job, sum(r.elements for r in parts.values() if r.trained), 2, job.epochs, device, assumed)
+    reduced = sum(r.trained for r in parts.values()) * job.width
     reduce = _collective(job, reduced * (1 if (job.zero_stage or 0) >= 2 else 2), device, assumed)
     return compute / (device.flops * assumed.train_efficiency) + gathers + job.epochs * steps * reduce
 
@@ -140,7 +142,7 @@ def _update(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptio
 def _step(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptions) -> float:
     """AdamW reads and writes three fp32 numbers, reads a gradient and writes a weight: 28 bytes a parameter."""
     steps = job.epochs * -(-job.rollout_size // job.minibatch_size)
-    trained = parts["policy"].trained + parts["critic"].trained
+    trained = sum(r.trained for r in parts.values())
     mine = trained / (job.ranks if job.zero_stage else 1)
     if not job.offload_optimizer:
         return steps * 28 * mine / (device.bandwidth * assumed.bandwidth_efficiency)

@@ -20,9 +20,10 @@ def show(plan: Plan, console: Any, *, title: str = "") -> None:
     stage = "plain torch" if job.zero_stage is None else f"ZeRO-{job.zero_stage}"
     offload = [n for n, on in (("optimiser", job.offload_optimizer), ("weights", job.offload_param)) if on]
     where = f"{stage}, on the host: {', '.join(offload)}" if offload else stage
+    batch = f"{job.rollout_size} responses of {job.prompt_tokens} + {job.response_tokens} tokens"
+    batch = f"{job.rollout_size} rows of {job.length} tokens a step" if job.alone else batch
     console.print(
-        f"[bold]{title}[/]  {job.ranks} x {gib(job.memory)}, {where}, "
-        f"{job.train}, {job.dtype}; {job.rollout_size} responses of {job.prompt_tokens} + {job.response_tokens} tokens",
+        f"[bold]{title}[/]  {job.ranks} x {gib(job.memory)}, {where}, {job.train}, {job.dtype}; {batch}",
         highlight=False,
     )
     console.print(memory_table(plan))
