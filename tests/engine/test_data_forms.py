@@ -121,3 +121,41 @@ def test_a_data_sets_name_may_give_split_and_subset(tmp_path: Path, monkeypatch:
     saved = datasets.DatasetDict({"held": datasets.Dataset.from_list([{"prompt": "y"}])})
     saved.save_to_disk(str(tmp_path / "saved"))
     assert [dict(r) for _, r in read_rows(f"{tmp_path / 'saved'}:held")] == [{"prompt": "y"}]
+
+
+def test_a_mixture_takes_each_row_as_often_as_its_weight_says(tmp_path: Path) -> None:
+    for name, count in (("a", 2), ("b", 6)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(count))
+        )
+    found = [row["text"] for _, row in read_rows(f"2*{tmp_path}/a.jsonl + 0.5*{tmp_path}/b.jsonl")]
+    assert found == ["a0", "a0", "a1", "a1", "b1", "b3", "b5"]
+    assert [row["text"] for _, row in read_rows(f"{tmp_path}/a.jsonl + {tmp_path}/a.jsonl")] == ["a0", "a1"] * 2
+    assert sum(1 for _ in read_rows(f"1.5*{tmp_path}/b.jsonl")) == 9
+
+
+def test_columns_go_by_their_names_there(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text(json.dumps({"question": "the film", "answer": "is good"}) + "\n")
+    (text,), _ = load_texts(f"{path}?prompt=question&response=answer", tokenizer, 64)
+    (want,), _ = load_texts([{"prompt": "the film", "response": "is good"}], tokenizer, 64)
+    assert text == want
+    (mixed, _), _ = load_prompts(f"2*{path}?prompt=question", tokenizer, 64)
+    assert mixed == text.tokens[: text.loss_from]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("0*{a}", "weight of '0.{a}' must be a number above 0"),
+        ("1.2.3*{a}", "must be a number above 0"),
+        ("{a} + {a}x", "x: no such file"),
+        ("{a}?prompt", "as in .prompt=question"),
+        ("{a}?prompt=query", "column 'query' is missing; the row has .'text'"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(source: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n')
+    with pytest.raises(DataError, match=words.format(a=path)):
+        list(read_rows(source.format(a=path)))

@@ -1,15 +1,18 @@
 """Rows (mappings) from JSONL, JSON, CSV, Parquet, HF datasets or memory, each with the words that name it in an error.
 
     for where, row in read_rows("prompts.jsonl.gz"): ...        where == "prompts.jsonl.gz:17"
+    a.jsonl?prompt=question&response=answer                     columns by their names there
+    2*a.jsonl + 0.5*owner/name:train                            a mixture: each row of `a` twice, every other one of `b`
 Every way in gives the same thing: an iterator of (where, row). Nothing is skipped here; a row that cannot be read
-stops.
-"""
+stops."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
+import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,13 +31,21 @@ def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[str, Ro
 
     `.jsonl`, `.jsonl.gz`, `.json` (a list, or one object a line), `.csv` and `.parquet` are read here; a folder or a
     hub name goes through the `datasets` library with `split`, which the name may give itself, and a subset with it:
-    `name:split`, `name:subset:split`. Raises DataError naming the file and line for anything unreadable.
+    `name:split`, `name:subset:split`. `?ours=theirs&...` after it renames columns; `weight*source + ...` is a mixture,
+    each source's rows as often as its weight says, a fraction of them evenly spaced. Raises DataError naming the file
+    and line for anything unreadable.
     """
     if not isinstance(source, (str, Path)):
         return _numbered(source, type(source).__name__)
     path = Path(source)
     if path.is_file():
         return _read_file(path)
+    weighed = [_WEIGHED.fullmatch(term) for term in re.split(r"\s\+\s", str(source).strip())]
+    if len(weighed) > 1 or any(weighed):
+        return _mixed(str(source), split)
+    name, query, columns = str(source).partition("?")
+    if query:
+        return _renamed(read_rows(name, split=split), _columns(str(source), columns))
     name, *parts = str(source).split(":")
     if len(parts) <= 2 and all(parts) and (Path(name).is_dir() or _looks_like_hub_name(name)):
         return _read_dataset(name, parts[-1] if parts else split, parts[0] if len(parts) == 2 else None)
@@ -42,6 +53,41 @@ def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[str, Ro
         f"{source}: no such file or folder; give a .jsonl, .jsonl.gz, .json, .csv or .parquet file, or the name of a "
         "data set (name, name:split or name:subset:split)"
     )
+
+
+_WEIGHED = re.compile(r"\s*([0-9.]+)\s*\*\s*(.+)")
+
+
+def _mixed(source: str, split: str) -> Iterator[tuple[str, Row]]:
+    for term in re.split(r"\s\+\s", source.strip()):
+        found = _WEIGHED.fullmatch(term)
+        try:
+            weight, name = (float(found[1]), found[2]) if found else (1.0, term.strip())
+        except ValueError:
+            weight = 0.0
+        if not (weight > 0 and math.isfinite(weight)):
+            raise DataError(f"{source}: the weight of {term.strip()!r} must be a number above 0, as in 0.5*rows.jsonl")
+        for i, named in enumerate(read_rows(name, split=split)):
+            for _ in range(math.floor((i + 1) * weight) - math.floor(i * weight)):
+                yield named
+
+
+def _columns(source: str, query: str) -> dict[str, str]:
+    """Our names of columns to theirs."""
+    pairs = [pair.partition("=") for pair in query.split("&")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise DataError(
+            f"{source}: after `?` go columns by our name and theirs, as in ?prompt=question&response=answer"
+        )
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def _renamed(rows: Iterable[tuple[str, Row]], columns: dict[str, str]) -> Iterator[tuple[str, Row]]:
+    for where, row in rows:
+        missing = [theirs for theirs in columns.values() if theirs not in row]
+        if missing:
+            raise DataError(f"{where}: column {missing[0]!r} is missing; the row has {sorted(row)}")
+        yield where, {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def _looks_like_hub_name(name: str) -> bool:
