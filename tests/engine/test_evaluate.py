@@ -23,7 +23,7 @@ from ppomax.stages.evaluate import run_evaluation
 from ppomax.stages.judges import EndpointJudge, JudgeError, both_orders, compare_scores, read_verdict
 from ppomax.stages.wilson import wilson
 
-from tests.engine.tiny import tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer
+from tests.engine.tiny import small_config, tiny_assets, tiny_engine, tiny_policy, tiny_tokenizer
 
 
 @pytest.fixture
@@ -151,6 +151,20 @@ def test_a_run_s_checkpoint_is_read_whole(job):
     assert torch.equal(model.lm_head.weight, engine.policy.module.lm_head.weight)
     assert tokenizer.eos_token_id == 2
     assert torch.equal(open_policy("run/checkpoints/step-000003")[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_a_run_says_its_prompts_and_its_start_where_nothing_is_named(job):
+    data = {"prompts": "prompts.jsonl", "eval_prompts": "held_out.jsonl", "max_prompt_tokens": 600, "overlong": "drop"}
+    engine = tiny_engine(small_config(**{f"data__{k}": v for k, v in data.items()}), tokenizer=tiny_tokenizer())
+    engine.sources |= {"policy": "other", "tokenizer": "policy"}
+    engine.save("run/checkpoints/step-000003")
+    Path("held_out.jsonl").write_text('{"prompt": "<5><6>"}\n{"prompt": "<7>"}\n')
+    job = {k: v for k, v in job.items() if k not in ("prompts", "baseline")} | {"policy": "run"}
+    run_evaluation(EvaluateConfig(**job))
+    held = rows_of()
+    assert (held["config"]["baseline"], held["config"]["prompts"]) == ("other", "held_out.jsonl")
+    assert (held["config"]["max_prompt_tokens"], held["config"]["overlong"]) == (600, "drop")
+    assert len(held["rows"]) == 2
 
 
 def test_the_command_prints_the_outcome(job, capsys):

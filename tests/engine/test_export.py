@@ -12,6 +12,7 @@ import torch
 from ppomax.cli import main
 from ppomax.config import ConfigError, load_config
 from ppomax.saving.engine_state import CheckpointError
+from ppomax.saving.folder import seal
 from ppomax.saving.model_folder import save_model
 from ppomax.saving.saved_policy import open_policy
 from ppomax.stages import export as stage
@@ -143,3 +144,12 @@ def test_a_run_is_taken_wherever_a_model_is(
         "run.out": str(tmp_path / "next"),
     }
     assert (train_ppo(load_config(overrides=knobs)) / "policy" / "config.json").is_file()
+
+
+def test_a_checkpoint_of_a_stage_before_ppo_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "sft" / "checkpoints" / "step-000002"
+    folder.mkdir(parents=True)
+    (folder / "engine.json").write_text("{}")
+    seal(folder, {})
+    with pytest.raises(CheckpointError, match="of a stage before PPO, which writes its model as a Hugging Face folder"):
+        export(tmp_path / "sft", tmp_path / "out")

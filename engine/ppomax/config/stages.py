@@ -168,16 +168,19 @@ class EvaluateConfig:
     policy: str
     """Checkpoint that is judged: folder of a run, one of its checkpoints, HF directory or hub name; `default`: what
     ships with ppomax."""
-    baseline: str = "default"
-    """Checkpoint that it is held against, named likewise."""
+    baseline: str | None = None
+    """Checkpoint that it is held against, named likewise. None: what the run of `policy` started from, or `default`."""
     prompts: str | None = None
-    """JSONL, CSV, Parquet or HF dataset with a `prompt` column. None: the prompts that ship with ppomax."""
+    """JSONL, CSV, Parquet or HF dataset with a `prompt` column. None: the held-out prompts of `policy`'s run, else its
+    own prompts, else those that ship with ppomax."""
     prompt_column: str = "prompt"
     """Column that holds the prompt."""
     limit: int = 256
     """Use the first so many prompts. 0: all."""
     max_prompt_tokens: int = 512
-    """Longer prompts are an error."""
+    """A longer prompt is refused by `overlong`."""
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    """Prompts over the limit: stop with an error, keep their last tokens, or leave them out."""
     judge: Literal["reward_model", "classifier", "function", "endpoint"] = "reward_model"
     """Who judges. `classifier`: the sentiment classifier that ships with ppomax, which no training here has seen."""
     reward_model: str | None = None

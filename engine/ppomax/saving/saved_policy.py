@@ -55,6 +55,11 @@ def saved_policy(path: Path, base: str | None = None, *, trust_remote_code: bool
     if checkpoint is None:
         raise CheckpointError(f"{path} is neither a checkpoint (no {STATE}) nor the folder of a run (no checkpoints/)")
     state = read_state(checkpoint)
+    if "config" not in state:
+        raise CheckpointError(
+            f"{checkpoint} is of a stage before PPO, which writes its model as a Hugging Face folder when it ends; use "
+            "that, or end the run by --resume"
+        )
     config = build(TrainConfig, state["config"])
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     start = base or state["sources"]["policy"]

@@ -7,6 +7,7 @@ Judges: a reward model, a Python function as in training, or an OpenAI-compatibl
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from ppomax.config.stages import EvaluateConfig
 from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key
 from ppomax.stages.sheet import write_sheet
 from ppomax.stages.wilson import wilson
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,11 @@ class Evaluation:
 
 def run_evaluation(config: EvaluateConfig) -> Evaluation:
     """Sample, judge, write evaluation.json. JudgeError if no prompt could be judged."""
+    config = completed(config)
     judge = endpoint_judge(config) if config.judge == "endpoint" else None  # before sampling: its address may be wrong
-    (ours, our_tokenizer), (theirs, their_tokenizer) = answers(config.policy, config), answers(config.baseline, config)
+    (ours, our_tokenizer), (theirs, their_tokenizer) = (
+        answers(name, config) for name in (config.policy, config.baseline or "default")
+    )
     prompts = [a.prompt for a in ours]
     if judge:
         judged = judge(prompts, [a.text for a in ours], [a.text for a in theirs])
@@ -104,6 +110,23 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
         result = replace(result, sheet=write_sheet(held, out, config.seed))
     result.path.write_text(json.dumps(held, indent=1), encoding="utf-8")
     return result
+
+
+def completed(config: EvaluateConfig) -> EvaluateConfig:
+    """`config` with the prompts and the baseline that it leaves to the run of `policy`, if that is one."""
+    from ppomax.saving.engine_state import read_state
+    from ppomax.saving.saved_policy import checkpoint_of
+
+    checkpoint = checkpoint_of(Path(config.policy))
+    state = read_state(checkpoint) if checkpoint else {}
+    start, data = state.get("sources", {}).get("policy"), state.get("config", {}).get("data", {})
+    found: dict[str, Any] = {"baseline": config.baseline or start or "default"}
+    own = data.get("eval_prompts") or data.get("prompts")
+    if config.prompts is None and own:
+        found |= {"prompts": own, "prompt_column": data["prompt_column"], "overlong": data["overlong"]}
+        found["max_prompt_tokens"] = max(config.max_prompt_tokens, data["max_prompt_tokens"])
+        log.info("prompts of the run: %s", own)
+    return replace(config, **found)
 
 
 def positive_shares(judged: Sequence[Judgement]) -> tuple[float, float]:
@@ -160,7 +183,8 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
 
     model, tokenizer = open_policy(checkpoint, trust_remote_code=config.trust_remote_code)
     source = config.prompts or str(shipped("prompts.jsonl"))
-    read, _ = load_prompt_rows(source, tokenizer, config.max_prompt_tokens, column=config.prompt_column)
+    limit, how = config.max_prompt_tokens, config.overlong
+    read, _ = load_prompt_rows(source, tokenizer, limit, column=config.prompt_column, overlong=how)
     read = read[: config.limit or None]
     prompts = [r.tokens for r in read]
     sampling = Sampling(
