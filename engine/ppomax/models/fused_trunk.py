@@ -4,7 +4,7 @@ and update run under it alike, so that the first minibatch's ratio stays 1 to th
 
 Families name and write their parts each in its own way, so a part's answer to a probe decides whether it computes what
 we would put in its place. Only where the weights are few enough to be joined anew in each forward; beside larger
-products the rest costs nothing."""
+products the rest costs nothing. A model and its frozen copy are run alike, so that the first KL is 0 to the bit."""
 
 from __future__ import annotations
 
@@ -75,10 +75,14 @@ def runs_of(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
 
 
 def _suits(model: nn.Module) -> bool:
-    """In float32 on a CPU, not cut over ranks, and small."""
-    parameters = list(model.parameters())
-    plain = all(p.is_cpu and p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in parameters)
-    return plain and sum(p.nbytes for p in parameters) <= MOST_BYTES
+    """In float32 on a CPU, not cut over ranks, and few weights to join. Of a policy whose upper blocks alone are trained
+    the others are not run here, so that it and its reference, which is those blocks, are of one size."""
+    plain = all(p.is_cpu and p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in model.parameters())
+    if not plain:
+        return False
+    parts = [p for m in model.modules() if (p := swiglu_layers(m) or query_key_value(m)) is not None]
+    trained = [p for p in parts if p[0].weight.requires_grad]
+    return sum(layer.weight.nbytes for part in trained or parts for layer in part) <= MOST_BYTES
 
 
 def _joined(layers: list[nn.Linear]) -> Run:
