@@ -325,9 +325,20 @@ def test_unknown_models_and_flags_are_named(capsys, tmp_path):
 # ---- the full-scale configurations ----------------------------------------------------------------------------------
 
 
+LAPTOP = "smollm2-135m"
+AT_SCALE = [name for name in config_names() if name != LAPTOP]
+
+
 def test_there_are_configs_of_three_models_in_three_modes():
     modes = ("", "-lora", "-hydra")
-    assert config_names() == sorted(f"{m}{mode}" for m in ("llama-7b", "llama-13b", "qwen-7b") for mode in modes)
+    names = sorted(f"{m}{mode}" for m in ("llama-7b", "llama-13b", "qwen-7b") for mode in modes)
+    assert sorted([*names, LAPTOP]) == config_names()
+
+
+def test_the_laptop_s_config_fits_a_laptop():
+    planned, _ = job_of(load_config(LAPTOP), ranks=1, memory=4 * GiB, host_memory=4 * GiB, cpu=True)
+    assert make_plan(planned, advise=False).fits
+    assert sizes_of(planned.policy, "causal_lm").params == 134_515_008
 
 
 @pytest.mark.parametrize("command", ["sft", "reward-model"])
@@ -379,7 +390,7 @@ def test_a_stage_that_cannot_fit_is_refused_before_it_reads_a_row(tmp_path, monk
     assert "this run needs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", AT_SCALE)
 def test_a_full_scale_config_fits_its_node(name):
     config = load_config(name)
     assert (config.batch.rollout_size, config.batch.minibatch_size) == (128, 32)

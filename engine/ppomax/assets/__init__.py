@@ -19,6 +19,11 @@ def named_model(name: str | Path, part: str = "policy") -> str:
     return str(Path(name) / part) if written else str(name)
 
 
+def named_prompts(name: str) -> str:
+    """`name` itself, any source of rows; for `default` the prompts that ship."""
+    return str(shipped("prompts.jsonl")) if name == DEFAULT else name
+
+
 def shipped(name: str) -> Path:
     """`policy`, `reward_model`, `prompts.jsonl`, `classifier.json` or `MODEL_CARD.md` of what ships.
     FileNotFoundError: the package was installed in part."""

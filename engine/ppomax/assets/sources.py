@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ppomax.assets import named_model, shipped
+from ppomax.assets import DEFAULT, named_model, named_prompts, shipped
 from ppomax.config import ConfigError, TrainConfig
 
 
@@ -26,12 +26,8 @@ def named_sources(config: TrainConfig) -> NamedSources:
     else:
         reward_model = "" if model.policy is not None else str(shipped("reward_model"))
     if model.policy is not None:
-        return NamedSources(named_model(model.policy), reward_model, config.data.prompts or "")
-    return NamedSources(
-        str(shipped("policy")),
-        reward_model,
-        config.data.prompts or str(shipped("prompts.jsonl")),
-    )
+        return NamedSources(named_model(model.policy), reward_model, named_prompts(config.data.prompts or ""))
+    return NamedSources(str(shipped("policy")), reward_model, named_prompts(config.data.prompts or DEFAULT))
 
 
 def run_sources(config: TrainConfig) -> NamedSources:

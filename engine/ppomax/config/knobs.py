@@ -83,7 +83,8 @@ class DataConfig:
 
     prompts: str | None = None
     """JSONL, CSV, Parquet or HF dataset with a `prompt` column (string or chat), or dialogues whose last answer is left
-    out. None: the prompts that ship with ppomax."""
+    out; or a mixture of such. `default`, and None where the policy is the one that ships: the prompts that ship with
+    ppomax."""
     eval_prompts: str | None = None
     """Prompts for the sample texts and `ppomax evaluate`. None: the first of `prompts`."""
     prompt_column: str = "prompt"

@@ -75,8 +75,8 @@ def runs_of(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
 
 
 def _suits(model: nn.Module) -> bool:
-    """In float32 on a CPU, not cut over ranks, and few weights to join. Of a policy whose upper blocks alone are trained
-    the others are not run here, so that it and its reference, which is those blocks, are of one size."""
+    """In float32 on a CPU, not cut over ranks, and few weights to join. Of a policy whose upper blocks alone are
+    trained the others are not run here, so that it and its reference, which is those blocks, are of one size."""
     plain = all(p.is_cpu and p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in model.parameters())
     if not plain:
         return False

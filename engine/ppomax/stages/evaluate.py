@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ppomax.assets import named_model, shipped
+from ppomax.assets import DEFAULT, named_model, named_prompts, shipped
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import EvaluateConfig
 from ppomax.stages.judges import EndpointJudge, JudgeError, Judgement, compare_scores, endpoint_key
@@ -182,7 +182,7 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
     from ppomax.saving.saved_policy import open_policy
 
     model, tokenizer = open_policy(checkpoint, trust_remote_code=config.trust_remote_code)
-    source = config.prompts or str(shipped("prompts.jsonl"))
+    source = named_prompts(config.prompts or DEFAULT)
     limit, how = config.max_prompt_tokens, config.overlong
     read, _ = load_prompt_rows(source, tokenizer, limit, column=config.prompt_column, overlong=how)
     read = read[: config.limit or None]

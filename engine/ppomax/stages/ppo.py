@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ppomax.assets import named_model
+from ppomax.assets import named_model, named_prompts
 from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import PromptRow, Text, check_same_vocabulary, load_prompt_rows, load_texts
@@ -112,7 +112,7 @@ class PpoLoop:
         trust = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.tokenizer or sources.policy, trust_remote_code=trust)
         rows = self._load_prompts(sources.prompts)
-        shown = self._load_prompts(config.data.eval_prompts) if config.data.eval_prompts else rows
+        shown = self._load_prompts(named_prompts(config.data.eval_prompts)) if config.data.eval_prompts else rows
         reward, functions = named_rewards(config.reward, sources.reward_model)
         judge = judge_function(config.monitor.eval_judge, self.tokenizer) if config.monitor.eval_every else None
         self.given = Given.of(rows, *functions)
