@@ -46,6 +46,7 @@ from ppomax.recipe.rewards import (
     advantages_and_returns,
     check_columns,
     shape_scores,
+    spread,
     token_rewards,
 )
 from ppomax.recipe.rollout import Scorers, rollout
@@ -90,8 +91,8 @@ class Engine:
     policy: causal LM, or a path to one; trained in place, as `config.model.train` says. reference: likewise, frozen;
     None: the policy as it is now (copied, or shared where only adapters or top blocks are trained: see modes.py).
     critic: a Critic, a model or path to start one from, or None for what `config.model.critic` says.
-    reward: reward model, path to one, f(prompts: list[str], responses: list[str]) -> one number each, or a list of
-    (weight, one of these) with at most one model, whose scores are added.
+    reward: reward model, path to one, f(prompts: list[str], responses: list[str]) -> one number each or a list of one
+    for each token, or a list of (weight, one of these) with at most one model, whose scores are added.
     tokenizer: needed for text prompts and function rewards; read from the policy's path if that is one.
     texts: n -> the next n token lists for the ptx term; None leaves the term out and needs `ptx.coef: 0`. config: None
     is the default one, its ptx term left out if there are no texts.
@@ -193,7 +194,8 @@ class Engine:
         """Raw scores -> running moments -> shaped scores, values in their units -> token rewards -> advantages and
         returns. Changes nothing of the engine: `update` takes up the moments that these scores lead to."""
         parts = self.reward.each(roll) if isinstance(self.reward, SumReward) else {}
-        scores = self.reward.total(parts) if isinstance(self.reward, SumReward) else self.reward(roll)
+        found = self.reward.total(parts, roll) if isinstance(self.reward, SumReward) else self.reward(roll)
+        scores = found.total
         moments = self.moments.with_scores(scores)
         units = units_of(moments, self.config.reward)
         before, last = self.units or units, roll.last_values
@@ -201,6 +203,8 @@ class Engine:
         roll = replace(roll, values=moved(roll.values, before, units), last_values=last)
         shaped = shape_scores(scores, roll.finished, moments, self.config.reward)
         rewards = token_rewards(shaped, roll, self.controller.coef, self.config.kl.estimator, self.config.impl)
+        if found.tokens is not None:
+            rewards = spread(rewards, found.tokens, roll, units.std)
         advantages, returns = advantages_and_returns(rewards, roll, self.config.advantage, self.config.impl)
         return Experience(
             rollout=roll,
@@ -212,7 +216,7 @@ class Engine:
             kl_coef=self.controller.coef,
             moments=moments,
             units=units,
-            score_parts=parts,
+            score_parts={name: x.total for name, x in parts.items()},
         )
 
     def take_up(self, experience: Experience) -> None:
@@ -266,7 +270,7 @@ class Engine:
         known = check_columns(columns or {}, len(prompts))
         ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
         roll = replace(self._generate(ids, range(-1, -1 - len(ids), -1), None), columns=known)
-        return roll, self.reward(roll)
+        return roll, self.reward(roll).total
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the whole state to the folder `path`, atomically; `extra` (plain data) is given back by `restore`."""

@@ -55,7 +55,7 @@ def test_function_reward_sees_texts_and_its_scores_arrive() -> None:
         (lambda p, r: ["good"] * len(r), "must return one number for each response"),
         (lambda p, r: None, "must return one number for each response"),
         (lambda p, r: 1.0, r"shape \(\) for 8 responses"),
-        (lambda p, r: [[1.0]] * len(r), r"shape \(8, 1\) for 8 responses"),
+        (lambda p, r: [[1.0]] * len(r), "gave 1 rewards for response 0, which has"),
         (lambda p, r: torch.zeros(len(r), 2), r"shape \(8, 2\) for 8 responses"),
         (lambda p, r: iter([1.0] * len(r)), "must return one number for each response"),
         (lambda p, r: sys.exit(0), r"raised SystemExit: 0 \(.*test_rewards\.py:\d+\)"),
@@ -72,7 +72,7 @@ def test_bad_reward_functions_are_named(function, message: str) -> None:
 def test_reward_model_is_read_at_the_last_token() -> None:
     engine = tiny_engine()
     roll = engine.rollout(prompts(8))
-    scores = engine.reward(roll)
+    scores = engine.reward(roll).total
     for i, (p, r) in enumerate(roll.sequences()):
         ids = torch.tensor(p + r)
         alone = engine.reward_model.scores(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
@@ -239,8 +239,8 @@ def test_a_function_in_the_form_of_trl() -> None:
 
     columns = {"ground_truth": ["a", "x"], "other": [0, 0], "prompt_ids": [[1], [1]], "finished": [True, True]}
     columns |= {"response_ids": [[1, 2], [3]], "prompt": ["p", "q"]}
-    assert call_reward(from_trl(reward_func), ["p", "q"], ["a", "b"], columns).tolist() == [1.0, 0.0]
-    assert call_reward(from_trl(by_ids), ["p", "q"], ["a", "b"], columns).tolist() == [2.0, 1.0]
+    assert call_reward(from_trl(reward_func), ["p", "q"], ["a", "b"], columns).total.tolist() == [1.0, 0.0]
+    assert call_reward(from_trl(by_ids), ["p", "q"], ["a", "b"], columns).total.tolist() == [2.0, 1.0]
     assert from_trl(by_ids).__name__ == "by_ids"
 
 
@@ -252,7 +252,7 @@ def test_a_function_in_the_form_of_verl() -> None:
 
     columns = {"data_source": ["sums"] * 2, "reward_model": [{"ground_truth": "4"}, {"ground_truth": "5"}]}
     columns |= {"extra_info": [{"index": 1}, {"index": 2}]}
-    assert call_reward(from_verl(compute_score), ["2+2", "2+3"], ["4", "6"], columns).tolist() == [1.0, 0.0]
+    assert call_reward(from_verl(compute_score), ["2+2", "2+3"], ["4", "6"], columns).total.tolist() == [1.0, 0.0]
     with pytest.raises(RewardError, match="takes 'reward_model', which the data has not"):
         call_reward(from_verl(compute_score), ["2+2"], ["4"], {"data_source": ["sums"]})
     with pytest.raises(RewardError, match="reward_model must be a mapping with ground_truth"):

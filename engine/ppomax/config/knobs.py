@@ -157,8 +157,9 @@ class RewardConfig:
 
     function: str | None = None
     """Python reward instead of the reward model: `file.py:name` or `package.module:name`, called as
-    f(prompts: list[str], responses: list[str]) -> one number each. By keyword it gets what its further arguments name
-    of the prompts' columns, and of `prompt_ids`, `response_ids` and `finished`; with `**columns` all of it."""
+    f(prompts: list[str], responses: list[str]) -> one number each, or a list of one for each of its tokens. By keyword
+    it gets what its further arguments name of the prompts' columns, and of `prompt_ids`, `response_ids` and `finished`;
+    with `**columns` all of it."""
     functions: tuple[str, ...] = ()
     """Several Python rewards, `WEIGHT*file.py:name` each: their scores times their weights are added, to the reward
     model's (times `model_weight`) if there is one. In place of `function`."""

@@ -119,7 +119,7 @@ class Experience:
     shaped_scores: Tensor
     """(S,) float32, after standardising, clipping and the missing-EOS penalty."""
     rewards: Tensor
-    """(N,) float32, per token: -kl_coef * KL, plus the shaped score at each last token."""
+    """(N,) float32, per token: -kl_coef * KL, plus the shaped score at each last token, or where it is earned."""
     advantages: Tensor
     """(N,) float32, the actor's."""
     returns: Tensor

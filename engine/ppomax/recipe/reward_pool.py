@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
-from ppomax.recipe.rewards import RewardError, call_reward, load_function
+from ppomax.recipe.rewards import RewardError, load_function, run_function
 
 _function: Any = None
 """In a worker: what it was started for."""
@@ -20,8 +20,11 @@ def _load(spec: str) -> None:
     _function = load_function(spec)
 
 
-def _score(prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> list[float]:
-    return call_reward(_function, prompts, responses, columns).tolist()
+def _score(prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> list[Any]:
+    """What the function gives, as plain data; the process that asked looks at it."""
+    given = run_function(_function, prompts, responses, columns)
+    given = given.tolist() if hasattr(given, "tolist") else list(given)
+    return [x.tolist() if hasattr(x, "tolist") else x for x in given]
 
 
 class Pooled:
@@ -37,7 +40,7 @@ class Pooled:
         self.__signature__ = inspect.signature(function)
         self._pool: ProcessPoolExecutor | None = None
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[Any]:
         if self._pool is None:
             spawned = get_context("spawn")  # torch's threads do not survive a fork
             self._pool = ProcessPoolExecutor(self.workers, spawned, initializer=_load, initargs=(self.spec,))

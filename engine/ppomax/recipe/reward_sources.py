@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.config import ConfigError, RewardConfig, TrainConfig
 from ppomax.models import RewardModel, freeze, load_reward_model, load_tokenizer, set_attention
-from ppomax.recipe.batch import Rollout
+from ppomax.recipe.batch import Rollout, last_tokens
 from ppomax.recipe.reward_pool import Pooled
-from ppomax.recipe.rewards import FunctionReward, ModelReward, RewardSource, load_function
+from ppomax.recipe.rewards import FunctionReward, ModelReward, RewardSource, Scores, load_function
 from ppomax.recipe.text_reward import TextModelReward
 
 ModelOrFunction = str | Path | PreTrainedModel | RewardModel | Callable[..., Any]
@@ -29,16 +28,23 @@ class SumReward:
     def __init__(self, parts: dict[str, tuple[float, RewardSource]]):
         self.parts = parts
 
-    def each(self, rollout: Rollout) -> dict[str, Tensor]:
-        """(S,) raw scores of each source, by its name."""
+    def each(self, rollout: Rollout) -> dict[str, Scores]:
+        """Raw scores of each source, by its name."""
         return {name: source(rollout) for name, (_, source) in self.parts.items()}
 
-    def __call__(self, rollout: Rollout) -> Tensor:
-        return self.total(self.each(rollout))
+    def __call__(self, rollout: Rollout) -> Scores:
+        return self.total(self.each(rollout), rollout)
 
-    def total(self, scores: dict[str, Tensor]) -> Tensor:
-        """(S,) sum of weight * score."""
-        return torch.stack([self.parts[name][0] * x for name, x in scores.items()]).sum(0)
+    def total(self, scores: dict[str, Scores], rollout: Rollout) -> Scores:
+        """Sum of weight * score; token by token if one of them is given so."""
+        total = torch.stack([self.parts[name][0] * x.total for name, x in scores.items()]).sum(0)
+        if all(x.tokens is None for x in scores.values()):
+            return Scores(total)
+        ends, tokens = last_tokens(rollout.response_cu), torch.zeros(len(rollout.states), device=total.device)
+        for name, x in scores.items():
+            weight = self.parts[name][0]
+            tokens = tokens.index_add(0, ends, weight * x.total) if x.tokens is None else tokens + weight * x.tokens
+        return Scores(total, tokens)
 
 
 class Found(NamedTuple):

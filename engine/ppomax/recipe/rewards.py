@@ -35,11 +35,19 @@ class RewardError(RuntimeError):
     """A reward source failed: it raised, or gave the wrong number of scores, or NaN or infinity."""
 
 
+class Scores(NamedTuple):
+    """Raw scores of some sequences, higher is better."""
+
+    total: Tensor
+    """(S,) float32, of each whole response."""
+    tokens: Tensor | None = None
+    """(N,) float32, what each response token earns of it. None: the last one earns all."""
+
+
 class RewardSource(Protocol):
     """Anything that scores the sequences of a rollout."""
 
-    def __call__(self, rollout: Rollout) -> Tensor:
-        """(S,) float32 raw scores, higher is better."""
+    def __call__(self, rollout: Rollout) -> Scores: ...
 
 
 class ModelReward:
@@ -49,7 +57,7 @@ class ModelReward:
         self.model, self.impl = model, impl
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Scores:
         scores = torch.zeros(len(rollout.finished), device=rollout.tokens.device)
         with fused_trunk(self.model, impl=self.impl):
             for micro in (m for minibatch in rollout.micro_batches for m in minibatch):
@@ -57,12 +65,13 @@ class ModelReward:
                 at, cu = spans(rollout.on_host[0], which)
                 found = call(self.model, RewardModel.scores, rollout.tokens[sent(at, scores.device)], cu)
                 scores[sent(which, scores.device)] += float(len(micro) > 0) * found  # it may be here
-        return finite_scores(ranks.sum(scores), "the reward model")
+        return Scores(finite_scores(ranks.sum(scores), "the reward model"))
 
 
-RewardFunction = Callable[..., Sequence[float]]
-"""f(prompts: list[str], responses: list[str], **columns) -> one number for each response. By keyword it gets what its
-signature names of the data's columns and of RESERVED, all of it if it takes `**anything`."""
+RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
+"""f(prompts: list[str], responses: list[str], **columns) -> one number for each response, or a list of one number for
+each of its tokens. By keyword it gets what its signature names of the data's columns and of RESERVED, all of it if it
+takes `**anything`."""
 RESERVED = ("prompt_ids", "response_ids", "finished")
 """Token ids of prompts and responses, and whether a response ended by itself (False: it was cut at the limit)."""
 
@@ -73,16 +82,22 @@ class FunctionReward:
     def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float | None = None):
         self.function, self.tokenizer, self.timeout = function, tokenizer, timeout
 
-    def __call__(self, rollout: Rollout) -> Tensor:
-        mine = ranks.part_of(len(rollout.finished))
+    def __call__(self, rollout: Rollout) -> Scores:
+        mine, device = ranks.part_of(len(rollout.finished)), rollout.tokens.device
         pairs = rollout.sequences()[mine.start : mine.stop]
         prompts, responses = texts_of(pairs, self.tokenizer)
         columns = {name: [values[i] for i in mine] for name, values in rollout.columns.items()}
         ended = rollout.finished.tolist()
         columns |= {"prompt_ids": [p for p, _ in pairs], "response_ids": [r for _, r in pairs]}
         columns["finished"] = [ended[i] for i in mine]
-        scores = call_reward(self.function, prompts, responses, columns, self.timeout) if pairs else torch.zeros(0)
-        return ranks.gather(scores.to(rollout.tokens.device))
+        total, tokens = torch.zeros(0), None
+        if pairs:
+            total, tokens = call_reward(self.function, prompts, responses, columns, self.timeout)
+        total = ranks.gather(total.to(device))
+        if not bool(ranks.max(torch.tensor(float(tokens is not None), device=device))):
+            return Scores(total)
+        tokens = torch.zeros(sum(len(r) for _, r in pairs)) if tokens is None else tokens  # none here: no pairs
+        return Scores(total, ranks.gather(tokens.to(device)))
 
 
 def texts_of(
@@ -141,12 +156,76 @@ def call_reward(
     responses: list[str],
     columns: Mapping[str, Sequence[Any]] | None = None,
     timeout: float | None = None,
-) -> Tensor:
-    """`function(prompts, responses, **what it names of columns)` as (n,) float32 scores on the CPU, one for each
-    response; an async one is run to its end. RewardError: it raised (or called sys.exit), needs a column that is not
-    there, gave something else than n finite numbers, or, being async, took longer than `timeout` seconds."""
-    name = f"the reward function {getattr(function, '__name__', repr(function))}"
-    more = wanted_by(function).of(columns or {}, name)
+) -> Scores:
+    """`function(prompts, responses, **what it names of columns)` as float32 scores on the CPU; an async one is run to
+    its end. RewardError: it raised (or called sys.exit), needs a column that is not there, gave something else than n
+    finite numbers or lists of them, one for each of a response's `response_ids`, or, being async, took longer than
+    `timeout` seconds."""
+    given = run_function(function, prompts, responses, columns or {}, timeout)
+    name = name_of(function)
+    rows = [_numbers(x) for x in given] if isinstance(given, (list, tuple)) else []
+    if not any(row is not None for row in rows):
+        try:
+            scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach().to_dense()
+        except Exception as error:  # by whatever types the function gave
+            raise RewardError(f"{name} must return one number for each response, got {given!r:.80}") from error
+        if scores.shape != (len(responses),):
+            raise RewardError(
+                f"{name} gave scores of shape {tuple(scores.shape)} for {len(responses)} responses; return exactly one "
+                f"number each, shape ({len(responses)},)"
+            )
+        return Scores(finite_scores(scores, name, prompts))
+    lengths = [len(ids) for ids in (columns or {}).get("response_ids", ())]
+    tokens = _per_token(name, given, rows, lengths)
+    total = torch.stack([x.sum() for x in tokens])
+    return Scores(finite_scores(total, name, prompts), torch.cat(tokens))
+
+
+def _numbers(given: Any) -> Tensor | None:
+    """A list of numbers as (n,); None: it is something else, such as one number."""
+    if not isinstance(given, (list, tuple)) and getattr(given, "ndim", 0) != 1:
+        return None
+    try:
+        return torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
+    except Exception:  # by whatever types the function gave
+        return None
+
+
+def _per_token(name: str, given: Sequence[Any], rows: Sequence[Tensor | None], lengths: Sequence[int]) -> list[Tensor]:
+    """What each token of each response earns; a response with one number earns it at its end."""
+    if len(rows) != len(lengths):
+        raise RewardError(f"{name} gave rewards of {len(rows)} responses for {len(lengths)}; return a list for each")
+    found = []
+    for i, (row, value, length) in enumerate(zip(rows, given, lengths, strict=True)):
+        if row is None:
+            try:
+                row = torch.nn.functional.pad(torch.tensor([float(value)]), (length - 1, 0))
+            except (TypeError, ValueError):
+                raise RewardError(f"{name} gave {value!r:.80} for response {i}; a number or a list is wanted") from None
+        if row.shape != (length,):
+            raise RewardError(
+                f"{name} gave {row.numel()} rewards for response {i}, which has {length} tokens (response_ids); give "
+                "one for each, or one number for all of it"
+            )
+        found.append(row)
+    return found
+
+
+def name_of(function: RewardFunction) -> str:
+    """For a message."""
+    return f"the reward function {getattr(function, '__name__', repr(function))}"
+
+
+def run_function(
+    function: RewardFunction,
+    prompts: list[str],
+    responses: list[str],
+    columns: Mapping[str, Sequence[Any]],
+    timeout: float | None = None,
+) -> Any:
+    """What the function gives, as it gives it."""
+    name = name_of(function)
+    more = wanted_by(function).of(columns, name)
     grad = torch.is_grad_enabled()
     try:
         given = function(list(prompts), list(responses), **more)
@@ -158,16 +237,7 @@ def call_reward(
         raise RewardError(f"{name} raised {raised_where(error, function)}") from error
     finally:
         torch.set_grad_enabled(grad)
-    try:
-        scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach().to_dense()
-    except Exception as error:  # by whatever types the function gave
-        raise RewardError(f"{name} must return one number for each response, got {given!r:.80}") from error
-    if scores.shape != (len(responses),):
-        raise RewardError(
-            f"{name} gave scores of shape {tuple(scores.shape)} for {len(responses)} responses; return exactly one "
-            f"number each, shape ({len(responses)},)"
-        )
-    return finite_scores(scores, name, prompts)
+    return given
 
 
 async def _awaited(given: Awaitable[Any], timeout: float | None) -> Any:
@@ -259,6 +329,15 @@ def token_rewards(shaped: Tensor, rollout: Rollout, kl_coef: float, estimator: s
         estimator=estimator,
         impl=impl,
     )
+
+
+def spread(rewards: Tensor, tokens: Tensor, roll: Rollout, std: float) -> Tensor:
+    """`token_rewards` with what each token earns, (N,) raw, given to it in units of `std`. The last token gets what is
+    left of the shaped score, so that a response earns as much as without: what standardising, clipping and the
+    missing-EOS penalty take or give, they take or give at the end."""
+    ends = last_tokens(roll.response_cu)
+    earlier = (tokens / std).index_fill(0, ends, 0.0)
+    return (rewards + earlier).index_add(0, ends, -sequence_sums(earlier, roll.response_cu))
 
 
 def advantages_and_returns(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppomax.data import check_tokenizer, encode_prompt, end_ids
@@ -14,7 +13,7 @@ from ppomax.models import RewardModel, any_pads
 from ppomax.models.fused_trunk import fused_trunk
 from ppomax.models.transfers import sent
 from ppomax.recipe.batch import Rollout, pack, split_minibatches
-from ppomax.recipe.rewards import ModelReward, finite_scores, texts_of
+from ppomax.recipe.rewards import ModelReward, Scores, finite_scores, texts_of
 from ppomax.sharding import call, ranks
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class TextModelReward(ModelReward):
         return [*before, *ids, *([self.closing] if finished else [])] or [self.closing]
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Scores:
         device, mine = rollout.tokens.device, ranks.part_of(len(rollout.finished))
         prompts, responses = texts_of(rollout.sequences()[mine.start : mine.stop], self.tokenizer)
         ended = rollout.finished.tolist()[mine.start : mine.stop]
@@ -70,4 +69,4 @@ class TextModelReward(ModelReward):
                 tokens, cu = pack([rows[j] for j in which] or [[0]])
                 found = call(self.model, RewardModel.scores, sent(tokens, device), cu)
                 scores[which] = found[: len(which)]
-        return finite_scores(ranks.gather(scores), "the reward model")
+        return Scores(finite_scores(ranks.gather(scores), "the reward model"))

@@ -218,7 +218,7 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
         function = load_function(str(config.function))
         columns = columns_of([PromptRow(a.prompt_ids, a.row) for a in given])
         columns |= {name: [getattr(a, name) for a in given] for name in RESERVED}
-        return call_reward(function, [a.prompt for a in given], [a.text for a in given], columns).tolist()
+        return call_reward(function, [a.prompt for a in given], [a.text for a in given], columns).total.tolist()
     from ppomax.data import Text, encode_prompt, encode_response
     from ppomax.models import freeze, load_reward_model, load_tokenizer, pick_device
     from ppomax.stages.reward_model import score_texts

@@ -78,7 +78,7 @@ class HeldOut:
     def metrics(self) -> dict[str, float]:
         """Scores by reward and judge, the win rate over the start with its 95 % interval, KL and length."""
         roll, rewards = self.engine.preview(*self.given)
-        judged = (rewards if self.judge is None else self.judge(roll)).tolist()
+        judged = (rewards if self.judge is None else self.judge(roll).total).tolist()
         if not self.start:
             self.start[:] = judged
         wins = [0.5 + 0.5 * ((now > was) - (now < was)) for now, was in zip(judged, self.start, strict=True)]
