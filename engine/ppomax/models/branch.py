@@ -137,6 +137,11 @@ def with_top_of(model: PreTrainedModel, branch: Branch) -> PreTrainedModel:
     name = blocks_name(base)
     top._modules.update({n: m for n, m in branch.base._modules.items() if not isinstance(m, _NoEmbedding)})
     top._modules[name] = nn.ModuleList([*getattr(base, name)[: branch.layers], *branch.blocks])
+    outer = model.base_model
+    if outer is not base:  # it hands all to a decoder
+        shell = _shallow(outer)  # type: ignore[arg-type]
+        shell._modules.update({n: top for n, m in outer.named_children() if m is base})
+        top = shell
     whole._modules[model.base_model_prefix] = top
     return whole
 
@@ -225,5 +230,5 @@ class _NoEmbedding(nn.Module):
         super().__init__()
         self.width = width
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, *args: Any, **named: Any) -> Tensor:
         return torch.zeros(*ids.shape, self.width, device=ids.device)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -22,6 +20,7 @@ from ppomax.models.packed import packed_hidden
 from ppomax.models.partitioned import gathered, load_partitioned
 from ppomax.models.policy import load_policy
 from ppomax.models.score_head import Scale, draw_score_head
+from ppomax.models.scorer_class import auto_scorer
 from ppomax.models.sources import ModelSource, read_whole
 from ppomax.models.transfers import sent
 from ppomax.models.trunk import base_of, blocks_name, blocks_of, train_as_scored, with_blocks
@@ -49,7 +48,7 @@ def load_reward_model(
         )
     if zero is not None:
         return RewardModel(load_partitioned(source, dtype, "sequence_classification", settings=zero))
-    auto = AutoModelForSequenceClassification
+    auto = auto_scorer(config)
     return RewardModel(read_whole(auto, source, dtype, trust_remote_code=trust_remote_code, **options))
 
 
@@ -189,13 +188,7 @@ def make_reward_model(
 def _score_model_of(policy: PreTrainedModel, seed: int) -> PreTrainedModel:
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(
-            f"transformers has no *ForSequenceClassification for {type(config).__name__}, so no critic or reward "
-            "model can be made from this policy; give a critic or reward model of another architecture with the same "
-            "tokenizer"
-        )
-    model = AutoModelForSequenceClassification.from_config(
+    model = auto_scorer(config).from_config(
         config, attn_implementation=policy.config._attn_implementation, dtype=policy.dtype
     )
     if not hasattr(model, "score"):

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedModel,
 )
@@ -37,6 +36,7 @@ from ppomax.models.files import (
     tensor_files,
 )
 from ppomax.models.score_head import draw_score_head
+from ppomax.models.scorer_class import auto_scorer
 from ppomax.models.sources import say_left_out
 from ppomax.sharding.zero_engine import library
 
@@ -156,7 +156,7 @@ class _LargeEmpty(TorchFunctionMode):
 def _empty_model(config: Any, folder: Path, dtype: torch.dtype, kind: Kind) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM
     if kind == "sequence_classification":
-        auto, config.num_labels = AutoModelForSequenceClassification, 1
+        auto, config.num_labels = auto_scorer(config), 1
     with _LargeEmpty():
         model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()  # as from_pretrained gives it
     if model.can_generate() and (folder / "generation_config.json").is_file():

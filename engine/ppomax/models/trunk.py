@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,23 +15,33 @@ from transformers import (
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The trunk without its head (`model.base_model`): what gives hidden states."""
+    """The trunk without its head: what gives hidden states. `model.base_model`; or the decoder that it hands everything
+    to, as OPT's does (`check_head` holds what comes of it against the model's own logits)."""
     base: PreTrainedModel = model.base_model  # type: ignore[assignment]
     if base is model and hasattr(model, "lm_head"):
         raise ValueError(f"{type(model).__name__} has no separate base model; use a *ForCausalLM of transformers")
+    if _blocks_in(base) is None:
+        inner = [m for m in base.children() if isinstance(m, PreTrainedModel) and _blocks_in(m) is not None]
+        return inner[0] if len(inner) == 1 else base
     return base
 
 
 def blocks_name(base: PreTrainedModel) -> str:
     """Name of the list of decoder blocks in a base model: `layers`, `h` ..., found by its length."""
-    depth = base.config.num_hidden_layers
-    for name, child in base.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
-            return name
-    raise ValueError(
-        f"{type(base).__name__} has no list of {depth} blocks (config.num_hidden_layers) among its direct children; "
-        "use a decoder-only model whose base model holds its blocks"
-    )
+    name = _blocks_in(base)
+    if name is None:
+        depth = base.config.num_hidden_layers
+        raise ValueError(
+            f"{type(base).__name__} has no list of {depth} blocks (config.num_hidden_layers) among its direct "
+            "children; use a decoder-only model whose base model holds its blocks"
+        )
+    return name
+
+
+def _blocks_in(base: PreTrainedModel) -> str | None:
+    depth = getattr(base.config, "num_hidden_layers", None)
+    lists = ((name, m) for name, m in base.named_children() if isinstance(m, nn.ModuleList))
+    return next((name for name, m in lists if len(m) == depth), None)
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -53,7 +63,13 @@ def with_blocks(config: Any, part: slice) -> Any:
     cut = copy.copy(config)
     cut.num_hidden_layers = len(range(config.num_hidden_layers)[part])
     if getattr(config, "layer_types", None):
-        cut.layer_types = config.layer_types[part]
+        try:
+            cut.layer_types = config.layer_types[part]
+        except AttributeError:
+            raise ValueError(
+                f"{type(config).__name__} works its layer types out by itself, so a part of its blocks cannot be "
+                "described; use model.train: full or lora"
+            ) from None
     return cut
 
 
@@ -96,18 +112,21 @@ def train_as_scored(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in _dropouts_in(vars(module)):
+            setattr(module, name, 0.0)
     given: dict[str, float] = getattr(model, "_dropout_given", {})
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
-        if isinstance(value := getattr(model.config, name, None), float):
-            given.setdefault(name, value)
-            setattr(model.config, name, 0.0)
+    for name in _dropouts_in(vars(model.config)):
+        given.setdefault(name, getattr(model.config, name))
+        setattr(model.config, name, 0.0)
     model._dropout_given = given  # type: ignore[assignment]
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None
+
+
+def _dropouts_in(named: Mapping[str, Any]) -> list[str]:
+    """`attention_dropout`, `resid_pdrop`, `layerdrop` ...: what families call a chance of leaving something out."""
+    return [name for name, value in named.items() if "drop" in name and isinstance(value, float)]
 
 
 @contextmanager

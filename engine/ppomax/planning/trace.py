@@ -249,8 +249,10 @@ def _hf_config(config: str, depth: int | None) -> Any:
 
 
 def _build(hf: Any, kind: str, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
+
+    from ppomax.models.scorer_class import auto_scorer
 
     hf.num_labels = 1
-    auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
+    auto = AutoModelForCausalLM if kind == "causal_lm" else auto_scorer(hf)
     return auto.from_config(hf, dtype=dtype)

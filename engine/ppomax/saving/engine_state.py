@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ppomax.config import TrainConfig, build
 from ppomax.models import Critic, load_tokenizer
+from ppomax.models.scorer_class import auto_scorer
 from ppomax.models.trunk import config_as_given
 from ppomax.saving.dealt import DealtTensors
 from ppomax.saving.folder import FORMAT, CheckpointError, verify, write_together
@@ -131,7 +132,7 @@ def saved_parts(path: Path, state: dict[str, Any], given: dict[str, Any]) -> dic
         parts["policy"] = AutoModelForCausalLM.from_config(saved, trust_remote_code=trust)
     if (path / "critic_config").is_dir():
         saved = AutoConfig.from_pretrained(path / "critic_config", trust_remote_code=trust)
-        parts["critic"] = Critic(AutoModelForSequenceClassification.from_config(saved, trust_remote_code=trust))
+        parts["critic"] = Critic(auto_scorer(saved).from_config(saved, trust_remote_code=trust))
     return parts
 
 
