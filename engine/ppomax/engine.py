@@ -31,6 +31,7 @@ from ppomax.models import (
     pick_device,
     set_attention,
 )
+from ppomax.models.adapter_critic import NO_REWARD_MODEL, AnyCritic, adapter_critic
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.models.critic import take_length_out
@@ -82,7 +83,7 @@ class _Models(NamedTuple):
     policy: PreTrainedModel
     reference: PreTrainedModel | None
     """None: the policy's own start."""
-    critic: Critic | TrunkCritic
+    critic: AnyCritic
 
 
 class Engine:
@@ -102,7 +103,7 @@ class Engine:
         self,
         policy: ModelSource,
         reference: ModelSource | None,
-        critic: ModelSource | Critic | TrunkCritic | None,
+        critic: ModelSource | AnyCritic | None,
         reward: ModelOrFunction | Weighed,
         config: TrainConfig | None = None,
         *,
@@ -137,7 +138,7 @@ class Engine:
         self,
         policy: ModelSource,
         reference: ModelSource | None,
-        critic: ModelSource | Critic | TrunkCritic | None,
+        critic: ModelSource | AnyCritic | None,
         reward: Any,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> _Models:
@@ -152,7 +153,8 @@ class Engine:
         self.reward, self.reward_model, self._read_by = found
         self.trunk_layers = trunk_layers(lm, self.config.model)
         value_model = self._critic(critic, lm, zero.critic).to(self.device).eval()
-        log.info("attention of scoring and update: %s", set_attention(value_model, self.config.model.attention))
+        attends = getattr(value_model, "base", value_model)
+        log.info("attention of scoring and update: %s", set_attention(attends, self.config.model.attention))
         if reference is None and self.config.model.train == "full" and is_sharded(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
         given = None if reference is None else self._language_model(reference, zero.frozen)
@@ -358,14 +360,14 @@ class Engine:
         set_attention(model.to(self.device), self.config.model.attention)  # type: ignore[arg-type]
         return model
 
-    def _critic(self, critic: Any, policy: PreTrainedModel, zero: dict[str, Any] | None) -> Critic | TrunkCritic:
+    def _critic(self, critic: Any, policy: PreTrainedModel, zero: dict[str, Any] | None) -> AnyCritic:
         wanted = self.config.model.critic if critic is None else critic
+        if isinstance(wanted, (str, Path)) and self.config.model.critic_train == "lora":
+            how: dict[str, Any] = {"dtype": self.dtype, "seed": self.config.run.seed}
+            return adapter_critic(wanted, policy, self.reward_model, self.config.model, **how)
         if wanted == "reward_model":
             if self.reward_model is None:
-                raise ValueError(
-                    "Engine: model.critic is reward_model, but the reward is no model; set model.critic: policy, "
-                    "or a path"
-                )
+                raise ValueError(NO_REWARD_MODEL)
             wanted = model_to_copy(self.reward_model, self.sources["reward"], zero)
         elif wanted == "trunk" and self.trunk_layers is not None:
             return TrunkCritic(policy, self.trunk_layers, seed=self.config.run.seed).requires_grad_(True)

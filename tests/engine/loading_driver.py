@@ -101,6 +101,7 @@ CUT = {
 }
 """What a full-scale configuration is cut down to beside its two layers: lengths, counts and, so that two ranks fit a
 small machine, the width."""
+WHOLE = {"sharding.zero_stage": 2, "sharding.offload_optimizer": False, "sharding.offload_param": False}
 
 
 def configs(folder: Path) -> dict[str, float]:
@@ -109,6 +110,8 @@ def configs(folder: Path) -> dict[str, float]:
     for name in config_names():
         paths = ranks.broadcast([str(x) for x in _cut_models(name, folder)] if ranks.rank() == 0 else [])
         knobs = {**CUT, "model.policy": paths[0], "model.reward_model": paths[1]}
+        if load_config(name).model.critic_train == "lora":  # which stands on whole weights
+            knobs |= {**WHOLE}
         config = load_config(name, overrides=knobs)
         engine = Engine(
             paths[0], None, None, paths[1], config, tokenizer=tiny_tokenizer(), texts=lambda n: [Text([1, 5, 6], 1)] * n

@@ -117,10 +117,14 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
         {"reward__tokenizer": lambda folder: own_tokenizer(folder), "model__critic": "policy"},
         {"tokenizer": tiny_tokenizer},
     ),
+    "adapter critic": (
+        {"model__train": "lora", "model__critic": "policy", "model__critic_train": "lora", "batch__epochs": 2, **AGAIN},
+        {},
+    ),
     "our kernels": ({"impl": "auto", "advantage__bootstrap_truncated": True}, {}),
 }
 STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3),
-          "our kernels": (0, 3)}  # fmt: skip
+          "our kernels": (0, 3), "adapter critic": (0, 1)}  # fmt: skip
 """Of ZeRO in which a variant is tried by `more`; the others under 3."""
 
 
@@ -161,7 +165,7 @@ def two(folder: Path) -> dict[str, Kept]:
     out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra", "text reward")}
     out["trunk"] = tried(trunk_states, folder)
     out["doctor"] = tried(doctor.examine, folder / "doctor")
-    out["our kernels"] = tried(variant, folder, "our kernels", 2)
+    out |= {name: tried(variant, folder, name, 2) for name in ("our kernels", "adapter critic")}
     out |= {f"refused: {name}": tried(words_of, attempt) for name, attempt in attempts(folder).items()}
     out["alone"] = tried(job_alone, folder)
     return out

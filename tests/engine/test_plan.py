@@ -326,13 +326,28 @@ def test_unknown_models_and_flags_are_named(capsys, tmp_path):
 
 
 LAPTOP = "smollm2-135m"
-AT_SCALE = [name for name in config_names() if name != LAPTOP]
+ONE_GPU = [name for name in config_names() if name.endswith("-one-gpu")]
+AT_SCALE = [name for name in config_names() if name not in (LAPTOP, *ONE_GPU)]
 
 
 def test_there_are_configs_of_three_models_in_three_modes():
     modes = ("", "-lora", "-hydra")
     names = sorted(f"{m}{mode}" for m in ("llama-7b", "llama-13b", "qwen-7b") for mode in modes)
-    assert sorted([*names, LAPTOP]) == config_names()
+    assert sorted([*names, LAPTOP, *ONE_GPU]) == config_names()
+    assert ONE_GPU == ["llama-7b-one-gpu", "qwen-7b-one-gpu"]
+
+
+@pytest.mark.parametrize("name", ONE_GPU)
+def test_a_7b_model_is_trained_on_one_gpu(name):
+    """Policy, reference, critic and reward model are two sets of weights; with a reward function one."""
+    where = {"ranks": 1, "host_memory": 64 * GiB}
+    both = make_plan(job_of(load_config(name), memory=48 * GiB, **where)[0], advise=False)
+    function = {"reward.function": "f.py:f", "model.critic": "policy"}
+    one = make_plan(job_of(load_config(name, overrides=function), memory=32 * GiB, **where)[0], advise=False)
+    assert both.fits
+    assert one.fits
+    weights = [sum(x for kind, x in plan.phases["update"].items() if kind.endswith("weights")) for plan in (both, one)]
+    assert weights[0] == pytest.approx(2 * weights[1], rel=0.1)
 
 
 def test_the_laptop_s_config_fits_a_laptop():

@@ -32,6 +32,10 @@ class ModelConfig:
     critic: str = "reward_model"
     """Start of the critic: `reward_model` (head included), `policy` (new small head), `trunk` (hydra only: a copy of
     the policy's trained layers on the shared trunk, new small head), or a path."""
+    critic_train: Literal["full", "lora"] = "full"
+    """What of the critic is trained. `full`: all weights of a model of its own. `lora`: adapters and the head, on the
+    frozen weights of what it starts from, which are held once: the reward model's, or the policy's own where
+    model.train is lora."""
     train: Literal["full", "lora", "hydra"] = "full"
     """What of the policy is trained. `full`: all weights, beside a whole reference model. `lora`: adapters; the
     reference is the policy with its adapters off. `hydra`: the top `trained_layers` blocks and the final norm;
@@ -69,6 +73,16 @@ class ModelConfig:
             raise ConfigError(
                 f"config: model.critic=trunk stands on a frozen trunk, which model.train={self.train} has not; set "
                 "model.train=hydra, or model.critic to reward_model, policy or a path"
+            )
+        if self.critic_train == "lora" and self.critic == "trunk":
+            raise ConfigError(
+                "config: model.critic=trunk is trained whole; set model.critic_train=full, or model.critic to "
+                "reward_model, policy or a path"
+            )
+        if self.critic_train == "lora" and self.critic == "policy" and self.train != "lora":
+            raise ConfigError(
+                "config: model.critic=policy with model.critic_train=lora stands on the policy's frozen weights, but "
+                f"model.train={self.train} trains them; set model.train=lora, or model.critic to reward_model or a path"
             )
         if self.reference is not None and self.train != "full":
             raise ConfigError(

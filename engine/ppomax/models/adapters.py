@@ -47,6 +47,27 @@ def add_adapters(model: PreTrainedModel, config: AdapterKnobs, *, seed: int = 0)
         raise ModuleNotFoundError(
             "train: lora needs PEFT, which is not installed; pip install 'ppomax[lora]'"
         ) from error
+    chosen = chosen_layers(model, config)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(chosen),
+        fan_in_fan_out=isinstance(
+            next(iter(chosen.values())), Conv1D
+        ),  # GPT-2's linear layers hold their weight transposed
+        task_type="CAUSAL_LM",
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(lora)
+    model.eval()
+
+
+def chosen_layers(model: PreTrainedModel, config: AdapterKnobs) -> dict[str, Any]:
+    """The linear layers that get an adapter, by their full names. ValueError if a target is none."""
     layers = linear_layers(model)
     known = sorted({name.rsplit(".", 1)[-1] for name in layers})
     for target in config.lora_targets or ():
@@ -56,21 +77,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterKnobs, *, seed: int = 0)
                 f"{', '.join(known)}); name some of those, or leave it null for all"
             )
     wanted = config.lora_targets or known
-    chosen = [n for n in layers if any(n == t or n.endswith("." + t) for t in wanted)]
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=chosen,
-        fan_in_fan_out=isinstance(layers[chosen[0]], Conv1D),  # GPT-2's linear layers hold their weight transposed
-        task_type="CAUSAL_LM",
-    )
-    model.requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.add_adapter(lora)
-    model.eval()
+    return {n: m for n, m in layers.items() if any(n == t or n.endswith("." + t) for t in wanted)}
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.data import end_ids
+from ppomax.models.adapter_critic import AdapterCritic
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.critic import Critic
 from ppomax.models.trunk import window_of, window_words
@@ -43,6 +44,7 @@ def check_vocabularies(policy: PreTrainedModel, *others: nn.Module | None) -> No
     words."""
     rows = vocabulary_rows(policy)
     for other in others:
+        other = other.base if isinstance(other, AdapterCritic) else other
         if other is None or isinstance(other, TrunkCritic):  # which stands on the policy's own embedding
             continue
         model = other.model if isinstance(other, Critic) else other

@@ -15,14 +15,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ppomax.models.adapter_critic import AdapterCritic, AnyCritic
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.critic import Critic
 from ppomax.models.trunk import blocks_of
 
 
-def recompute_blocks(model: PreTrainedModel | Critic | TrunkCritic) -> None:
+def recompute_blocks(model: PreTrainedModel | AnyCritic) -> None:
     """Have every decoder block of `model` recomputed in the backward, in place; gradients stay what they are."""
-    if isinstance(model, TrunkCritic):
+    if isinstance(model, AdapterCritic):
+        recompute(blocks_of(model.base))
+    elif isinstance(model, TrunkCritic):
         recompute(model.branch.blocks)
     else:
         recompute(blocks_of(model.model if isinstance(model, Critic) else model))

@@ -39,9 +39,18 @@ def _looked_at(job: Job) -> tuple[int, bool]:
     return peak, peak <= job.memory and sum(host_bytes(job).values()) <= job.host_memory
 
 
+def _borrowing(job: Job) -> Job:
+    """The critic as adapters on a model that is held whole anyway; the same job where there is none."""
+    held = job.critic is not None and (job.critic == job.reward or job.train == "lora")
+    if not held or job.zero_stage == 3 or job.frozen not in ("auto", "whole"):
+        return job
+    return replace(job, borrowing_critic=True, lora_rank=job.lora_rank or 16)
+
+
 KNOBS: dict[str, Callable[[Job], Job]] = {
     "--model.dtype bfloat16": lambda job: replace(job, dtype="bfloat16"),
     "--model.train lora": lambda job: replace(job, train="lora", lora_rank=job.lora_rank or 16),
+    "--model.critic_train lora": _borrowing,
     "--model.train hydra": lambda job: replace(job, train="hydra", critic=None),
     "--model.gradient_checkpointing true": lambda job: replace(job, gradient_checkpointing=True),
     "--sharding.zero_stage 2": lambda job: replace(job, zero_stage=2),
@@ -64,7 +73,7 @@ STAGE_KNOBS: dict[str, Callable[[Job], Job]] = {
     **{
         flag.replace("--model.", "--").replace("--batch.", "--"): turn
         for flag, turn in KNOBS.items()
-        if flag.split(".")[0] not in ("--rollout", "--data") and "hydra" not in flag
+        if flag.split(".")[0] not in ("--rollout", "--data") and "hydra" not in flag and "critic" not in flag
     },
     "--max_tokens {response_tokens}": KNOBS["--rollout.max_new_tokens {response_tokens}"],
 }

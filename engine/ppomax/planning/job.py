@@ -28,7 +28,9 @@ class Job:
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
     adapted_critic: bool = False
-    """The critic is trained by adapters too."""
+    """The critic is trained by adapters too, on frozen weights of its own."""
+    borrowing_critic: bool = False
+    """The critic is adapters and a head on `critic`'s weights, which another model holds."""
     gradient_checkpointing: bool = False
     """Blocks are run again in the backward."""
     zero_stage: int | None = None
@@ -62,6 +64,11 @@ class Job:
     micro_tokens: int = 4096
     ptx_batch: int = 0
     ptx_tokens: int = 0
+
+    @property
+    def low_rank_critic(self) -> bool:
+        """Whether adapters alone are trained of the critic."""
+        return self.adapted_critic or self.borrowing_critic
 
     @property
     def width(self) -> int:
@@ -106,8 +113,13 @@ def roles(job: Job) -> list[Role]:
         out.append(Role("critic", policy, top + policy.hidden, top + policy.hidden))
     else:
         own = sizes_of(job.critic, "scorer")
-        low_rank = own.adapters(job.lora_rank, job.lora_targets) if job.adapted_critic else 0
-        out.append(Role("critic", own, own.params + low_rank, low_rank or own.params))
+        low_rank = own.adapters(job.lora_rank, job.lora_targets)
+        if job.borrowing_critic:
+            out.append(Role("critic", own, low_rank + own.hidden, low_rank + own.hidden))
+        elif job.adapted_critic:
+            out.append(Role("critic", own, own.params + low_rank, low_rank))
+        else:
+            out.append(Role("critic", own, own.params, own.params))
     if job.reward is not None:
         out.append(Role("reward", sizes_of(job.reward, "scorer"), sizes_of(job.reward, "scorer").params))
     return out

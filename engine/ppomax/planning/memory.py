@@ -177,7 +177,7 @@ def update(job: Job) -> dict[str, int]:
         at_once = max(1, min(job.ptx_batch, job.micro_tokens // max(1, job.ptx_tokens)))
         turns.append(_policy_turn(job, policy, critic, at_once, job.ptx_tokens, True))
     layers = critic.sizes.layers if job.critic else job.trained_layers
-    act = _held(job, job.critic or job.policy, rows, length, layers, job.adapted_critic)
+    act = _held(job, job.critic or job.policy, rows, length, layers, job.low_rank_critic)
     before = _gradient(job, policy) + (_gradient(job, critic) if several else 0)
     turns.append(_turn(before, _gradient(job, policy) + _gradient(job, critic), act, {}))
     turns[-1]["gathered"] = _live_layers(job, critic)

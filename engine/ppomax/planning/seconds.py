@@ -126,7 +126,7 @@ def _update(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptio
     for name, role in parts.items():
         if not role.trained:
             continue
-        adapted = job.train == "lora" if name == "policy" else job.adapted_critic
+        adapted = job.train == "lora" if name == "policy" else job.low_rank_critic
         branch = (job.train == "hydra") if name == "policy" else job.critic is None
         share = job.trained_layers / role.sizes.layers if branch else 1.0
         total += share * ((2 if adapted else 3) + again) * forward_flops(role, job.length)

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.config import BatchConfig
-from ppomax.models import Critic, any_pads, embedding_weight
+from ppomax.models import any_pads, embedding_weight
+from ppomax.models.adapter_critic import AnyCritic
 from ppomax.models.adapters import adapters_off
-from ppomax.models.branch import Branch, TrunkCritic, bottom_states
+from ppomax.models.branch import Branch, bottom_states
 from ppomax.models.fused_trunk import fused_trunk
 from ppomax.models.transfers import sent
 from ppomax.recipe.batch import (
@@ -47,7 +48,7 @@ class Scorers(NamedTuple):
     policy: PreTrainedModel
     reference: PreTrainedModel | Branch | None
     """None: the policy with its adapters off."""
-    critic: Critic | TrunkCritic | Trained[Any]
+    critic: AnyCritic | Trained[Any]
     trunk_layers: int | None = None
     """b: of the policy all but the blocks from b on is frozen, and no scorer runs the blocks below."""
 

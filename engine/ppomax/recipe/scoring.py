@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppomax.models import Critic, Head, head_of, packed_hidden
+from ppomax.models import Head, head_of, packed_hidden
+from ppomax.models.adapter_critic import AdapterCritic, AnyCritic
 from ppomax.models.branch import Branch, TrunkCritic
 from ppomax.models.transfers import sent
 from ppomax.recipe.batch import Trunk, trunk_cu
@@ -92,9 +93,11 @@ def policy_logprobs(
 
 
 def state_values(
-    critic: Critic | TrunkCritic, tokens: Tensor, cu_seqlens: Tensor, states: Tensor, trunk: Trunk | None = None
+    critic: AnyCritic, tokens: Tensor, cu_seqlens: Tensor, states: Tensor, trunk: Trunk | None = None
 ) -> Tensor:
     """V(s_t) (N,) fp32, read at the token before each response token. A TrunkCritic reads `trunk`, others do not."""
     if isinstance(critic, TrunkCritic):
         return critic.values_of(state_hidden(critic.branch, tokens, cu_seqlens, states, trunk))
+    if isinstance(critic, AdapterCritic):
+        return critic.values_of(critic.hidden(tokens, cu_seqlens).index_select(0, states))
     return critic.values_of(state_hidden(critic.model, tokens, cu_seqlens, states))

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from ppomax.config import TrainConfig
 from ppomax.data import Text
-from ppomax.models import Critic, any_pads, head_of
-from ppomax.models.branch import TrunkCritic
+from ppomax.models import any_pads, head_of
+from ppomax.models.adapter_critic import AnyCritic
 from ppomax.models.fused_trunk import fused_trunk
 from ppomax.models.transfers import sent, upload
 from ppomax.recipe.batch import (
@@ -100,7 +100,7 @@ class Tally:
 
 def update(
     policy: Trained[PreTrainedModel],
-    critic: Trained[Critic | TrunkCritic],
+    critic: Trained[AnyCritic],
     experience: Experience,
     config: TrainConfig,
     health: Health,
@@ -170,7 +170,7 @@ class OptimizerStep(NamedTuple):
 
 def train_minibatch(
     policy: Trained[PreTrainedModel],
-    critic: Trained[Critic | TrunkCritic],
+    critic: Trained[AnyCritic],
     micros: list[Minibatch],
     config: TrainConfig,
     health: Health,
@@ -199,9 +199,7 @@ def train_minibatch(
     return _row(parts, ranks.sum(ptx), stepped)
 
 
-def _step(
-    policy: Trained[PreTrainedModel], critic: Trained[Critic | TrunkCritic], losses: Tensor, joint: bool
-) -> OptimizerStep:
+def _step(policy: Trained[PreTrainedModel], critic: Trained[AnyCritic], losses: Tensor, joint: bool) -> OptimizerStep:
     """Step both optimisers if all losses and gradients are finite, on every rank alike; `joint`: clipped by the norm
     of both gradients together."""
     norms, rates = (policy.grad_norm(), critic.grad_norm()), (policy.lr, critic.lr)
@@ -259,7 +257,7 @@ def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config
 
 
 def critic_loss(
-    critic: Trained[Critic | TrunkCritic], micro: Minibatch, tokens: Tensor, config: TrainConfig
+    critic: Trained[AnyCritic], micro: Minibatch, tokens: Tensor, config: TrainConfig
 ) -> tuple[Tensor, K.Metrics, Tensor]:
     """This micro-batch's share of the clipped value loss times vf_coef, and max |V - V_old| (0 before the first
     step)."""

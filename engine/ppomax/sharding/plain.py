@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -62,6 +62,11 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr
 
 
+def in_use(module: nn.Module) -> AbstractContextManager[None]:
+    """What a module that borrows another's weights needs around a backward in which blocks run again."""
+    return getattr(module, "in_use", nullcontext)()  # type: ignore[no-any-return]
+
+
 class Trained(Generic[M]):
     """A module under AdamW.
 
@@ -103,7 +108,8 @@ class Trained(Generic[M]):
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of `loss`; `last` before `grad_norm`, where ranks sum what they have."""
-        loss.backward()
+        with in_use(self.module):
+            loss.backward()
 
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole gradient, 0-d float32."""

@@ -21,6 +21,7 @@ from ppomax.sharding.plain import (
     all_tensors,
     check_names,
     check_shape,
+    in_use,
     named_tensors,
     shape_in,
     stretch_in,
@@ -66,7 +67,8 @@ class ZeroTrained(Trained[M]):
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * ranks.world_size())
+        with in_use(self.module):
+            self.engine.backward(loss * ranks.world_size())
         if self.stage == 3:
             # What no hook of the backward has released (the head, whose module is not what uses it) is let go here, or
             # it is there in the next forward on some ranks and fetched on others, which then wait for each other.
