@@ -5,7 +5,8 @@
 The shipped policy, reward model and prompts. All modes sample the same tokens from the same prompts (checked; but where
 rounding turns a draw), in turns, in one process; a rollout is decoding and the logprobs of policy and reference, and
 values. Prints medians, the median ratio to full mode in the same turn, and bytes: reference (what it holds beside the
-policy), gradients with AdamW's moments, and the values' model. `hydra` has the same critic as full mode, `hydra+branch`
+policy), gradients with AdamW's moments, and the values' model. `lora, both` has a critic of adapters on the frozen
+reward model. `hydra` has the same critic as full mode, `hydra+branch`
 a value branch on the trunk. --cpu-time counts the process's processor time: for a machine that others use too."""
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import nn
 MODES = {
     "full": {},
     "lora": {"model.train": "lora"},
+    "lora, both": {"model.train": "lora", "model.critic_train": "lora"},
     "hydra": {"model.train": "hydra"},
     "hydra+branch": {"model.train": "hydra", "model.critic": "trunk"},
 }
