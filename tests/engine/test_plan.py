@@ -60,23 +60,26 @@ def job(size: str = "4M", **knobs) -> Job:
 
 
 def measured(
-    size: str, prompt: int, response: int, sequences: int, minibatch: int, micro: int, dtype: str, again: bool = False
-):
+    size: str, prompt: int, response: int, sequences: int, minibatch: int, micro: int, dtype: str, again: bool = False,
+    adapters: bool = False,
+):  # fmt: skip
     """Peaks of a real second step, by counting live storages: `live_bytes` sees what torch allocates, and not the
     scratch of C++ operators nor what the allocator keeps, so these are figures without noise. Also the plan's.
-    `again`: with gradient checkpointing."""
+    `again`: with gradient checkpointing. `adapters`: of policy and critic, which stands on the reward model."""
     knobs = {
         "batch": {"rollout_size": sequences, "minibatch_size": minibatch, "micro_tokens": micro},
         "rollout": {"max_new_tokens": response, "min_new_tokens": response, "allow_biased_sampling": True},
         "ptx": {"coef": 0.0},
-        "model": {"dtype": dtype, "gradient_checkpointing": again},
+        "model": {"dtype": dtype, "gradient_checkpointing": again}
+        | ({"train": "lora", "critic_train": "lora"} if adapters else {}),
         "run": {"device": "cpu"},
     }
     config = load_config(knobs)
     hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[size])
     plan = device_bytes(
         job(size, dtype=dtype, cpu=True, prompt_tokens=prompt, response_tokens=response, rollout_size=sequences,
-            minibatch_size=minibatch, micro_tokens=micro, slots=config.rollout.slots, gradient_checkpointing=again)
+            minibatch_size=minibatch, micro_tokens=micro, slots=config.rollout.slots, gradient_checkpointing=again,
+            **(dict(train="lora", lora_rank=16, borrowing_critic=True) if adapters else {}))
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(4, 4000, (prompt,), generator=generator).tolist() for _ in range(sequences)]
@@ -117,6 +120,13 @@ def test_planned_peaks_are_those_of_real_steps(size, prompt, response, sequences
     got, planned = measured(size, prompt, response, sequences, minibatch, micro, dtype, again)
     for phase, there in got.items():
         assert planned[phase] == pytest.approx(there, rel=WITHIN), f"{phase}: planned {planned[phase]}, there {there}"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_adapters_on_borrowed_weights_are_planned_as_they_run(again):
+    got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32", again, adapters=True)
+    for phase in ("load", "rollout", "update"):
+        assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
 
 
 @pytest.mark.parametrize("again", [False, True])
