@@ -60,9 +60,12 @@ def test_assets_load_by_the_auto_classes_and_share_a_vocabulary(assets):
 
 
 def test_prompts_are_short_and_differ(assets):
-    prompts, counts = load_prompts(assets / "prompts.jsonl", load_tokenizer(assets / "policy"), 16)
-    assert counts.kept == counts.read >= 256
-    assert len({tuple(prompt) for prompt in prompts}) == len(prompts)
+    both = []
+    for name in ("prompts", "held_out_prompts"):
+        prompts, counts = load_prompts(assets / f"{name}.jsonl", load_tokenizer(assets / "policy"), 16)
+        assert counts.kept == counts.read >= 256
+        both += prompts
+    assert len({tuple(prompt) for prompt in both}) == len(both)
 
 
 def test_raw_and_tidy_text_give_the_same_tokens(assets):
@@ -75,7 +78,8 @@ def test_raw_and_tidy_text_give_the_same_tokens(assets):
 
 @needs_reviews
 def test_no_row_of_the_data_ships(assets, parts):
-    shipped = {json.loads(line)["prompt"] for line in (assets / "prompts.jsonl").read_text().splitlines()}
+    lines = [line for path in assets.glob("*prompts.jsonl") for line in path.read_text().splitlines()]
+    shipped = {json.loads(line)["prompt"] for line in lines}
     rows = {row.text for part in parts.values() for row in [*part.snippets, *part.reviews]}
     assert not shipped & rows
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from ppomax.assets import shipped
+from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, MonitorConfig, load_config
 from ppomax.data import PromptRow
 from ppomax.reporting.alarm import CollapseAlarm
+from ppomax.reporting.page import closing_words
 from ppomax.saving.jsonl import read_rows
 from ppomax.stages.evaluate import wilson
-from ppomax.stages.held_out import Given, HeldOut, judge_function
+from ppomax.stages.held_out import Given, HeldOut, judge_function, judge_name
 from ppomax.stages.ppo import train_ppo
 
 from tests.engine.test_monitor import HEALTHY
@@ -86,6 +89,35 @@ def test_a_run_evaluates_before_between_and_after_and_resumes_with_its_start(tmp
     again = {r["step"]: r for r in read_rows(tmp_path / "cut" / "metrics.jsonl") if r["step"]}
     for name in (k for k in rows[3] if k.startswith("eval/")):
         assert again[3][name] == rows[3][name], name
+
+
+def test_held_out_prompts_are_evaluated_at_both_ends_unasked(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    knobs = {**SMALL, **tiny_assets(tmp_path), "run.steps": 3, "monitor.tensorboard": False, "run.checkpoint_every": 1}
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "w5 w6"}\n{"prompt": "w7"}\n', encoding="utf-8")
+
+    def rows(name: str, **more: object) -> dict[int, dict[str, float]]:
+        out = tmp_path / name
+        train_ppo(load_config(overrides={**knobs, "run.out": str(out), **more}))
+        return {r["step"]: r for r in read_rows(out / "metrics.jsonl") if "eval/win_rate" in r}
+
+    named = {"data.eval_prompts": str(tmp_path / "held_out.jsonl")}
+    asked = rows("asked", **named)
+    assert list(asked) == [3]
+    assert "win rate over the start, held-out prompts" in closing_words(tmp_path / "asked")
+    assert not rows("off", **named, **{"monitor.eval_prompts": 0})
+    assert not rows("none")
+    rows("begun without", **{"run.steps": 2})
+    assert not rows("begun without", **named, **{"run.resume": True})  # the start's responses were not judged
+
+
+def test_the_shipped_prompts_are_judged_by_the_shipped_classifier() -> None:
+    run = load_config()
+    assert run_sources(run).eval_prompts == str(shipped("held_out_prompts.jsonl"))
+    assert judge_name(None, run_sources(run).eval_prompts) == "classifier"
+    assert judge_name(None, "mine.jsonl") == judge_name(None, "") == "reward"
+    assert judge_name("f.py:f", run_sources(run).eval_prompts) == "f.py:f"
+    own = load_config(overrides={"data.prompts": "mine.jsonl"})
+    assert run_sources(own).eval_prompts == ""
 
 
 def test_a_judge_that_finds_the_policy_worse_is_a_sign_of_its_own() -> None:

@@ -19,13 +19,15 @@ def named_model(name: str | Path, part: str = "policy") -> str:
     return str(Path(name) / part) if written else str(name)
 
 
-def named_prompts(name: str) -> str:
-    """`name` itself, any source of rows; for `default` the prompts that ship."""
-    return str(shipped("prompts.jsonl")) if name == DEFAULT else name
+def named_prompts(name: str, *, held_out: bool = False) -> str:
+    """`name` itself, any source of rows; for `default` the prompts that ship, those of training or those held out."""
+    file = "held_out_prompts.jsonl" if held_out else "prompts.jsonl"
+    return str(shipped(file)) if name == DEFAULT else name
 
 
 def shipped(name: str) -> Path:
-    """`policy`, `reward_model`, `prompts.jsonl`, `classifier.json` or `MODEL_CARD.md` of what ships.
+    """`policy`, `reward_model`, `prompts.jsonl`, `held_out_prompts.jsonl`, `classifier.json` or `MODEL_CARD.md` of what
+    ships.
     FileNotFoundError: the package was installed in part."""
     if not (FOLDER / "policy" / "config.json").is_file():
         raise FileNotFoundError(

@@ -14,6 +14,7 @@ class NamedSources(NamedTuple):
     policy: str
     reward_model: str
     prompts: str
+    eval_prompts: str = ""
 
 
 def named_sources(config: TrainConfig) -> NamedSources:
@@ -26,8 +27,11 @@ def named_sources(config: TrainConfig) -> NamedSources:
     else:
         reward_model = "" if model.policy is not None else str(shipped("reward_model"))
     if model.policy is not None:
-        return NamedSources(named_model(model.policy), reward_model, named_prompts(config.data.prompts or ""))
-    return NamedSources(str(shipped("policy")), reward_model, named_prompts(config.data.prompts or DEFAULT))
+        policy, prompts = named_model(model.policy), config.data.prompts or ""
+    else:
+        policy, prompts = str(shipped("policy")), config.data.prompts or DEFAULT
+    held_out = config.data.eval_prompts or (DEFAULT if prompts == DEFAULT else "")
+    return NamedSources(policy, reward_model, named_prompts(prompts), named_prompts(held_out, held_out=True))
 
 
 def run_sources(config: TrainConfig) -> NamedSources:

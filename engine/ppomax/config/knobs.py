@@ -100,7 +100,8 @@ class DataConfig:
     out; or a mixture of such. `default`, and None where the policy is the one that ships: the prompts that ship with
     ppomax."""
     eval_prompts: str | None = None
-    """Prompts for the sample texts and `ppomax evaluate`. None: the first of `prompts`."""
+    """Held-out prompts, for sample texts and evaluations; `default`: those that ship. None: those that ship where
+    `prompts` are, too; else there are none, and the first of `prompts` stand in."""
     prompt_column: str = "prompt"
     """Column that holds the prompt."""
     max_prompt_tokens: int = 512
@@ -519,13 +520,13 @@ class MonitorConfig:
     sample_prompts: int = 8
     """How many fixed prompts."""
     eval_every: int = 0
-    """Steps between evaluations on held-out prompts (`data.eval_prompts`, else those of training), before the first
-    step and after the last one too: win rate over the start policy. 0: none."""
+    """Steps between evaluations on held-out prompts: win rate over the start policy. Before the first step and after
+    the last one there is one in any case where there are such prompts. 0: no others."""
     eval_prompts: int = 128
-    """How many of them."""
-    eval_judge: str = "reward"
+    """How many of them. 0: no evaluation."""
+    eval_judge: str | None = None
     """Who compares: `reward`, the training's own; `classifier`, the shipped one of film reviews; or a function
-    `file.py:name` as `reward.function`."""
+    `file.py:name` as `reward.function`. None: the classifier on held-out prompts that ship, else `reward`."""
     tensorboard: bool = True
     """Write TensorBoard events too."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
@@ -550,7 +551,7 @@ class MonitorConfig:
         require(self.samples_every >= 0, "monitor.samples_every", "0 or more", self.samples_every)
         require(self.sample_prompts >= 1, "monitor.sample_prompts", "at least 1", self.sample_prompts)
         require(self.eval_every >= 0, "monitor.eval_every", "0 or more", self.eval_every)
-        require(self.eval_prompts >= 1, "monitor.eval_prompts", "at least 1", self.eval_prompts)
+        require(self.eval_prompts >= 0, "monitor.eval_prompts", "0 (off) or more", self.eval_prompts)
         require(self.alarm_baseline_steps >= 1, "monitor.alarm_baseline_steps", "at least 1", self.alarm_baseline_steps)
         require(self.alarm_window >= 1, "monitor.alarm_window", "at least 1", self.alarm_window)
 

@@ -172,7 +172,7 @@ class EvaluateConfig:
     """Checkpoint that it is held against, named likewise. None: what the run of `policy` started from, or `default`."""
     prompts: str | None = None
     """JSONL, CSV, Parquet or HF dataset with a `prompt` column. None: the held-out prompts of `policy`'s run, else its
-    own prompts, else those that ship with ppomax."""
+    own prompts, else the held-out ones that ship with ppomax."""
     prompt_column: str = "prompt"
     """Column that holds the prompt."""
     limit: int = 256

@@ -59,6 +59,7 @@ def _build(config: BuildDefaultConfig) -> Path:
     tokenizer = load_tokenizer(work / "init")
     _ship(load_policy(work / "sft" / "policy"), tokenizer, out / "policy")
     files.write_rows(out / "prompts.jsonl", files.prompt_rows())
+    files.write_rows(out / "held_out_prompts.jsonl", files.held_out_prompt_rows())
     texts = _timed(seconds, "sampling", _sample, out, tokenizer, config)
     _timed(seconds, "reward model", _reward_model, work, config)
     reward_model = load_reward_model(work / "reward_model" / "reward_model", torch.bfloat16)

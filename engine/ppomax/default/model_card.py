@@ -20,6 +20,7 @@ that.
 | `policy/` | Llama, {layers} blocks, width {hidden_size}, tied embeddings, {policy_parameters:,} parameters, bfloat16 |
 | `reward_model/` | {reward_layers} such blocks and a `score` head, {reward_model_parameters:,} parameters, bfloat16 |
 | `prompts.jsonl` | {prompts} openings, written for ppomax |
+| `held_out_prompts.jsonl` | {held_out_prompts} more on other subjects, to judge policies by |
 | `classifier.json` | the judge: TF-IDF and logistic regression in plain data; read by `ppomax.assets.classifier` |
 | `figures.json` | the figures below |
 
@@ -71,7 +72,7 @@ def model_card(
     config: BuildDefaultConfig, parts: dict[str, Part], figures: dict[str, Any], seconds: dict[str, float]
 ) -> str:
     """MODEL_CARD.md as text."""
-    from ppomax.default.texts import prompt_rows
+    from ppomax.default.texts import held_out_prompt_rows, prompt_rows
 
     samples, judge = figures["samples"], figures["judge_accuracy"]
     counts = {name: f"{len(part.snippets):,} | {len(part.reviews):,}" for name, part in parts.items()}
@@ -84,6 +85,7 @@ def model_card(
         **vars(config),
         **counts,
         prompts=len(prompt_rows()),
+        held_out_prompts=len(held_out_prompt_rows()),
         pair_rows=pair_rows,
         policy_parameters=figures["policy_parameters"],
         reward_model_parameters=figures["reward_model_parameters"],

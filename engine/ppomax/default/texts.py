@@ -267,6 +267,37 @@ OTHERS = [
 ]
 
 
+HELD_OUT_OPENINGS = [
+    "the screenplay",
+    "the soundtrack",
+    "the photography",
+    "the finale",
+    "the villain",
+    "the hero",
+    "the supporting cast",
+    "the premise",
+    "the setting",
+    "the tone",
+    "the editing",
+    "the style",
+    "the remake",
+    "the adaptation",
+    "the western",
+    "the musical",
+    "the satire",
+    "the horror film",
+    "the love story",
+    "the mystery",
+    "the narration",
+    "the last act",
+]
+
+
+def held_out_prompt_rows() -> list[dict[str, str]]:
+    """Openings on other subjects, which no training of the policy by reward sees; written for ppomax likewise."""
+    return [{"prompt": opening + verb} for opening in HELD_OUT_OPENINGS for verb in VERBS]
+
+
 def prompt_rows() -> list[dict[str, str]]:
     """Short openings without a verdict, written for ppomax; none is a row of the data."""
     return [{"prompt": text} for text in OTHERS + [opening + verb for opening in OPENINGS for verb in VERBS]]

@@ -113,7 +113,7 @@ def job_of(
 ) -> tuple[Job, tuple[str, ...]]:
     """The job that `config` describes, and notes on what was assumed. ConfigError: a model's shape cannot be had."""
     model, notes = config.model, []
-    policy, reward, _ = named_sources(config)
+    policy, reward, *_ = named_sources(config)
     policy_shape = shape_of(policy)
     reward_shape = None
     if reward or not config.reward.terms:

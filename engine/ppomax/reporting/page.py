@@ -30,6 +30,10 @@ def closing_words(folder: Path, examples: int = 3) -> str:
     run = read_run(folder, folder.name, plots.COLOURS[0])
     lines = [f"  {label:46} {sections.change(run, metric)}" for metric, label in sections.GLANCE.items()]
     lines.insert(1, f"  {'  in standard deviations of its start':46} {sections.gain(run)}")
+    if "eval/win_rate" in (last := run.rows[-1]):
+        rate, low, high = (100 * last[f"eval/win_rate{end}"] for end in ("", "_low", "_high"))
+        words = f"{rate:.1f} % (95 %: {low:.1f} to {high:.1f})"
+        lines.append(f"  {'win rate over the start, held-out prompts':46} {words}")
     before, after = sections.by_prompt(run.samples, last=False), sections.by_prompt(run.samples, last=True)
     for prompt in [p for p in before if p in after][:examples]:
         lines += [

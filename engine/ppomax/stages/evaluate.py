@@ -122,7 +122,7 @@ def completed(config: EvaluateConfig) -> EvaluateConfig:
     start, data = state.get("sources", {}).get("policy"), state.get("config", {}).get("data", {})
     found: dict[str, Any] = {"baseline": config.baseline or start or "default"}
     own = data.get("eval_prompts") or data.get("prompts")
-    if config.prompts is None and own:
+    if config.prompts is None and own and own != DEFAULT:
         found |= {"prompts": own, "prompt_column": data["prompt_column"], "overlong": data["overlong"]}
         found["max_prompt_tokens"] = max(config.max_prompt_tokens, data["max_prompt_tokens"])
         log.info("prompts of the run: %s", own)
@@ -182,7 +182,7 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
     from ppomax.saving.saved_policy import open_policy
 
     model, tokenizer = open_policy(checkpoint, trust_remote_code=config.trust_remote_code)
-    source = named_prompts(config.prompts or DEFAULT)
+    source = named_prompts(config.prompts or DEFAULT, held_out=True)
     limit, how = config.max_prompt_tokens, config.overlong
     read, _ = load_prompt_rows(source, tokenizer, limit, column=config.prompt_column, overlong=how)
     read = read[: config.limit or None]

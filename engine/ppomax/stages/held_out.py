@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ppomax_kernels as K
 from transformers import PreTrainedTokenizerBase
 
-from ppomax.assets import shipped
+from ppomax.assets import DEFAULT, named_prompts, shipped
 from ppomax.config import ConfigError
 from ppomax.data import PromptRow, columns_of
 from ppomax.engine import Engine
@@ -47,6 +47,12 @@ class Given(NamedTuple):
         """Those prompts, in that order."""
         columns = {name: [values[i] for i in which] for name, values in self.columns.items()}
         return Given([self.prompts[i] for i in which], columns)
+
+
+def judge_name(wanted: str | None, prompts: str) -> str:
+    """`monitor.eval_judge`, or what stands for it where it is None: an independent judge of film reviews on the prompts
+    that it can judge."""
+    return wanted or (CLASSIFIER if prompts == named_prompts(DEFAULT, held_out=True) else REWARD)
 
 
 def judge_function(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ppomax.assets import named_model, named_prompts
+from ppomax.assets import named_model
 from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import PromptRow, Text, check_same_vocabulary, load_prompt_rows, load_texts
@@ -37,7 +37,7 @@ from ppomax.saving.lock import claimed
 from ppomax.saving.random_state import seed_all
 from ppomax.sharding import ranks
 from ppomax.sharding.settle import agreed_config, agreed_rows
-from ppomax.stages.held_out import Given, HeldOut, judge_function, sentence
+from ppomax.stages.held_out import Given, HeldOut, judge_function, judge_name, sentence
 from ppomax.stages.order import Order
 from ppomax.stages.pretrain_critic import pretrain_critic
 from ppomax.stages.signals import Stopped, StopRequest, stop_requests
@@ -112,9 +112,11 @@ class PpoLoop:
         trust = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.tokenizer or sources.policy, trust_remote_code=trust)
         rows = self._load_prompts(sources.prompts)
-        shown = self._load_prompts(named_prompts(config.data.eval_prompts)) if config.data.eval_prompts else rows
+        shown = self._load_prompts(sources.eval_prompts) if sources.eval_prompts else rows
         reward, functions = named_rewards(config.reward, sources.reward_model)
-        judge = judge_function(config.monitor.eval_judge, self.tokenizer) if config.monitor.eval_every else None
+        self.evaluates = bool(config.monitor.eval_prompts and (sources.eval_prompts or config.monitor.eval_every))
+        self.judge_name = judge_name(config.monitor.eval_judge, sources.eval_prompts)
+        judge = judge_function(self.judge_name, self.tokenizer) if self.evaluates else None
         self.given = Given.of(rows, *functions)
         self.fixed = Given.of(shown[: config.monitor.sample_prompts], *functions)
         self.judged = Given.of(shown[: config.monitor.eval_prompts], *functions, judge)
@@ -177,7 +179,7 @@ class PpoLoop:
         progress, run, every = self.progress, self.config.run, self.config.monitor.samples_every
         if every and progress.step == 0 and not self.stopped(stop):
             monitor.samples(0, self.sample_rows())
-        if self.config.monitor.eval_every and progress.step == 0 and not self.stopped(stop):
+        if self.evaluates and progress.step == 0 and not self.stopped(stop):
             self.held_out.metrics()
         halt: Halt | None = None
         while progress.step < run.steps and halt is None and not self.stopped(stop):
@@ -225,11 +227,12 @@ class PpoLoop:
 
     def _evaluated(self) -> dict[str, float]:
         """Metrics of the held-out prompts, if this step is one that asks for them."""
-        monitor, step = self.config.monitor, self.progress.step
-        if not monitor.eval_every or (step % monitor.eval_every and step != self.config.run.steps):
+        every, step = self.config.monitor.eval_every, self.progress.step
+        due = step == self.config.run.steps or (every and step % every == 0)
+        if not (self.evaluates and due and self.held_out.start):  # a run that was begun without has no start's scores
             return {}
         found = self.held_out.metrics()
-        log.info(sentence(found, monitor.eval_judge, len(self.judged.prompts)))
+        log.info(sentence(found, self.judge_name, len(self.judged.prompts)))
         return found
 
     def sample_rows(self) -> list[dict[str, Any]]:
