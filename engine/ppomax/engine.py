@@ -55,7 +55,8 @@ from ppomax.recipe.streams import Purpose, stream
 from ppomax.recipe.units import RAW, Units, moved, units_of
 from ppomax.recipe.update import Health, NextTexts, update
 from ppomax.rollout import RolloutSizes, Sampling
-from ppomax.saving.engine_state import read_state, restore_state, save_state, saved_parts
+from ppomax.saving.background import BackgroundWriter, PendingSave
+from ppomax.saving.engine_state import contents, read_state, restore_state, save_state, saved_parts
 from ppomax.sharding import Trained, freeze_model, is_sharded, model_to_copy, sharded_reads, train_model
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Engine:
         """Of the critic's values; None: a new head's, which are the first ones that rewards have."""
         self.buffers, self.episodes = 0, 0
         self._announced: tuple[int, str] | None = None
+        self._writer = BackgroundWriter()
 
     def _read(
         self,
@@ -277,6 +279,11 @@ class Engine:
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the whole state to the folder `path`, atomically; `extra` (plain data) is given back by `restore`."""
         return save_state(Path(path), self._trained, self.state(), extra or {})
+
+    def start_save(self, path: str | Path, extra: dict[str, Any] | None = None) -> PendingSave:
+        """The same while training goes on: the state is copied to the host now, and the folder is there after
+        `PendingSave.finish`. One at a time."""
+        return self._writer.start(Path(path), *contents(self._trained, self.state(), extra or {}))
 
     def restore(self, path: str | Path) -> dict[str, Any]:
         """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other

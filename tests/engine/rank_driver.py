@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def two(folder: Path) -> dict[str, Kept]:
     for stage in (0, 1, 2, 3):
         engine = engine_of(config_of(folder, stage))
         out[f"zero {stage}"] = tried(left_alone, engine)
+        out[f"beside {stage}"] = tried(saved_beside, engine, folder / f"beside-{stage}")
         out[f"resumed {stage}"] = tried(resumed, engine, folder / f"zero-{stage}")
         out[f"dealt {stage}"] = tried(dealt_out, engine, folder / f"zero-{stage}")
     out["from one process"] = tried(from_one_process, engine, folder)
@@ -181,6 +183,17 @@ def resumed(engine: Engine, path: Path) -> dict[str, Any]:
     first, state = steps(engine, NEXT), state_of(engine)
     engine.restore(path)
     return {"next": first, "equal": (first, state) == (steps(engine, NEXT), state_of(engine))}
+
+
+def saved_beside(engine: Engine, path: Path) -> bool:
+    """A save that goes on while the weights move: what it holds is the state at its start, to the bit."""
+    pending = engine.start_save(path)
+    first = (steps(engine, NEXT), state_of(engine))
+    while not pending.ready(engine.device):
+        time.sleep(0.01)
+    pending.finish()
+    engine.restore(path)
+    return first == (steps(engine, NEXT), state_of(engine))
 
 
 def dealt_out(engine: Engine, path: Path) -> dict[str, Any]:

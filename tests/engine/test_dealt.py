@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax.saving.dealt import DealtTensors, write_dealt, write_file
+from ppomax.saving.dealt import DealtTensors, share_of, write_file, write_share
 from ppomax.sharding import Lazy, ranks
 from safetensors.torch import load_file
 
@@ -37,7 +37,7 @@ def test_hands_differ_by_no_more_than_the_largest(sizes: list[int], hands: int) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_one_process_writes_a_plain_safetensors_file(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {f"x{i}": torch.arange(torch.Size(s).numel()).view(s).to(dtype) for i, s in enumerate(SHAPES)}
-    entries = write_dealt(tmp_path, {"policy": {n: Lazy.of(x) for n, x in tensors.items()}, "none": {}})
+    entries = write_share(tmp_path, share_of({"policy": {n: Lazy.of(x) for n, x in tensors.items()}, "none": {}}))
     assert set(entries) == {"policy.safetensors", "none.safetensors"}
     for name, entry in entries.items():
         data = (tmp_path / name).read_bytes()
@@ -85,7 +85,7 @@ def test_the_second_rank_writes_its_own_part(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        write_dealt(tmp_path, {"policy": tensors, "none": {}})
+        write_share(tmp_path, share_of({"policy": tensors, "none": {}}))
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "none-00001-of-00002.safetensors",

@@ -136,6 +136,11 @@ def test_sharded_checkpoint_resumes_to_the_bit(on_two, stage: int) -> None:
     assert on_two[f"resumed {stage}"]["equal"]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_save_beside_training_is_the_one_of_its_start(on_two, stage: int) -> None:
+    assert on_two.on_all(f"beside {stage}") == [True, True]
+
+
 def test_the_doctor_sees_all_ranks_and_the_folder_that_they_share(on_two) -> None:
     found = {name: (state, words) for name, state, words in on_two["doctor"]}
     assert found["ranks"][0] == "ok"

@@ -490,6 +490,9 @@ class RunConfig:
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    background_saves: bool | None = None
+    """Write checkpoints while training goes on, from a copy of each rank's share in its host's memory. None: on GPUs,
+    unless the optimiser is on the host already."""
     max_bad_steps: int = 5
     """Optimiser steps in a row that may be skipped for a NaN or infinite loss or gradient before the run stops."""
     device: str = "auto"

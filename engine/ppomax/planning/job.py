@@ -62,6 +62,8 @@ class Job:
     minibatch_size: int = 32
     epochs: int = 1
     micro_tokens: int = 4096
+    background_saves: bool = False
+    """Checkpoints are written from a copy on the host."""
     ptx_batch: int = 0
     ptx_tokens: int = 0
 

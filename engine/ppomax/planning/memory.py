@@ -40,7 +40,7 @@ def device_bytes(job: Job) -> dict[str, dict[str, int]]:
     before = {"evaluation": evaluation} if job.alone else {"rollout": rollout, "scoring": scoring}
     for phase, extra in (before | {"update": update, "step": step}).items():
         phases[phase] = _sum(steady, extra(job))
-    phases["save"] = _sum(steady, {"gathered": largest_parameter(job)} if job.zero_stage == 3 else {})
+    phases["save"] = steady if not (job.cpu and job.background_saves) else _sum(steady, _copies(job))
     if not job.cpu:
         for kinds in phases.values():
             kinds["overhead"] += int(FRAGMENTATION * (sum(kinds.values()) - kinds["overhead"]))
@@ -58,6 +58,8 @@ def host_bytes(job: Job) -> dict[str, int]:
     there = [r for r in everyone if offloaded(job, r)]
     held_there["weights"] = local * (sum(r.elements for r in there) * job.width // job.ranks)
     held_there["weights"] += local * _second_copies(job, there)
+    if job.background_saves:
+        held_there["checkpoint copies"] = local * _copies(job)["checkpoint copies"]
     if job.offload_optimizer:
         # fp32 copy, two moments and the fp32 gradient that the host's AdamW reads
         held_there["optimiser"] = local * 16 * sum(r.trained for r in everyone) // optimiser_ranks(job)
@@ -112,6 +114,12 @@ def _kept(job: Job) -> dict[str, int]:
 def _second_copies(job: Job, among: list[Role]) -> int:
     """hpZ's, which lie where a model's parts do."""
     return sum(r.elements for r in among if partitioned(job, r)) * job.width // job.hpz if job.hpz > 1 else 0
+
+
+def _copies(job: Job) -> dict[str, int]:
+    """A rank's share of what a checkpoint holds of the trained models: weights, two moments, fp32 copies of 16 bit."""
+    each = job.width + 8 + (4 if job.width == 2 else 0)
+    return {"checkpoint copies": each * sum(r.trained for r in roles(job)) // job.ranks}
 
 
 # ---- what a phase adds ----------------------------------------------------------------------------------------------
@@ -236,10 +244,6 @@ def chunk_bytes(vocab: int, job: Job) -> int:
     rows, _ = micro_batch(job)
     tokens = min(default_chunk(vocab, "cpu" if job.cpu else "cuda"), rows * job.response_tokens)
     return tokens * vocab * (job.width + (4 if job.cpu and job.width == 2 else 0))
-
-
-def largest_parameter(job: Job) -> int:
-    return max(r.sizes.largest for r in roles(job)) * job.width
 
 
 def _picked(job: Job) -> int:

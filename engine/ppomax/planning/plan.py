@@ -152,6 +152,7 @@ def job_of(
             rollout_size=config.batch.rollout_size,
             minibatch_size=config.batch.minibatch_size,
             epochs=config.batch.epochs,
+            background_saves=_in_background(config, cpu),
             micro_tokens=config.batch.micro_tokens,
             ptx_batch=config.ptx.batch_size if config.ptx.coef else 0,
             ptx_tokens=config.ptx.max_tokens,
@@ -174,6 +175,12 @@ def _sharded(config: ShardingConfig, ranks: int) -> dict[str, Any]:
         "bucket": int(zero.get("reduce_bucket_size", Job.bucket)),
         "live": int(zero.get("stage3_max_live_parameters", Job.live)),
     }
+
+
+def _in_background(config: AnyConfig, cpu: bool) -> bool:
+    from ppomax.saving.background import in_background
+
+    return in_background(config.run, config.sharding, gpu=not cpu)
 
 
 def any_job_of(config: AnyConfig, **where: Any) -> tuple[Job, tuple[str, ...]]:
@@ -234,6 +241,7 @@ def stage_job_of(
             rollout_size=rows,
             minibatch_size=rows,
             micro_tokens=config.micro_tokens,
+            background_saves=_in_background(config, cpu),
         ),
         ("without float32 activations of autocast",) if config.autocast else (),
     )

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,20 +39,49 @@ class Entry(NamedTuple):
     sha256: str
 
 
-def write_dealt(folder: Path, files: dict[str, dict[str, Lazy]]) -> dict[str, Entry]:
-    """Write this rank's share of the tensors, by the stem of their file and their name, into `folder`, which is there;
-    returns the entries of its files, which are on the disk."""
+Share = dict[str, dict[str, Lazy]]
+"""What a rank writes: tensors by the name of their file and their own."""
+
+
+def share_of(files: dict[str, dict[str, Lazy]]) -> Share:
+    """This rank's share of the tensors, which are given by the stem of their file and their name."""
     whole = [(stem, name, x) for stem, tensors in files.items() for name, x in tensors.items() if x.own is None]
     owners = ranks.deal([size_of(x) for *_, x in whole], ranks.world_size())
     mine = {(stem, name) for (stem, name, _), owner in zip(whole, owners, strict=True) if owner == ranks.rank()}
-    written = {}
+    share: Share = {}
     for stem, tensors in files.items():
         own = {name: x for name, x in tensors.items() if x.own is not None or (stem, name) in mine}
         if own or (not tensors and ranks.rank() == 0):  # a file that is there and holds nothing
             rank, count = ranks.position()
-            name = stem + (SUFFIX if count == 1 else f"-{rank + 1:05d}-of-{count:05d}{SUFFIX}")
-            written[name] = write_file(folder / name, own)
-    return written
+            share[stem + (SUFFIX if count == 1 else f"-{rank + 1:05d}-of-{count:05d}{SUFFIX}")] = own
+    return share
+
+
+def write_share(folder: Path, share: Share) -> dict[str, Entry]:
+    """Write it into `folder`, which is there; returns the entries of its files, which are on the disk."""
+    return {name: write_file(folder / name, tensors) for name, tensors in share.items()}
+
+
+def copied(share: Share, buffers: dict[tuple[str, str], Tensor]) -> Share:
+    """The same share on the host, as it is now, whatever its tensors become. buffers: the room of an earlier copy,
+    which is used again."""
+    out: Share = {}
+    for file, tensors in share.items():
+        out[file] = {}
+        for name, x in tensors.items():
+            start, own = (0, x.get()) if x.own is None else x.own()
+            room = buffers.get((file, name))
+            if room is None or room.shape != own.shape or room.dtype != own.dtype:
+                room = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
+            buffers[file, name] = room.copy_(own.detach(), non_blocking=own.is_cuda)
+            out[file][name] = Lazy(x.dtype, x.shape, lambda: torch.zeros(0), partial(_held, start, room))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return out
+
+
+def _held(start: int, own: Tensor) -> tuple[int, Tensor]:
+    return start, own
 
 
 def write_file(path: Path, tensors: Mapping[str, Lazy]) -> Entry:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
 
     trained: the models that an optimiser steps, by role; state: everything else that an engine is, plain data (see
     `Engine.state`); extra: what the caller wants back."""
+    write_together(path, *contents(trained, state, extra))
+    return path
+
+
+def contents(
+    trained: dict[str, Trained[Any]], state: dict[str, Any], extra: dict[str, Any]
+) -> tuple[dict[str, dict[str, Lazy]], Callable[[Path], None]]:
+    """The tensors of a checkpoint by file, and what rank 0 adds to its folder: all else, as it is now. Arguments as of
+    `save_state`; every rank calls."""
     refuse_not_finite(trained)
     generators = {
         _of_rank(r, name): x
@@ -50,14 +60,17 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
         weights, optim = part.lazy()
         # In the order of names, so that the bytes do not tell in which order a run came by its tensors.
         files[role], files[f"{role}_optim"] = (dict(sorted(d.items())) for d in (weights, optim))
-    written = {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        **state,
-        "optimizer_steps": {role: part.steps for role, part in trained.items()},
-        "random": ranks.gather_objects(python_random_state()),
-        "extra": extra,
-    }
+    written = json.dumps(
+        {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            **state,
+            "optimizer_steps": {role: part.steps for role, part in trained.items()},
+            "random": ranks.gather_objects(python_random_state()),
+            "extra": extra,
+        },
+        indent=1,
+    )  # now: what it is made from goes on changing
 
     def finish(folder: Path) -> None:
         save_file(generators, folder / RNG)
@@ -66,10 +79,9 @@ def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, An
             if isinstance(model, PreTrainedModel):  # a critic on the policy's trunk has no configuration of its own
                 with config_as_given(model):
                     model.config.save_pretrained(folder / f"{role}_config")
-        (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
+        (folder / STATE).write_text(written, encoding="utf-8")
 
-    write_together(path, files, finish)
-    return path
+    return files, finish
 
 
 def refuse_not_finite(trained: dict[str, Trained[Any]]) -> None:

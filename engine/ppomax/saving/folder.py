@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ppomax.saving.beside import OLD, PART, begin, beside, part_of, remove, sync, take_place
-from ppomax.saving.dealt import Entry, write_dealt
+from ppomax.saving.dealt import Entry, share_of, write_share
 from ppomax.saving.tensor_files import size_of
 from ppomax.sharding import Lazy, ranks
 
@@ -63,15 +63,27 @@ def write_together(path: Path, files: dict[str, dict[str, Lazy]], finish: Callab
     """Write the folder `path`, atomically, all ranks at once: each its share of the tensors (see dealt.py), and rank 0
     what `finish` adds and the manifest. Every rank calls. CheckpointError: a rank's disk did not take it, and nothing
     has changed."""
+    part = begin_together(path, files)
+    complete(path, lambda: write_share(part, share_of(files)), finish)
+
+
+def begin_together(path: Path, files: dict[str, dict[str, Lazy]]) -> Path:
+    """The folder that becomes `path`, with room for the tensors; the first half of `write_together`."""
     part = part_of(path)
     with _as_unwritten(path):
         if ranks.rank() == 0:
             begin(path)
             check_space(path.parent, sum(size_of(x) for file in files.values() for x in file.values()))
             part.mkdir()
+    return part
+
+
+def complete(path: Path, written: Callable[[], dict[str, Entry]], finish: Callable[[Path], None]) -> None:
+    """The second half: `written` gives the entries of this rank's files once they are on the disk."""
+    part = part_of(path)
     try:
         with _as_unwritten(path):
-            own = write_dealt(part, files)
+            own = written()
         listing = {name: entry for found in ranks.gather_objects(own) for name, entry in found.items()}
         with _as_unwritten(path):
             if ranks.rank() == 0:
