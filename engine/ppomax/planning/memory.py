@@ -54,12 +54,12 @@ def host_bytes(job: Job) -> dict[str, int]:
     local, everyone = min(job.ranks, job.ranks_per_node), roles(job)
     held_there = {"processes": local * HOST_OVERHEAD}
     largest = max(r.elements for r in everyone) * job.width
-    held_there["loading"] = local * (largest // job.ranks if job.zero_stage == 3 else largest)
+    loading = {"loading": local * (largest // job.ranks if job.zero_stage == 3 else largest)}
+    copies = {"checkpoint copies": local * _copies(job)["checkpoint copies"] if job.background_saves else 0}
+    held_there |= _larger(loading, copies)  # the one at the start, the other later
     there = [r for r in everyone if offloaded(job, r)]
     held_there["weights"] = local * (sum(r.elements for r in there) * job.width // job.ranks)
     held_there["weights"] += local * _second_copies(job, there)
-    if job.background_saves:
-        held_there["checkpoint copies"] = local * _copies(job)["checkpoint copies"]
     if job.offload_optimizer:
         # fp32 copy, two moments and the fp32 gradient that the host's AdamW reads
         held_there["optimiser"] = local * 16 * sum(r.trained for r in everyone) // optimiser_ranks(job)

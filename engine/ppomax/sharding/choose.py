@@ -50,10 +50,11 @@ def sharded_reads(config: TrainConfig, dtype: torch.dtype, *, from_files: bool) 
             f"config: loss.joint_grad_clip holds the gradients of both models together, but ZeRO stage "
             f"{stage_of(sharding)} clips each model by itself; leave it off, or set sharding.zero_stage: 0"
         )
-    if config.model.critic_train == "lora" and (stage_of(sharding) == 3 or shards_frozen(sharding)):
+    on_reward_model = config.model.critic == "reward_model" and shards_frozen(sharding)
+    if config.model.critic_train == "lora" and (stage_of(sharding) == 3 or on_reward_model):
         raise ConfigError(
             "config: model.critic_train=lora shares the weights of another model, which must be whole on each rank; "
-            "set sharding.zero_stage to 0, 1 or 2 and sharding.frozen to whole"
+            "set sharding.zero_stage to 0, 1 or 2, and sharding.frozen to whole or model.critic to policy"
         )
     if ranks.world_size() == 1 or config.model.trust_remote_code:
         return ShardedReads()
