@@ -1,10 +1,11 @@
 """Runs of `ppomax train` that are killed at any moment of theirs, and then resumed.
 
     python -m tests.engine.kill_clock FOLDER [KILLS]     prints one JSON line a kill
-Each is a forked process, so that start-up, loading, rollout, update, saving, pruning and the report are met as often as
-they take time, from the first millisecond on. A resumed run must end as the undisturbed one did: the exported policy,
-both models and optimisers of the last checkpoint, and every row, times aside, to the bit. Where the kill came before
-anything was begun, the resume says so, and the job starts anew."""
+Half of them write checkpoints while training goes on. Each is a forked process, so that start-up, loading, rollout,
+update, saving, pruning and the report are met as often as they take time, from the first millisecond on. A resumed run
+must end as the undisturbed one did: the exported policy, both models and optimisers of the last checkpoint, and every
+row, times aside, to the bit. Where the kill came before anything was begun, the resume says so, and the job starts
+anew."""
 
 import io
 import json
@@ -23,10 +24,12 @@ KILLS = 60
 STEPS = 4
 
 
-def words(root: Path, name: str) -> list[str]:
+def words(root: Path, name: str, beside: bool = False) -> list[str]:
+    """Of the command; beside: checkpoints are written while training goes on."""
     knobs = {**SMALL, **json.loads((root / "names.json").read_text()), "ptx.coef": 0.1, "ptx.pool": 16,
              "critic.pretrain_steps": 2, "monitor.samples_every": 2, "monitor.sample_prompts": 2,
-             "run.keep_checkpoints": 1, "run.threads": 1, "run.steps": STEPS}  # fmt: skip
+             "run.keep_checkpoints": 1, "run.threads": 1, "run.steps": STEPS, "run.background_saves": beside,
+             "run.checkpoint_every": 1}  # fmt: skip
     return ["train", *(f"--{k}={v}" for k, v in knobs.items()), "--out", str(root / name)]
 
 
@@ -60,12 +63,13 @@ def main(root: Path, kills: int = KILLS) -> list[dict[str, object]]:
     generator, out = random.Random(0), []
     for i in range(kills):
         name, delay = f"killed-{i}", generator.random() * whole
-        first = child(lambda: train(words(root, name), root / "said"), delay)  # noqa: B023
+        argv = words(root, name, beside=i % 2 == 1)
+        first = child(lambda: train(argv, root / "said"), delay)  # noqa: B023
         resumed = child(lambda: train(["train", "--resume", "--out", str(root / name)], root / "said"))  # noqa: B023
         said = (root / "said").read_text(encoding="utf-8") if resumed else ""
         begun = not ("no run was begun there" in said or "there is no folder" in said)
         if not begun:
-            resumed = child(lambda: train(words(root, name), root / "said"))  # noqa: B023
+            resumed = child(lambda: train(argv, root / "said"))  # noqa: B023
         out.append(
             {
                 "after": round(delay / whole, 3),

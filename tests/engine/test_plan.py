@@ -347,6 +347,20 @@ def test_there_are_configs_of_three_models_in_three_modes():
     assert ONE_GPU == ["llama-7b-one-gpu", "qwen-7b-one-gpu"]
 
 
+def test_adapters_save_what_they_should():
+    """Policy, reference and critic are one set of weights."""
+    for knobs, memory, most in (
+        ({}, 80, 35),
+        ({}, 40, 40),
+        ({"sharding.zero_stage": None, "sharding.frozen": "whole"}, 80, 80),
+    ):
+        name = "llama-7b-hydra" if knobs else "llama-7b-lora"
+        where = {"ranks": 1 if knobs else 8, "memory": memory * GiB, "host_memory": 1024 * GiB}
+        plan = make_plan(job_of(load_config(name, overrides=knobs), **where)[0], advise=False)
+        assert plan.fits
+        assert plan.peak <= most * GiB
+
+
 @pytest.mark.parametrize("name", ONE_GPU)
 def test_a_7b_model_is_trained_on_one_gpu(name):
     """Policy, reference, critic and reward model are two sets of weights; with a reward function one."""
