@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from ppomax.assets import FOLDER
 from ppomax.assets.classifier import SentimentClassifier
 from ppomax.data import check_same_vocabulary, check_tokenizer, load_pairs, load_prompts
 from ppomax.default import texts as files
-from ppomax.default.build import LIMIT_BYTES, BuildDefaultConfig, build_default
-from ppomax.default.classifier import train_classifier
+from ppomax.default.build import LIMIT_BYTES, BuildDefaultConfig, build_default, written_accuracy
+from ppomax.default.classifier import train_classifier, with_written
 from ppomax.models import load_policy, load_reward_model, load_tokenizer
 from ppomax.stages.reward_model import evaluate_pairs
 from safetensors.torch import load_file
@@ -211,6 +212,45 @@ def test_classifier_is_the_formula_of_its_head_note(tmp_path):
     assert [judge.logit(text) > 0 for text in texts] == [bool(label) for label in labels]
     assert loaded.positive_share(texts) == 0.5
     assert judge.logit("unknown words") == judge.bias
+
+
+WRECKED = [
+    "the film is good good good good good good good good good good",
+    "the story is lilyberg , otic ideas andness andations andness andness,ness andness andness",
+    "a a a a a a a a a a a a",
+]
+
+
+def test_a_text_that_no_person_writes_loses_whatever_it_says(assets):
+    judge = SentimentClassifier.load(assets / "classifier.json")
+    assert all(judge.logit(text) > -1 for text in WRECKED)  # by its words alone the first is praise
+    plain = ["the film is slow and far too long .", "a dull story with a weak ending and no heart at all ."]
+    assert max(judge.score(text) for text in WRECKED) < min(judge.score(text) for text in plain)
+
+
+def test_the_score_is_the_formula_of_its_head_note(tmp_path):
+    texts = ["a good film", "a bad film", "the good cast", "the bad plot of the film"] * 10
+    judge = with_written(train_classifier(texts, [1, 0, 1, 0] * 10, min_documents=1), texts)
+    judge.save(tmp_path / "c.json")
+    text = "good good film"
+    shares = [1.0, 1 / 2, 2 / 3, 1.0, math.log(3)]
+    pairs = {"good good": False, "good film": True}
+    assert {p: p in judge.terms for p in pairs} == pairs
+    z = [(x - m) / s for x, m, s in zip(shares, judge.written.means, judge.written.stds)]
+    want = sum(w * x for w, x in zip(judge.written.weights, [*z, *(x * z[4] for x in z[:4]), 1.0]))
+    assert judge.written_logit(text) == pytest.approx(want)
+    score = sum(-math.log1p(math.exp(-x)) for x in (judge.logit(text), want))
+    assert judge.score(text) == pytest.approx(score)
+    assert SentimentClassifier.load(tmp_path / "c.json").score(text) == pytest.approx(score, abs=1e-2)
+    assert replace(judge, written=None).score(text) == pytest.approx(-math.log1p(math.exp(-judge.logit(text))))
+
+
+@needs_reviews
+def test_the_judge_tells_people_s_texts_from_spoiled_ones(assets, parts):
+    judge = SentimentClassifier.load(assets / "classifier.json")
+    accuracy = written_accuracy(judge, [row.text for row in parts["held_out"].snippets])
+    assert accuracy >= 0.8
+    assert accuracy == pytest.approx(json.loads((assets / "figures.json").read_text())["judge_written"], abs=1e-6)
 
 
 def test_classifier_is_at_the_minimum_of_its_loss():

@@ -120,7 +120,8 @@ def test_the_classifier_judges_whole_texts_and_gives_the_shares_called_positive(
     result = run_evaluation(EvaluateConfig(**job, judge="classifier"))
     classifier, rows = SentimentClassifier.load(tmp_path / "classifier.json"), rows_of()["rows"]
     logits = [classifier.logit(f"{row['prompt']} {row['policy']}".strip()) for row in rows]
-    assert [row["score_policy"] for row in rows] == pytest.approx(logits)
+    texts = [f"{row['prompt']} {row['policy']}".strip() for row in rows]
+    assert [row["score_policy"] for row in rows] == pytest.approx([classifier.score(text) for text in texts])
     assert result.positive is not None
     assert result.positive[0] == pytest.approx(sum(x > 0 for x in logits) / 12)
     assert f"called positive {result.positive[0]:.1%} against" in result.sentence()

@@ -24,7 +24,7 @@ from ppomax.config import OptimConfig, RunConfig
 from ppomax.config.stages import BuildDefaultConfig, RewardModelConfig, SftConfig
 from ppomax.data import Text, load_pairs, load_prompts, load_texts
 from ppomax.default import texts as files
-from ppomax.default.classifier import train_classifier
+from ppomax.default.classifier import train_classifier, with_written, written_rows
 from ppomax.default.model_card import model_card
 from ppomax.models import RewardModel, load_policy, load_reward_model, load_tokenizer, use_threads
 from ppomax.rollout import Sampling, decode
@@ -198,6 +198,7 @@ def _sample(out: Path, tokenizer: PreTrainedTokenizerBase, config: BuildDefaultC
 def _judge(part: files.Part, out: Path) -> SentimentClassifier:
     rows = [*part.snippets, *part.reviews]
     judge = train_classifier([row.text for row in rows], [row.label for row in rows], min_documents=4)
+    judge = with_written(judge, [row.text for row in part.snippets])
     judge.save(out / "classifier.json")
     return SentimentClassifier.load(out / "classifier.json")
 
@@ -219,6 +220,7 @@ def _held_out_figures(
             name: _judge_accuracy(judge, rows)
             for name, rows in (("snippets", held_out.snippets), ("reviews", held_out.reviews))
         },
+        "judge_written": written_accuracy(judge, [row.text for row in held_out.snippets]),
         "pairs": {},
     }
     for name in ("snippets", "snippets_cut", "pieces", "reviews"):
@@ -232,6 +234,12 @@ def _held_out_figures(
 
 def _judge_accuracy(judge: SentimentClassifier, rows: list[files.Labelled]) -> float:
     return sum((judge.logit(row.text) > 0) == bool(row.label) for row in rows) / len(rows)
+
+
+def written_accuracy(judge: SentimentClassifier, texts: list[str]) -> float:
+    """How often the judge tells people's texts from spoiled ones."""
+    rows, labels = written_rows(texts, 1)
+    return sum((judge.written_logit(row) > 0) == bool(label) for row, label in zip(rows, labels)) / len(rows)
 
 
 def _sample_figures(

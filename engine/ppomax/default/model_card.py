@@ -21,7 +21,7 @@ that.
 | `reward_model/` | {reward_layers} such blocks and a `score` head, {reward_model_parameters:,} parameters, bfloat16 |
 | `prompts.jsonl` | {prompts} openings, written for ppomax |
 | `held_out_prompts.jsonl` | {held_out_prompts} more on other subjects, to judge policies by |
-| `classifier.json` | the judge: TF-IDF and logistic regression in plain data; read by `ppomax.assets.classifier` |
+| `classifier.json` | the judge: positive? written by a person? plain data, read by `ppomax.assets.classifier` |
 | `figures.json` | the figures below |
 
 ## Format
@@ -55,6 +55,7 @@ AdamW, cosine schedule. Seconds of this build's stages (those that were read fro
 | policy: NLL of the rest of a held-out snippet, nats a token | {nll:.3f} (perplexity {perplexity:.1f}) |
 {pair_rows}
 | judge: accuracy on held-out snippets / reviews | {judge_snippets:.3f} / {judge_reviews:.3f} |
+| judge: people's held-out snippets told from spoiled ones | {judge_written:.3f} |
 | {count} samples of the policy (temperature 1, at most 48 tokens): called positive by the judge | {positive:.1%} |
 | the same: mean length, share that ends by EOS | {mean_length:.1f}, {finished:.1%} |
 | the same: mean score where the judge says positive / negative | {score_positive:+.2f} / {score_negative:+.2f} |
@@ -94,6 +95,7 @@ def model_card(
         perplexity=math.exp(figures["policy_nll"]),
         judge_snippets=judge["snippets"],
         judge_reviews=judge["reviews"],
+        judge_written=figures["judge_written"],
         count=samples["count"],
         positive=samples["positive_by_judge"],
         mean_length=samples["mean_length"],

@@ -51,7 +51,7 @@ class Evaluation:
     """Prompts without a usable verdict; they are in no rate."""
     path: Path
     """evaluation.json, with a row a prompt."""
-    positive: tuple[float, float] | None = None
+    positive: tuple[float, ...] | None = None
     """Shares of policy's and baseline's texts that the classifier calls positive, where it judged."""
 
     sheet: Path | None = None
@@ -103,7 +103,7 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
         )
     out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-evaluate")
     out.mkdir(parents=True, exist_ok=True)
-    positive = positive_shares(judged) if config.judge == "classifier" else None
+    positive = positive_shares(ours, theirs) if config.judge == "classifier" else None
     result = Evaluation(counts["win"], counts["tie"], counts["lose"], counts[None], out / "evaluation.json", positive)
     held = as_json(result, config, ours, theirs, judged)
     if config.sheet:
@@ -129,10 +129,12 @@ def completed(config: EvaluateConfig) -> EvaluateConfig:
     return replace(config, **found)
 
 
-def positive_shares(judged: Sequence[Judgement]) -> tuple[float, float]:
-    """Shares with a log-odds above 0 of policy's and baseline's texts."""
-    sides = [[j.detail[name] > 0 for j in judged] for name in ("score_policy", "score_baseline")]
-    return sum(sides[0]) / len(judged), sum(sides[1]) / len(judged)
+def positive_shares(*sides: Sequence[Answer]) -> tuple[float, ...]:
+    """Share of each side's texts that the shipped classifier calls positive, whoever may have written them."""
+    from ppomax.assets.classifier import SentimentClassifier
+
+    classifier = SentimentClassifier.load(shipped("classifier.json"))
+    return tuple(classifier.positive_share([a.whole for a in side]) for side in sides)
 
 
 def endpoint_judge(config: EvaluateConfig) -> EndpointJudge:
@@ -210,7 +212,7 @@ def scores(given: Sequence[Answer], theirs: Any, config: EvaluateConfig) -> list
         from ppomax.assets.classifier import SentimentClassifier
 
         classifier = SentimentClassifier.load(shipped("classifier.json"))
-        return [classifier.logit(a.whole) for a in given]
+        return [classifier.score(a.whole) for a in given]
     if config.judge == "function":
         from ppomax.data import PromptRow, columns_of
         from ppomax.recipe.rewards import RESERVED, call_reward, load_function

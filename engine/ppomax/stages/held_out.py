@@ -69,7 +69,7 @@ def judge_function(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
         prompts: list[str], responses: list[str], prompt_ids: list[list[int]], response_ids: list[list[int]]
     ) -> list[float]:
         pairs = zip(prompt_ids, response_ids, strict=True)
-        return [found.logit(str(tokenizer.decode([*p, *r], skip_special_tokens=True))) for p, r in pairs]
+        return [found.score(str(tokenizer.decode([*p, *r], skip_special_tokens=True))) for p, r in pairs]
 
     return classifier
 
