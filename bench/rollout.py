@@ -1,12 +1,13 @@
 """The engine's rollout against `model.generate` of the installed transformers, in turns.
 
-    python -m bench.rollout [--threads 2] [--rounds 5] [--rows equal uneven samples bf16] [--cpu-time]
+    python -m bench.rollout [--threads 2] [--rounds 5] [--rows equal uneven samples bf16] [--cpu-time] [--model FOLDER]
 
 Both sample from the shipped policy in float32 at temperature 1; the rollout also records each token's logprob. Rows:
     equal    64 prompts of 12 tokens, 48 new tokens each
     uneven   256 prompts, responses as long as the policy makes them, at most 128 tokens; 64 slots
     samples  8 prompts of 256 tokens, 8 samples of 32 new tokens each
     bf16     the first row by the rollout alone, bfloat16 against float32
+    laptop   with --model, whose policy is then used, this one alone: 16 prompts of 12 tokens, 32 new tokens each
 `generate` runs in its fastest setting for the row: attention sdpa or eager, growing or static cache, 64 sequences a
 batch or all, OpenMP threads that spin for a while (libgomp's default) or sleep, found by one run of each. The rollout
 runs as `ppomax` does, with threads that sleep. Each has a process of its own, since that choice is made once a process
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 import transformers
@@ -73,6 +75,7 @@ def jobs(tokenizer: PreTrainedTokenizerBase) -> dict[str, Job]:
         Job("equal", random(64, 12), 48, 48, 1, 64, 2.0),
         Job("uneven", uneven, 128, 0, 1, 64, 3.0),
         Job("samples", random(8, 256), 32, 32, 8, 64, 3.0),
+        Job("laptop", random(16, 12), 32, 32, 1, 64, 1.5),
     )
     return {job.name: job for job in made}
 
@@ -120,14 +123,14 @@ def theirs(model: PreTrainedModel, job: Job, eos: int, attention: str, cache: st
 class Side:
     """A process with the models, which works when it is asked to."""
 
-    def __init__(self, waiting: str, threads: int, cpu_time: bool):
+    def __init__(self, waiting: str, threads: int, cpu_time: bool, path: Path):
         """`waiting`: OMP_WAIT_POLICY, or "default", with which threads spin for a while and then sleep."""
         self.waiting = waiting
         os.environ.pop("OMP_WAIT_POLICY", None)  # read when the child loads its OpenMP
         if waiting != "default":
             os.environ["OMP_WAIT_POLICY"] = waiting
         here, there = (context := multiprocessing.get_context("spawn")).Pipe()
-        self.process = context.Process(target=serve, args=(there, threads, cpu_time), daemon=True)
+        self.process = context.Process(target=serve, args=(there, threads, cpu_time, path), daemon=True)
         self.process.start()
         self.connection = here
 
@@ -137,11 +140,10 @@ class Side:
         return self.connection.recv()  # type: ignore[no-any-return]
 
 
-def serve(connection: Connection, threads: int, cpu_time: bool) -> None:
+def serve(connection: Connection, threads: int, cpu_time: bool, path: Path) -> None:
     """Do what is asked through the connection until its other end closes."""
     torch.set_num_threads(threads)
     clock = time.process_time if cpu_time else time.perf_counter
-    path = FOLDER / "policy"
     tokenizer, models = load_tokenizer(path), {}
     eos, todo = int(tokenizer.eos_token_id), jobs(tokenizer)
     while True:
@@ -207,9 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", choices=names, default=list(names))
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--model", type=Path)
     args = parser.parse_args(arguments)
-    todo = jobs(load_tokenizer(FOLDER / "policy"))
-    rollout, spins, sleeps = (Side(w, args.threads, args.cpu_time) for w in ("passive", "default", "passive"))
+    path = args.model or FOLDER / "policy"
+    args.rows = ["laptop"] if args.model else args.rows
+    todo = jobs(load_tokenizer(path))
+    rollout, spins, sleeps = (Side(w, args.threads, args.cpu_time, path) for w in ("passive", "default", "passive"))
     print(
         f"tokens a second, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
     )

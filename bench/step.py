@@ -1,8 +1,10 @@
 """A whole PPO step on a CPU against TRL's PPOTrainer, in turns, and the share of it that its products alone take.
 
     python -m bench.step [--threads 2] [--rounds 5] [--prompts 64] [--tokens 48] [--modes full hydra+branch]
+                         [--model FOLDER] [--rivals TRL "TRL on our ops"]
 
-The shipped policy, reward model and prompts, float32; every response has all its tokens, one epoch, one optimiser step
+The shipped policy, reward model and prompts, float32; or another policy (--model), whose reward model is its trunk with
+a random head; every response has all its tokens, one epoch, one optimiser step
 on two micro-batches. TRL (`bench/rivals.sh trl`, version 1.0 to 1.10) does the same work: generate, log-probabilities
 of policy and reference, values, scores, update of policy and critic; without it ours is timed alone.
 Each side has a process of its own, since how OpenMP's threads wait is chosen once a process: ours sleep, as `ppomax`
@@ -28,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +38,14 @@ from ppomax.assets import FOLDER
 from ppomax.config import load_config
 from ppomax.engine import Engine
 from ppomax.integrations.trl import patch_ppo
-from ppomax.models import make_critic
+from ppomax.models import (
+    RewardModel,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    make_critic,
+    make_reward_model,
+)
 from ppomax.rollout import forward, packed_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,7 +133,14 @@ def replay(shapes: Shapes) -> Callable[[], None]:
     return run
 
 
-def ours(mode: str, prompts: int, tokens: int) -> tuple[Engine, list[list[int]]]:
+def reward_model(model: Path | None) -> RewardModel:
+    """The shipped one, or one as large as the policy `model`."""
+    if model is None:
+        return load_reward_model(FOLDER / "reward_model")
+    return make_reward_model(load_policy(model))
+
+
+def ours(mode: str, prompts: int, tokens: int, model: Path | None) -> tuple[Engine, list[list[int]]]:
     """An engine, and its prompts."""
     config = load_config(
         overrides={
@@ -132,14 +149,13 @@ def ours(mode: str, prompts: int, tokens: int) -> tuple[Engine, list[list[int]]]
             "rollout.allow_biased_sampling": True, "reward.missing_eos_penalty": 0.0, **MODES[mode],
         }
     )  # fmt: skip
-    engine = Engine(FOLDER / "policy", None, None, FOLDER / "reward_model", config)
+    engine = Engine(model or FOLDER / "policy", None, None, reward_model(model), config)
     return engine, read_prompts(engine, prompts)
 
 
-def theirs(prompts: list[list[int]], tokens: int, connection: Connection) -> Any:
+def theirs(prompts: list[list[int]], tokens: int, model: Path | None, connection: Connection) -> Any:
     """TRL's trainer on the same models, which waits before each step until it is asked for, and tells its seconds."""
     from datasets import Dataset
-    from ppomax.models import load_policy, load_reward_model, load_tokenizer
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -155,7 +171,8 @@ def theirs(prompts: list[list[int]], tokens: int, connection: Connection) -> Any
             connection.send({"step": time.perf_counter() - self.began, "peak": peak() - self.before})
             self.on_train_begin()
 
-    tokenizer = load_tokenizer(FOLDER / "policy")
+    policy = model or FOLDER / "policy"
+    tokenizer = load_tokenizer(policy)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
@@ -167,10 +184,10 @@ def theirs(prompts: list[list[int]], tokens: int, connection: Connection) -> Any
         total_episodes=10**6 * count, num_ppo_epochs=1, response_length=tokens, temperature=1.0,
         local_rollout_forward_batch_size=count, learning_rate=1e-6,
     )  # fmt: skip
-    reward = load_reward_model(FOLDER / "reward_model")
+    reward = reward_model(model)
     return PPOTrainer(
-        args=args, processing_class=tokenizer, model=load_policy(FOLDER / "policy"),
-        ref_model=load_policy(FOLDER / "policy"), reward_model=reward.model, value_model=make_critic(reward).model,
+        args=args, processing_class=tokenizer, model=load_policy(policy),
+        ref_model=load_policy(policy), reward_model=reward.model, value_model=make_critic(reward).model,
         train_dataset=Dataset.from_dict({"input_ids": prompts}), callbacks=[Turns()],
     )  # fmt: skip
 
@@ -185,18 +202,18 @@ def serve(connection: Connection, side: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     with contextlib.suppress(EOFError):
         if side.startswith("TRL"):
-            _, prompts = ours("full", args.prompts, args.tokens)
+            _, prompts = ours("hydra+branch", args.prompts, args.tokens, args.model)
             try:
                 if side == "TRL on our ops":
                     patch_ppo()
-                trainer = theirs(prompts, args.tokens, connection)
+                trainer = theirs(prompts, args.tokens, args.model, connection)
             except ImportError as error:
                 connection.recv()
                 connection.send(str(error))
                 return
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer.train()
-        engine, prompts = ours(side, args.prompts, args.tokens)
+        engine, prompts = ours(side, args.prompts, args.tokens, args.model)
         with Products() as counted:
             engine.step(prompts)
         products, attention = replay(counted.seen), replay(counted.attention)
@@ -212,7 +229,7 @@ def serve(connection: Connection, side: str, args: argparse.Namespace) -> None:
             found = dict(
                 zip(("step", "products", "attention"), (b - a for a, b in itertools.pairwise(times)), strict=True)
             )
-            connection.send(found | {phase: metrics[f"time/{phase}"] for phase in PHASES})
+            connection.send(found | {"peak": peak()} | {phase: metrics[f"time/{phase}"] for phase in PHASES})
 
 
 class Side:
@@ -251,12 +268,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["full", "hydra+branch"])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--rivals", nargs="*", default=["TRL", "TRL on our ops"])
     args = parser.parse_args()
     print(f"{machine.card(torch.device('cpu'))}, {machine.versions(torch.device('cpu'))}, {args.threads} threads")
     rivals = {
-        f"{side}, threads {how}": Side(side, waiting, args)
-        for side in ("TRL", "TRL on our ops")
-        for how, waiting in WAITING.items()
+        f"{side}, threads {how}": Side(side, waiting, args) for side in args.rivals for how, waiting in WAITING.items()
     }
     sides = {mode: Side(mode, "passive", args) for mode in args.modes}
     for _ in range(args.rounds + 1):
@@ -277,7 +294,8 @@ def report(rivals: dict[str, Side], sides: dict[str, Side]) -> None:
     best = min(plain, key=lambda r: r.median("step"), default=None)
     for mode, side in sides.items():
         split = "  ".join(f"{phase} {side.median(phase) * 1e3:.0f}" for phase in PHASES)
-        print(f"ppomax, {mode:24} {side.median('step') * 1e3:6.0f} ms   {split}")
+        held = f"{side.median('peak'):5.0f} MiB in all"
+        print(f"ppomax, {mode:24} {side.median('step') * 1e3:6.0f} ms   {split}   {held}")
         shares = [
             statistics.median(sum(t[name] for name in parts) / t["step"] for t in side.turns[1:])
             for parts in (("products",), ("products", "attention"))

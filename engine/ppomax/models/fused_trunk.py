@@ -23,7 +23,7 @@ from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
 
 MOST_BYTES = 256 * 2**20
-"""Weights that are joined, or packed by a rollout: above this they are not worth a second copy."""
+"""Weights that are joined in each forward: above this they are not worth a second copy."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}
 """Between a module's answer to the probe and ours; bfloat16 keeps 8 bits, float16 11, and modules round more than
 once."""
