@@ -53,7 +53,7 @@ def _train(config: TrainConfig) -> Exception | None:
     from ppomax.stages.signals import Stopped
 
     out = Path(str(config.run.out))
-    console = start_logging(quiet=ranks.rank() > 0)
+    console = start_logging(quiet=ranks.rank() > 0, file=log_of(out))
     console.print(
         f"[bold]ppomax train[/]  preset {config.preset}, {config.run.steps} steps, folder {out}", highlight=False
     )
@@ -288,7 +288,7 @@ def in_its_folder(name: str, config: C, run: Callable[[C], Path]) -> None:
     """Run a stage and say where it writes."""
     from ppomax.sharding import ranks
 
-    console = start_logging(quiet=ranks.rank() > 0)
+    console = start_logging(quiet=ranks.rank() > 0, file=log_of(folder_of(config)))
     console.print(f"[bold]ppomax {name}[/]  folder {folder_of(config)}", highlight=False)
     if isinstance(config, (SftConfig, RewardModelConfig)):
         from ppomax.planning.plan import plan_line
@@ -308,9 +308,17 @@ def preset_text(path: Path) -> str:
     )
 
 
-def start_logging(*, quiet: bool = False) -> Any:
+def log_of(out: Path) -> Path | None:
+    """Where a rank of several writes its log; one process has its output alone."""
+    from ppomax.sharding import ranks
+
+    number, count = ranks.position()
+    return out / "logs" / f"rank-{number:04d}.log" if count > 1 else None
+
+
+def start_logging(*, quiet: bool = False, file: Path | None = None) -> Any:
     """Log lines above the progress line on a terminal, plain ones elsewhere; returns the rich console. `quiet`: errors
-    alone, for the ranks but the first."""
+    alone, for the ranks but the first. file: where all lines go as well, with their times."""
     from rich.console import Console
     from rich.logging import RichHandler
 
@@ -318,8 +326,14 @@ def start_logging(*, quiet: bool = False) -> Any:
     handler: logging.Handler = logging.StreamHandler(sys.stdout)
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+    handler.setLevel(logging.ERROR if quiet else logging.NOTSET)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("ppomax").setLevel(logging.ERROR if quiet else logging.INFO)
+    logging.getLogger("ppomax").setLevel(logging.INFO)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        writer = logging.FileHandler(file, encoding="utf-8")
+        writer.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(writer)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # DeepSpeed calls torch's collectives by names that newer ones replace, and would have torch say so at every step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -355,6 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        into_log_files(traceback.format_exc())
         if debug:
             traceback.print_exc()
         if isinstance(status := getattr(error, "status", None), int):  # ended by a signal, its checkpoint written
@@ -363,6 +378,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ppomax: error: {one_line(error)}", file=sys.stderr)
         return 2 if expected(error) else 1
     return 0
+
+
+def into_log_files(words: str) -> None:
+    """What need not be on the console."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            with open(handler.baseFilename, "a", encoding="utf-8") as file:
+                file.write(words)
 
 
 def usage() -> str:

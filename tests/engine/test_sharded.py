@@ -360,6 +360,8 @@ def test_zero_3_to_plain_to_zero_1_from_the_command_line(folder) -> None:
         for name in ("three", "seams")
     ]
     assert steps_of(folder / "seams") == [1, 2, 3, 4]
+    logs = [(folder / "seams" / "logs" / f"rank-000{n}.log").read_text(encoding="utf-8") for n in (0, 1)]
+    assert all(text.count("resumed from") == 1 for text in logs)
     want, got = ([row for row in run if row["step"]] for run in rows)
     assert losses(got) == pytest.approx(losses(want), abs=BETWEEN)
 
