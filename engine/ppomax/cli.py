@@ -8,18 +8,17 @@ step leaves a checkpoint, and exit status 130 (Ctrl-C) or 143 (SIGTERM). No torc
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import textwrap
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ppomax.command.folders import dated, folder_of, pop_flag, training_config
 from ppomax.command.launch import parse_on_all_ranks, watched, without_local_rank
+from ppomax.command.logs import into_log_files, log_of, start_logging
 from ppomax.command.options import RUN_FLAGS, Options, stage_presets
 from ppomax.config import PRESET_DIR, ConfigError, TrainConfig, load_config, to_dict
 from ppomax.config.launcher import started_ranks
@@ -308,41 +307,6 @@ def preset_text(path: Path) -> str:
     )
 
 
-def log_of(out: Path) -> Path | None:
-    """Where a rank of several writes its log; one process has its output alone."""
-    from ppomax.sharding import ranks
-
-    number, count = ranks.position()
-    return out / "logs" / f"rank-{number:04d}.log" if count > 1 else None
-
-
-def start_logging(*, quiet: bool = False, file: Path | None = None) -> Any:
-    """Log lines above the progress line on a terminal, plain ones elsewhere; returns the rich console. `quiet`: errors
-    alone, for the ranks but the first. file: where all lines go as well, with their times."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    console = Console(soft_wrap=True, quiet=quiet)
-    handler: logging.Handler = logging.StreamHandler(sys.stdout)
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
-    handler.setLevel(logging.ERROR if quiet else logging.NOTSET)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("ppomax").setLevel(logging.INFO)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        writer = logging.FileHandler(file, encoding="utf-8")
-        writer.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger().addHandler(writer)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    # DeepSpeed calls torch's collectives by names that newer ones replace, and would have torch say so at every step.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # loading takes a moment, and the bars would cut through the progress line
-    return console
-
-
 # ---- the entry point ------------------------------------------------------------------------------------------------
 
 
@@ -378,14 +342,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ppomax: error: {one_line(error)}", file=sys.stderr)
         return 2 if expected(error) else 1
     return 0
-
-
-def into_log_files(words: str) -> None:
-    """What need not be on the console."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            with open(handler.baseFilename, "a", encoding="utf-8") as file:
-                file.write(words)
 
 
 def usage() -> str:
