@@ -236,3 +236,11 @@ def test_a_device_that_is_not_there_is_named(name):
 def test_more_threads_than_cpus_are_refused():
     with pytest.raises(ValueError, match="1000000 were asked for on a machine with"):
         use_threads(1_000_000)
+
+
+@pytest.mark.parametrize("inside", ["engine.json", "checkpoints/x"])
+def test_a_checkpoint_is_named_with_the_command_that_makes_a_model_of_it(tmp_path, inside):
+    (tmp_path / inside).parent.mkdir(exist_ok=True)
+    (tmp_path / inside).write_text("{}")
+    with pytest.raises(LoadingError, match=r"is a checkpoint, or the folder of a run .* `ppomax export .* OUT`"):
+        load_policy(tmp_path)

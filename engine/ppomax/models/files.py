@@ -77,6 +77,11 @@ def _whole_model(folder: Path) -> Path:
             f".from_pretrained('{folder}').merge_and_unload().save_pretrained('merged'), and the tokenizer beside it"
         )
     if not there["config.json"] and not there["tokenizer_config.json"]:
+        if (folder / "engine.json").is_file() or (folder / "checkpoints").is_dir():
+            raise LoadingError(
+                f"{folder} is a checkpoint, or the folder of a run that has not ended; make a model folder of it by "
+                f"`ppomax export {folder} OUT`"
+            )
         raise FileNotFoundError(f"{folder} holds neither config.json nor tokenizer_config.json; give a HF model folder")
     return folder
 
