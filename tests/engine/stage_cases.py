@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from ppomax.config import OptimConfig, RunConfig, ShardingConfig
 from ppomax.config.stages import RewardModelConfig, SftConfig
 from ppomax.saving.model_folder import save_model
@@ -14,6 +15,7 @@ from ppomax.sharding import ranks
 from ppomax.stages.reward_model import train_reward_model
 from ppomax.stages.sft import train_sft
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen3MoeConfig
 
 from tests.engine.rank_cases import Kept, tried
 from tests.engine.tiny_text import TEXTS, tiny_llama, tiny_tokenizer
@@ -25,10 +27,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sft, untied": ("sft", {"model": "untied"}, (3,)),
     "sft, lora": ("sft", {"train": "lora"}, (2, 3)),
     "sft, recomputed": ("sft", {"gradient_checkpointing": True}, (3,)),
+    "sft, experts": ("sft", {"model": "experts"}, (2, 3)),
+    "sft, old names": ("sft", {"model": "neox"}, (3,)),
     "sft, bfloat16": ("sft", {"dtype": "bfloat16"}, (1, 3)),
     "sft, autocast": ("sft", {"autocast": True}, (2,)),
     "reward": ("reward", {}, (0, 1, 2, 3)),
     "reward, untied": ("reward", {"model": "untied"}, (2, 3)),
+    "reward, experts": ("reward", {"model": "experts", "unit_std": False}, (3,)),
     "reward, lora": ("reward", {"train": "lora"}, (3,)),
     "reward, no lm": ("reward", {"lm_coef": 0.0, "unit_std": False}, (3,)),
 }
@@ -39,6 +44,15 @@ def prepare(folder: Path) -> None:
     """Models and rows of all cases."""
     for name, tied in (("tied", True), ("untied", False)):
         save_model(tiny_llama(tied=tied), tiny_tokenizer(), folder / name)
+    known = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    for name, config in (
+        ("experts", Qwen3MoeConfig(**known, **heads, **experts, head_dim=8)),
+        ("neox", GPTNeoXConfig(**known, **heads)),
+    ):
+        save_model(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), folder / name)
     pairs = [
         {"prompt": "the film is", "chosen": f" {good}", "rejected": f" {bad} ."}
         for good in ("warm", "a warm and funny story")

@@ -14,7 +14,9 @@ from ppomax.config import load_config
 from ppomax.engine import Engine
 from ppomax.models import load_policy, load_reward_model, make_reward_model, packed_hidden
 from ppomax.models.modes import start_policy
+from ppomax.saving.export_policy import export_policy
 from ppomax.saving.model_folder import save_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 PAGE = Path(__file__).parents[2] / "engine" / "guide" / "families.md"
@@ -119,3 +121,19 @@ def test_the_table_of_the_guide_says_what_works(name: str, tmp_path: Path) -> No
         pytest.skip(f"the table is of transformers {version[1]}, this is {transformers.__version__}")
     row = f"| {' | '.join(found(name, tmp_path))} |"
     assert row in text, row
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GPTNeoX"])
+def test_adapted_models_are_exported_as_transformers_names_their_tensors(name: str, tmp_path: Path) -> None:
+    """Experts one by one, old names: what other tools read."""
+    small = {"rollout.max_new_tokens": 6, "batch.rollout_size": 4, "batch.minibatch_size": 4, "ptx.coef": 0.0}
+    knobs = {"model.critic": "policy", "run.device": "cpu", **small, **MODES["lora"]}
+    engine = Engine(load_policy(made(name)), None, None, make_reward_model(made(name)), load_config(overrides=knobs))
+    engine.step([[1, 5, 6], [1, 7], [1, 8, 9, 3], [1, 4]])
+    export_policy(engine, tmp_path / "ours")
+    save_model(made(name), None, tmp_path / "theirs")
+    names = [sorted(load_file(tmp_path / side / "model.safetensors")) for side in ("ours", "theirs")]
+    assert names[0] == names[1]
+    again, tokens = load_policy(tmp_path / "ours"), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, engine.policy.module(tokens).logits, rtol=1e-4, atol=1e-5)

@@ -44,7 +44,7 @@ def assert_same(got: dict[str, Any], want: dict[str, Any], close: float) -> None
         assert mine == {name: pytest.approx(x, rel=close, abs=close) for name, x in theirs.items()}
     assert got["weights"].keys() == want["weights"].keys()
     for name, x in want["weights"].items():
-        assert got["weights"][name] == pytest.approx(x, abs=max(close, 2e-5)), name
+        assert got["weights"][name] == pytest.approx(x, abs=max(close, 2e-5) * max(1.0, *map(abs, x))), name
     assert got["offset"] == pytest.approx(want["offset"], rel=close, abs=close)
 
 

@@ -17,13 +17,15 @@ from transformers import (
 
 from ppomax.models.files import model_config
 from ppomax.models.packed import packed_hidden
-from ppomax.models.partitioned import gathered, load_partitioned
+from ppomax.models.partitioned import Kind, gathered, in_parts, load_partitioned
 from ppomax.models.policy import load_policy
 from ppomax.models.score_head import Scale, draw_score_head
 from ppomax.models.scorer_class import auto_scorer
 from ppomax.models.sources import ModelSource, read_whole
 from ppomax.models.transfers import sent
 from ppomax.models.trunk import base_of, blocks_name, blocks_of, train_as_scored, with_blocks
+
+SCORER: Kind = "sequence_classification"
 
 
 def load_reward_model(
@@ -46,7 +48,7 @@ def load_reward_model(
             f"load_reward_model: {source} has num_labels = {config.num_labels}, a reward model has 1 "
             "(a `score` head with one output); train one with `ppomax reward-model`"
         )
-    if zero is not None:
+    if zero is not None and in_parts(source, zero, SCORER):
         return RewardModel(load_partitioned(source, dtype, "sequence_classification", settings=zero))
     auto = auto_scorer(config)
     return RewardModel(read_whole(auto, source, dtype, trust_remote_code=trust_remote_code, **options))
@@ -123,7 +125,7 @@ def make_critic(
         return _new_critic(_score_model_of(source, seed).to(dtype))  # type: ignore[arg-type]
     architectures = model_config(source).architectures or []
     scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
-    if zero is not None:
+    if zero is not None and in_parts(source, zero, SCORER):
         options: dict[str, Any] = {"settings": zero, "new_head": not scorer, "seed": seed}
         model = load_partitioned(source, dtype, "sequence_classification", **options)
         return Critic(model).requires_grad_(True) if scorer else _new_critic(model)
@@ -167,7 +169,7 @@ def make_reward_model(
     path with `zero` is read into ZeRO-3's partitions, as in load_policy. dtype: None keeps the policy's."""
     if isinstance(policy, PreTrainedModel):
         model = _score_model_of(policy, seed)
-    elif zero is not None:
+    elif zero is not None and in_parts(policy, zero, SCORER):
         options: dict[str, Any] = {"settings": zero, "new_head": True, "seed": seed}
         model = load_partitioned(policy, dtype or torch.float32, "sequence_classification", **options)
     else:

@@ -25,6 +25,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ppomax.models.files import (
     LoadingError,
@@ -70,6 +71,20 @@ def load_partitioned(
         if source is not None:
             _fill(p, file, source.name)
     return model
+
+
+def in_parts(source: Any, zero: dict[str, Any] | None, kind: Kind = "causal_lm") -> bool:
+    """Whether a model is read straight into partitions: `zero` are DeepSpeed's settings for it, and the tensors of its
+    files are those of the module. Where transformers converts them as it loads (experts fused, old names), every rank
+    reads the whole model by transformers, and it is cut afterwards."""
+    if zero is None:
+        return False
+    folder = model_folder(source)
+    model = _empty_model(model_config(folder), folder, torch.float32, kind)
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return True
+    log.info("%s: transformers converts its tensors, so each rank reads all of them before its part is cut", folder)
+    return False
 
 
 @contextmanager

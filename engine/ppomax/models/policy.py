@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ppomax.models.head import check_head
-from ppomax.models.partitioned import gathered, load_partitioned
+from ppomax.models.partitioned import gathered, in_parts, load_partitioned
 from ppomax.models.sources import ModelSource, read_whole
 from ppomax.models.trunk import train_as_scored
 
@@ -34,8 +34,8 @@ def load_policy(
     """
     if isinstance(source, PreTrainedModel):
         model = source.to(dtype)  # type: ignore[arg-type]
-    elif zero is not None:
-        model = load_partitioned(source, dtype, settings=zero)
+    elif in_parts(source, zero):
+        model = load_partitioned(source, dtype, settings=zero)  # type: ignore[arg-type]
     else:
         model = read_whole(AutoModelForCausalLM, source, dtype, trust_remote_code=trust_remote_code, **options)
     if model.config.is_encoder_decoder:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ppomax.models.adapters import has_adapters, merged_weights
 from ppomax.models.trunk import config_as_given
@@ -70,7 +72,10 @@ def export_model(
     def write(stream: Iterator[Tensor]) -> None:
         with beside(path) as folder:
             folder.mkdir()
-            _write_weights(folder, weights, parts, stream)
+            if get_model_conversion_mapping(model, add_legacy=False):
+                _write_converted(folder, model, weights, stream, shard_bytes)
+            else:
+                _write_weights(folder, weights, parts, stream)
             if adapters:
                 whole = {name: next(stream).detach().cpu().clone() for name in adapters}
                 model.save_pretrained(folder / "adapter", state_dict=whole, safe_serialization=True)
@@ -80,6 +85,17 @@ def export_model(
 
     write_gathered([*weights.values(), *adapters.values()], write)
     return path
+
+
+def _write_converted(
+    folder: Path, model: PreTrainedModel, weights: dict[str, Lazy], stream: Iterator[Tensor], shard_bytes: int
+) -> None:
+    """By transformers, which lays the tensors out in the files as others know them (experts one by one, old names); all
+    of them are held at once."""
+    whole = {name: next(stream).detach().cpu().clone() for name in weights}
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.save_pretrained(folder, state_dict=whole, max_shard_size=shard_bytes)
 
 
 def _write_weights(folder: Path, weights: dict[str, Lazy], parts: list[list[str]], stream: Iterator[Tensor]) -> None:
