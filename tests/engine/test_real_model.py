@@ -53,8 +53,8 @@ def test_it_trains_and_starts_from_itself(mode: str, tokenizer) -> None:
 
 
 def test_decode_gives_the_logprobs_of_a_forward(tokenizer) -> None:
-    """Within 3e-5, and 5e-6 in the mean: thirty blocks round in another order where rows are decoded one by one than
-    where a sequence goes through whole (a model of a few blocks is within 1e-5)."""
+    """Within 2e-4, and 1e-5 in the mean: thirty blocks round in another order where rows are decoded one by one, by
+    products on packed weights, than where a sequence goes through whole (a model of a few blocks is within 1e-5)."""
     policy = load_policy(MODEL).eval()
     prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
     given = decode(policy, prompts, range(len(prompts)), Sampling(24), eos_ids=[tokenizer.eos_token_id])
@@ -65,5 +65,5 @@ def test_decode_gives_the_logprobs_of_a_forward(tokenizer) -> None:
         want, _ = policy_logprobs(policy, tokens, cu, states, temperature=1.0)
         gaps.append((torch.tensor(logprobs) - want.detach()).abs())
     gap = torch.cat(gaps)
-    assert gap.max() < 3e-5
-    assert gap.mean() < 5e-6
+    assert gap.max() < 2e-4
+    assert gap.mean() < 1e-5
