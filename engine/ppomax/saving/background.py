@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppomax.config import RunConfig, ShardingConfig
 from ppomax.saving.dealt import Entry, Share, copied, share_of, write_share
-from ppomax.saving.folder import begin_together, complete
+from ppomax.saving.folder import begin_together, complete, prune
 from ppomax.sharding import Lazy, ranks
 
 
@@ -39,6 +39,31 @@ def in_background(run: RunConfig, sharding: ShardingConfig, *, gpu: bool) -> boo
     if run.background_saves is None:
         return gpu and not sharding.offload_optimizer
     return run.background_saves
+
+
+class Checkpoints:
+    """The checkpoints of a run under `root`: each at once or beside training, older ones pruned once it is whole."""
+
+    def __init__(self, root: Path, run: RunConfig, sharding: ShardingConfig, device: torch.device):
+        self.root, self.keep, self.device = root, run.keep_checkpoints, device
+        self.beside = in_background(run, sharding, gpu=device.type == "cuda")
+        self.pending: PendingSave | None = None
+
+    def save(self, name: str, at_once: Callable[[Path], object], start: Callable[[Path], PendingSave]) -> None:
+        """One more, by the first function or, where it is written beside training, by the second."""
+        self.finish()
+        if self.beside:
+            self.pending = start(self.root / name)
+        else:
+            at_once(self.root / name)
+            prune(self.root, self.keep)
+
+    def finish(self, *, only_if_ready: bool = False) -> None:
+        """Put the one that is being written in its place, waiting for it if need be."""
+        if self.pending is not None and (not only_if_ready or self.pending.ready(self.device)):
+            pending, self.pending = self.pending, None
+            pending.finish()
+            prune(self.root, self.keep)
 
 
 class BackgroundWriter:

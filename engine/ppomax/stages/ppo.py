@@ -30,10 +30,10 @@ from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
 from ppomax.rollout import Sampling, decode
 from ppomax.rollout.joined import joined
-from ppomax.saving.background import PendingSave, in_background
+from ppomax.saving.background import Checkpoints
 from ppomax.saving.engine_state import compare_fingerprints
 from ppomax.saving.export_policy import export_policy
-from ppomax.saving.folder import CheckpointError, clean, newest, prune
+from ppomax.saving.folder import CheckpointError, clean, newest
 from ppomax.saving.lock import claimed
 from ppomax.saving.random_state import seed_all
 from ppomax.sharding import ranks
@@ -97,7 +97,7 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
         finally:
             monitor.close()
             if ranks.world_size() == 1:  # else the others may be gone
-                loop.finish_save()
+                loop.checkpoints.finish()
         step = loop.progress.step
         if loop.stopped(stop) and step < config.run.steps:
             raise Stopped(stop.signal, f"stopped after step {step}; checkpoint written, go on with run.resume=true")
@@ -111,8 +111,6 @@ class PpoLoop:
     def __init__(self, config: TrainConfig, out: Path):
         self.config, self.out, self.progress = config, out, Progress()
         self.saved_at: tuple[int, int] | None = None
-        self.pending: PendingSave | None = None
-        """A checkpoint that is being written while training goes on."""
         sources = run_sources(config)
         trust = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.tokenizer or sources.policy, trust_remote_code=trust)
@@ -144,6 +142,7 @@ class PpoLoop:
         texts = fingerprint_rows(t.tokens for t in self.texts) if config.ptx.texts else None
         self.data = agreed_rows({"prompts": fingerprint_rows(self.given.prompts), "ptx texts": texts})
         self.held_out = HeldOut(self.engine, self.judged, judge, self.progress.eval_start)
+        self.checkpoints = Checkpoints(out / "checkpoints", config.run, config.sharding, self.engine.device)
 
     def _load_prompts(self, source: str) -> list[PromptRow]:
         data = self.config.data
@@ -178,7 +177,7 @@ class PpoLoop:
             )
             if every and self.progress.pretrained % every == 0:
                 self.save()
-            self.finish_save(only_if_ready=True)
+            self.checkpoints.finish(only_if_ready=True)
 
     def train(self, monitor: Monitor, stop: StopRequest) -> None:
         """PPO steps until the last one, a signal, or the monitor's halt; ends on a checkpoint."""
@@ -200,10 +199,10 @@ class PpoLoop:
                 self._roll_back()
             elif run.checkpoint_every and progress.step % run.checkpoint_every == 0:
                 self.save()
-            self.finish_save(only_if_ready=True)
+            self.checkpoints.finish(only_if_ready=True)
         if self.saved_at != (progress.pretrained, progress.step):
             self.save()
-        self.finish_save()
+        self.checkpoints.finish()
 
     def stopped(self, stop: StopRequest) -> bool:
         """Whether a signal asked any rank to stop; then all of them do, at the same step."""
@@ -211,25 +210,15 @@ class PpoLoop:
         return stop.asked
 
     def save(self) -> None:
-        """A checkpoint of now, older ones pruned once it is whole."""
-        self.finish_save()
+        """A checkpoint of now."""
         name = f"step-{self.progress.step:06d}"
         if not self.progress.step:
             name += f"-critic-{self.progress.pretrained:03d}"
-        path, extra = self.out / "checkpoints" / name, {"progress": asdict(self.progress), "data": self.data}
+        extra = {"progress": asdict(self.progress), "data": self.data}
+        self.checkpoints.save(
+            name, lambda path: self.engine.save(path, extra), lambda path: self.engine.start_save(path, extra)
+        )
         self.saved_at = (self.progress.pretrained, self.progress.step)
-        if in_background(self.config.run, self.config.sharding, gpu=self.engine.device.type == "cuda"):
-            self.pending = self.engine.start_save(path, extra)
-        else:
-            self.engine.save(path, extra)
-            prune(self.out / "checkpoints", self.config.run.keep_checkpoints)
-
-    def finish_save(self, *, only_if_ready: bool = False) -> None:
-        """Put the checkpoint that is being written in its place, waiting for it if need be."""
-        if self.pending is not None and (not only_if_ready or self.pending.ready(self.engine.device)):
-            pending, self.pending = self.pending, None
-            pending.finish()
-            prune(self.out / "checkpoints", self.config.run.keep_checkpoints)
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint `path`; knobs that differ from those it was saved with are named in the log."""
@@ -271,7 +260,7 @@ class PpoLoop:
         ]
 
     def _roll_back(self) -> None:
-        self.finish_save()
+        self.checkpoints.finish()
         path = newest(self.out / "checkpoints")
         if path is None:
             raise CheckpointError(

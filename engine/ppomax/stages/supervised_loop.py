@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppomax.config import RunConfig, ShardingConfig
 from ppomax.config.mapping import to_dict
 from ppomax.config.stages import RewardModelConfig, SftConfig
 from ppomax.models import pick_device, set_attention, use_threads
@@ -26,9 +25,9 @@ from ppomax.models.fingerprints import fingerprint
 from ppomax.recipe.streams import Purpose, stream
 from ppomax.reporting.lines import TimeLeft, plain_line, short
 from ppomax.reporting.trackers import Trackers
-from ppomax.saving.background import BackgroundWriter, PendingSave, in_background
+from ppomax.saving.background import BackgroundWriter, Checkpoints
 from ppomax.saving.engine_state import contents, read_state, restore_state, save_state
-from ppomax.saving.folder import CheckpointError, newest, prune
+from ppomax.saving.folder import CheckpointError, newest
 from ppomax.saving.jsonl import append_row, keep_rows
 from ppomax.saving.lock import claimed
 from ppomax.saving.random_state import seed_all
@@ -152,7 +151,8 @@ def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: 
     log.info("%d rows, %d tokens, %d steps an epoch", len(task.sizes), sum(task.sizes), len(order))
     prints = {"start": fingerprint(module), **agreed_rows({"rows": task.rows})}
     trained = train_model(module, config.optim, steps, config.sharding)
-    saved = Saved(out, _identity(config), prints, run, config.sharding)
+    checkpoints = Checkpoints(out / CHECKPOINTS, run, config.sharding, pick_device(run.device))
+    saved = Saved(out, _identity(config), prints, run.accept_changes, checkpoints)
     bad = saved.resume(trained) if run.resume else saved.fresh()
     with Curves(out, config, trained.steps, steps) as curves, stop_requests() as stop:
         while trained.steps < steps:
@@ -173,8 +173,8 @@ def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: 
                 curves.add(step, row, held_out)
             stop.asked = bool(ranks.max(torch.tensor(float(stop.asked), device=norm.device)))
             if stop.asked or step == steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
-                saved.save(trained, bad, norm.device)
-            saved.finish(norm.device, only_if_ready=not stop.asked and step < steps)
+                saved.save(trained, bad)
+            checkpoints.finish(only_if_ready=not stop.asked and step < steps)
             if stop.asked and step < steps:
                 words = stop.signal.name if stop.signal else "another rank's signal"
                 raise Stopped(stop.signal, f"stopped by {words} after step {step}; go on with --resume")
@@ -272,7 +272,7 @@ class Curves:
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Saved:
     """The checkpoints of a run, in the layout of engine_state.py: any other number of ranks can go on from them."""
 
@@ -281,28 +281,18 @@ class Saved:
     """The configuration, as far as a resumed run must have the same one."""
     prints: dict[str, str | None]
     """Fingerprints of rows and frozen weights."""
-    run: RunConfig
-    sharding: ShardingConfig
+    accept_changes: bool
+    checkpoints: Checkpoints
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
-    pending: PendingSave | None = None
 
-    def save(self, trained: Trained[Any], bad: int, device: torch.device) -> None:
-        """A checkpoint of now, older ones pruned once it is whole."""
-        self.finish(device)
-        path = self.out / CHECKPOINTS / f"step-{trained.steps:06d}"
+    def save(self, trained: Trained[Any], bad: int) -> None:
+        """A checkpoint of now."""
         state = {"identity": self.identity, "fingerprints": self.prints, "skipped_in_a_row": bad}
-        if in_background(self.run, self.sharding, gpu=device.type == "cuda"):
-            self.pending = self.writer.start(path, *contents({"model": trained}, state, {}))
-            return
-        save_state(path, {"model": trained}, state, {})
-        prune(self.out / CHECKPOINTS, self.run.keep_checkpoints)
-
-    def finish(self, device: torch.device, *, only_if_ready: bool = False) -> None:
-        """Put the checkpoint that is being written in its place, waiting for it if need be."""
-        if self.pending is not None and (not only_if_ready or self.pending.ready(device)):
-            pending, self.pending = self.pending, None
-            pending.finish()
-            prune(self.out / CHECKPOINTS, self.run.keep_checkpoints)
+        self.checkpoints.save(
+            f"step-{trained.steps:06d}",
+            lambda path: save_state(path, {"model": trained}, state, {}),
+            lambda path: self.writer.start(path, *contents({"model": trained}, state, {})),
+        )
 
     def resume(self, trained: Trained[Any]) -> int:
         """Go on from the newest checkpoint; how many steps were skipped in a row before it."""
@@ -316,7 +306,7 @@ class Saved:
                 f"{path} is of another run: {', '.join(names) or 'its configuration'} differs; resume with the same "
                 "configuration, or start anew in another folder"
             )
-        state, _ = restore_state(path, {"model": trained}, self.prints, self.run.accept_changes)
+        state, _ = restore_state(path, {"model": trained}, self.prints, self.accept_changes)
         if ranks.rank() == 0:
             keep_rows(self.out / METRICS, lambda row: row["step"] <= trained.steps)
         log.info("resumed %s", path)
