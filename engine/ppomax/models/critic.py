@@ -48,7 +48,7 @@ def load_reward_model(
             f"load_reward_model: {source} has num_labels = {config.num_labels}, a reward model has 1 "
             "(a `score` head with one output); train one with `ppomax reward-model`"
         )
-    if zero is not None and in_parts(source, zero, SCORER):
+    if zero is not None and in_parts(source, SCORER):
         return RewardModel(load_partitioned(source, dtype, "sequence_classification", settings=zero))
     auto = auto_scorer(config)
     return RewardModel(read_whole(auto, source, dtype, trust_remote_code=trust_remote_code, **options))
@@ -125,7 +125,7 @@ def make_critic(
         return _new_critic(_score_model_of(source, seed).to(dtype))  # type: ignore[arg-type]
     architectures = model_config(source).architectures or []
     scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
-    if zero is not None and in_parts(source, zero, SCORER):
+    if zero is not None and in_parts(source, SCORER):
         options: dict[str, Any] = {"settings": zero, "new_head": not scorer, "seed": seed}
         model = load_partitioned(source, dtype, "sequence_classification", **options)
         return Critic(model).requires_grad_(True) if scorer else _new_critic(model)
@@ -169,7 +169,7 @@ def make_reward_model(
     path with `zero` is read into ZeRO-3's partitions, as in load_policy. dtype: None keeps the policy's."""
     if isinstance(policy, PreTrainedModel):
         model = _score_model_of(policy, seed)
-    elif zero is not None and in_parts(policy, zero, SCORER):
+    elif zero is not None and in_parts(policy, SCORER):
         options: dict[str, Any] = {"settings": zero, "new_head": True, "seed": seed}
         model = load_partitioned(policy, dtype or torch.float32, "sequence_classification", **options)
     else:

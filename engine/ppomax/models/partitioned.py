@@ -73,12 +73,10 @@ def load_partitioned(
     return model
 
 
-def in_parts(source: Any, zero: dict[str, Any] | None, kind: Kind = "causal_lm") -> bool:
-    """Whether a model is read straight into partitions: `zero` are DeepSpeed's settings for it, and the tensors of its
-    files are those of the module. Where transformers converts them as it loads (experts fused, old names), every rank
-    reads the whole model by transformers, and it is cut afterwards."""
-    if zero is None:
-        return False
+def in_parts(source: str | Path, kind: Kind = "causal_lm") -> bool:
+    """Whether a model can be read straight into partitions: the tensors of its files are those of the module. Where
+    transformers converts them as it loads (experts fused, old names), every rank reads the whole model by transformers,
+    and it is cut afterwards."""
     folder = model_folder(source)
     model = _empty_model(model_config(folder), folder, torch.float32, kind)
     if not get_model_conversion_mapping(model, add_legacy=False):

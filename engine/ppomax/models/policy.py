@@ -34,8 +34,8 @@ def load_policy(
     """
     if isinstance(source, PreTrainedModel):
         model = source.to(dtype)  # type: ignore[arg-type]
-    elif in_parts(source, zero):
-        model = load_partitioned(source, dtype, settings=zero)  # type: ignore[arg-type]
+    elif zero is not None and in_parts(source):
+        model = load_partitioned(source, dtype, settings=zero)
     else:
         model = read_whole(AutoModelForCausalLM, source, dtype, trust_remote_code=trust_remote_code, **options)
     if model.config.is_encoder_decoder:
