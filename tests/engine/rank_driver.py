@@ -113,7 +113,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "hpz": ({"sharding__hpz": 2}, {}),
     "optimiser offloaded": ({"sharding__offload_optimizer": True}, {}),
     "frozen offloaded": ({"sharding__frozen": "offloaded"}, {}),
-    "bfloat16": ({"model__dtype": "bfloat16"}, {}),
+    "bfloat16": ({"model__dtype": "bfloat16", "batch__minibatch_size": 8}, {}),
     "text reward": (
         {"reward__tokenizer": lambda folder: own_tokenizer(folder), "model__critic": "policy"},
         {"tokenizer": tiny_tokenizer},
