@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 from ppomax.config import OptimConfig, ShardingConfig
-from ppomax.saving.engine_state import restore_state, save_state
+from ppomax.saving.engine_state import Parts, restore_state, save_state
 from ppomax.sharding import ranks, train_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,8 +33,8 @@ def main() -> None:
     trained.step(trained.grad_norm())
     saves, loads = [], []
     for _ in range(given.rounds):
-        saves.append(timed(lambda: save_state(given.out, {"policy": trained}, {"fingerprints": {}}, {})))
-        loads.append(timed(lambda: restore_state(given.out, {"policy": trained}, {})))
+        saves.append(timed(lambda: save_state(given.out, Parts({"policy": trained}, {}), {"fingerprints": {}}, {})))
+        loads.append(timed(lambda: restore_state(given.out, Parts({"policy": trained}, {}), {})))
     if ranks.rank() == 0:
         files = {p.name: p.stat().st_size for p in sorted(given.out.glob("policy*.safetensors"))}
         size = sum(files.values())

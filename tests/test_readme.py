@@ -131,7 +131,8 @@ def test_the_index_has_thirty_wishes() -> None:
 
 
 def test_metrics_and_knobs_of_the_guide_are_there() -> None:
-    engine = ppomax.Engine(tiny_policy(), None, None, tiny_reward(), small_config(ptx__coef=0.0))
+    config = small_config(ptx__coef=0.0, rollout__temperature=0.9)  # which has metrics of its own
+    engine = ppomax.Engine(tiny_policy(), None, None, tiny_reward(), config)
     known = set(engine.step(prompts(8)).metrics)
     knobs = set(flat(to_dict(TrainConfig())))
     text = "".join(GUIDE.values())

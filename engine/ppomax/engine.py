@@ -36,7 +36,7 @@ from ppomax.models.branch import TrunkCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.models.critic import take_length_out
 from ppomax.models.fingerprints import fingerprints
-from ppomax.models.modes import set_up, trunk_layers
+from ppomax.models.modes import module_of, refresh, set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import Experience, Rollout
 from ppomax.recipe.measures import experience_metrics
@@ -46,6 +46,7 @@ from ppomax.recipe.rewards import (
     KLController,
     advantages_and_returns,
     check_columns,
+    judged_by,
     shape_scores,
     spread,
     token_rewards,
@@ -56,7 +57,7 @@ from ppomax.recipe.units import RAW, Units, moved, units_of
 from ppomax.recipe.update import Health, NextTexts, update
 from ppomax.rollout import RolloutSizes, Sampling
 from ppomax.saving.background import BackgroundWriter, PendingSave
-from ppomax.saving.engine_state import contents, read_state, restore_state, save_state, saved_parts
+from ppomax.saving.engine_state import Parts, contents, read_state, restore_state, save_state, saved_parts
 from ppomax.sharding import Trained, freeze_model, is_sharded, model_to_copy, sharded_reads, train_model
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ class Engine:
 
     def _shard(self, models: _Models) -> None:
         """Each model over the ranks as `config.sharding` says, the trained ones under their optimisers."""
-        config, steps = self.config, optimizer_steps(self.config)
+        config, steps = self.config, self.config.optimizer_steps
         self.policy: Trained[PreTrainedModel] = train_model(models.policy, config.policy_optim, steps, config.sharding)
         self.critic: Trained[Any] = train_model(models.critic, config.critic_optim, steps, config.sharding)
         if isinstance(self.reference, PreTrainedModel):
@@ -200,7 +201,7 @@ class Engine:
         parts = self.reward.each(roll) if isinstance(self.reward, SumReward) else {}
         found = self.reward.total(parts, roll) if isinstance(self.reward, SumReward) else self.reward(roll)
         scores = found.total
-        moments = self.moments.with_scores(scores)
+        moments = self.moments.with_scores(judged_by(found, roll, self.config))
         units = units_of(moments, self.config.reward)
         before, last = self.units or units, roll.last_values
         last = None if last is None else moved(last, before, units)
@@ -244,6 +245,8 @@ class Engine:
         )
         roll = experience.rollout
         self.controller.update(float((roll.logprobs - roll.ref_logprobs).mean()), len(roll.finished))
+        if self.config.kl.refreshes_after(self.buffers):
+            refresh(self.policy, self.reference)
         return metrics
 
     def step(self, prompts: Sequence[Prompt], columns: Columns = None) -> StepResult:
@@ -278,17 +281,17 @@ class Engine:
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the whole state to the folder `path`, atomically; `extra` (plain data) is given back by `restore`."""
-        return save_state(Path(path), self._trained, self.state(), extra or {})
+        return save_state(Path(path), self._parts, self.state(), extra or {})
 
     def start_save(self, path: str | Path, extra: dict[str, Any] | None = None) -> PendingSave:
         """The same while training goes on: the state is copied to the host now, and the folder is there after
         `PendingSave.finish`. One at a time."""
-        return self._writer.start(Path(path), *contents(self._trained, self.state(), extra or {}))
+        return self._writer.start(Path(path), *contents(self._parts, self.state(), extra or {}))
 
     def restore(self, path: str | Path) -> dict[str, Any]:
         """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other
         models, unless config.run.accept_changes."""
-        state, extra = restore_state(Path(path), self._trained, self.fingerprints, self.config.run.accept_changes)
+        state, extra = restore_state(Path(path), self._parts, self.fingerprints, self.config.run.accept_changes)
         self.set_state(state)
         return extra
 
@@ -330,8 +333,9 @@ class Engine:
         self.health.skipped, self.health.in_a_row = state["skipped"], state["skipped_in_a_row"]
 
     @property
-    def _trained(self) -> dict[str, Trained[Any]]:
-        return {"policy": self.policy, "critic": self.critic}
+    def _parts(self) -> Parts:
+        moving = {"reference": module_of(self.reference)} if self.config.kl.refresh_every else {}
+        return Parts({"policy": self.policy, "critic": self.critic}, moving)
 
     def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
         with self.policy.gathered() as policy:
@@ -345,6 +349,7 @@ class Engine:
                 generator=generator,
                 announce=self._announce,
                 last_values=self.config.advantage.bootstrap_truncated,
+                whole_kl=self.config.kl.estimator == "vocabulary",
             )
 
     def _announce(self, sizes: RolloutSizes) -> None:
@@ -389,11 +394,6 @@ class Engine:
             return wanted.requires_grad_(True)
         made = make_critic(wanted, self.dtype, seed=self.config.run.seed, zero=zero)
         return take_length_out(made) if made.raw else made
-
-
-def optimizer_steps(config: TrainConfig) -> int:
-    """Optimiser steps of the whole run, which the learning-rate schedule spans."""
-    return config.run.steps * config.batch.epochs * -(-config.batch.rollout_size // config.batch.minibatch_size)
 
 
 def _path(source: Any) -> str | None:

@@ -92,6 +92,8 @@ def state_of(engine: Engine) -> dict[str, list[float]]:
 OF_A_MINIBATCH = {"advantage__over": "minibatch", "advantage__clip": 0.5, "loss__ent_coef": 0.01,
                   "loss__ent_target": 2.0, "loss__ratio_to": "reference", "batch__kl_stop": 10.0}  # fmt: skip
 """What a whole minibatch decides, whichever rank holds its sequences."""
+FOLLOWED: dict[str, object] = {"kl__refresh_every": 1, "kl__estimator": "vocabulary", "reward__standardize": "return",
+                               "rollout__temperature": 0.8}  # fmt: skip
 AGAIN = {"model__gradient_checkpointing": True}
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "tied": ({**OF_A_MINIBATCH, "batch__epochs": 2}, {"policy": lambda: tiny_policy(tied=True)}),
@@ -122,10 +124,15 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
         {"model__train": "lora", "model__critic": "policy", "model__critic_train": "lora", "batch__epochs": 2, **AGAIN},
         {},
     ),
+    "reference refreshed": (FOLLOWED, {}),
+    "branch refreshed": (
+        {**FOLLOWED, "model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy"},
+        {},
+    ),
     "our kernels": ({"impl": "auto", "advantage__bootstrap_truncated": True}, {}),
 }
 STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3),
-          "our kernels": (0, 3), "adapter critic": (0, 1)}  # fmt: skip
+          "our kernels": (0, 3), "adapter critic": (0, 1), "reference refreshed": (1, 2, 3)}  # fmt: skip
 """Of ZeRO in which a variant is tried by `more`; the others under 3."""
 
 
@@ -373,6 +380,7 @@ MORE = tuple(f"{name} {stage}" for name in VARIANTS for stage in STAGES.get(name
 def more(folder: Path) -> dict[str, Kept]:
     """And 16-bit weights resumed beside their float32 copies, and hpZ's second copies."""
     out = {case: tried(variant, folder, case[:-2], int(case[-1])) for case in MORE}
+    out |= {f"followed {stage}": tried(resumed_reference, folder, stage) for stage in (2, 3)}
     out |= {f"resumed {stage}": tried(resumed_bfloat16, folder, stage) for stage in (2, 3)}
     return out | {"resumed hpz": tried(resumed_hpz, folder)}
 
@@ -381,6 +389,12 @@ def resumed_bfloat16(folder: Path, stage: int) -> bool:
     engine = engine_of(config_of(folder, stage, model__dtype="bfloat16"))
     steps(engine, (8,))
     return bool(resumed(engine, folder / f"bfloat16-{stage}")["equal"])
+
+
+def resumed_reference(folder: Path, stage: int) -> bool:
+    engine = engine_of(config_of(folder, stage, **FOLLOWED))
+    steps(engine, (8,))
+    return bool(resumed(engine, folder / f"followed-{stage}")["equal"])
 
 
 def resumed_hpz(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from ppomax.config import ConfigError, TrainConfig, build, knobs, load_config, p
 
 
 def test_five_presets_load_and_survive_a_round_trip(tmp_path) -> None:
-    assert preset_names() == ["modern", "paper", "ppo-max", "released", "vanilla"]
+    assert preset_names() == ["modern", "paper", "paper-chinese", "ppo-max", "released", "vanilla"]
     for name in preset_names():
         config = load_config(preset=name)
         assert config.preset == name

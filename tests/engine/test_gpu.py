@@ -177,12 +177,12 @@ def test_no_micro_batch_waits_for_the_device(mode: str, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(module, name, strict)
 
-    for module, name in ((scoring, "_micro"), (scoring, "policy_logprobs"), (scoring, "state_values")):
+    for module, name in ((scoring, "_micro"), (scoring, "score_states"), (scoring, "state_values")):
         watch(module, name)
     for name in ("policy_loss", "critic_loss"):
         watch(update, name)
     engine.step(prompts())
-    assert set(watched) == {"_micro", "policy_logprobs", "state_values", "policy_loss", "critic_loss"}
+    assert set(watched) == {"_micro", "score_states", "state_values", "policy_loss", "critic_loss"}
 
 
 def test_two_streams_at_once() -> None:

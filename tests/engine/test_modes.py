@@ -20,7 +20,7 @@ from ppomax.models.branch import Branch, TrunkCritic, bottom_states, check_branc
 from ppomax.models.modes import start_policy
 from ppomax.recipe.batch import Rollout, minibatch, pack, select_trunk
 from ppomax.recipe.rollout import Scorers, score
-from ppomax.recipe.scoring import policy_logprobs, state_hidden, state_values
+from ppomax.recipe.scoring import score_states, state_hidden, state_values
 from ppomax.recipe.update import policy_loss
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.rollout import Responses
@@ -82,7 +82,7 @@ def engine_of(model: PreTrainedModel | None = None, **knobs: Any) -> Engine:
 
 def by_full_forward(model: PreTrainedModel, roll: Rollout) -> torch.Tensor:
     with torch.no_grad():
-        return policy_logprobs(model, roll.tokens, roll.cu_seqlens, roll.states, impl="ref")[0]
+        return score_states(model, roll.tokens, roll.cu_seqlens, roll.states, impl="ref").logprobs
 
 
 def largest(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,16 @@ from ppomax.models.adapters import add_adapters
 from ppomax.models.recompute import recompute, recompute_blocks
 from ppomax.planning.job import GiB, Job, roles
 from ppomax.planning.memory import device_bytes, optimiser, rollout, weights
-from ppomax.planning.plan import job_of, make_plan, plan_here, plan_line, refuse_if_too_large, shape_of, stage_job_of
+from ppomax.planning.plan import (
+    _kept_row,
+    job_of,
+    make_plan,
+    plan_here,
+    plan_line,
+    refuse_if_too_large,
+    shape_of,
+    stage_job_of,
+)
 from ppomax.planning.seconds import DEVICES, seconds
 from ppomax.planning.trace import held, live_bytes, sizes_of
 from ppomax.rollout import Sampling, decode
@@ -61,11 +71,12 @@ def job(size: str = "4M", **knobs) -> Job:
 
 def measured(
     size: str, prompt: int, response: int, sequences: int, minibatch: int, micro: int, dtype: str, again: bool = False,
-    adapters: bool = False,
+    adapters: bool = False, **others: Any,
 ):  # fmt: skip
     """Peaks of a real second step, by counting live storages: `live_bytes` sees what torch allocates, and not the
     scratch of C++ operators nor what the allocator keeps, so these are figures without noise. Also the plan's.
-    `again`: with gradient checkpointing. `adapters`: of policy and critic, which stands on the reward model."""
+    `again`: with gradient checkpointing. `adapters`: of policy and critic, which stands on the reward model. `others`:
+    knobs of the run."""
     knobs = {
         "batch": {"rollout_size": sequences, "minibatch_size": minibatch, "micro_tokens": micro},
         "rollout": {"max_new_tokens": response, "min_new_tokens": response, "allow_biased_sampling": True},
@@ -74,11 +85,12 @@ def measured(
         | ({"train": "lora", "critic_train": "lora"} if adapters else {}),
         "run": {"device": "cpu"},
     }
-    config = load_config(knobs)
+    config = load_config(knobs, overrides={k.replace("__", "."): v for k, v in others.items()})
     hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[size])
     plan = device_bytes(
         job(size, dtype=dtype, cpu=True, prompt_tokens=prompt, response_tokens=response, rollout_size=sequences,
             minibatch_size=minibatch, micro_tokens=micro, slots=config.rollout.slots, gradient_checkpointing=again,
+            kept_row=_kept_row(config, shape(**SIZES[size])), whole_kl=config.kl.estimator == "vocabulary",
             **(dict(train="lora", lora_rank=16, borrowing_critic=True) if adapters else {}))
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -126,6 +138,21 @@ def test_planned_peaks_are_those_of_real_steps(size, prompt, response, sequences
 def test_adapters_on_borrowed_weights_are_planned_as_they_run(again):
     got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32", again, adapters=True)
     for phase in ("load", "rollout", "update"):
+        assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"rollout__top_p": 0.9, "rollout__allow_biased_sampling": False},
+        {"rollout__top_k": 40, "rollout__allow_biased_sampling": False},
+        {"kl__estimator": "vocabulary"},
+    ],
+    ids=["sets as bits", "sets as ids", "KL over the vocabulary"],
+)
+def test_what_is_scored_in_plain_torch_is_planned_as_it_runs(knobs):
+    got, planned = measured("4M", 16, 64, 16, 16, 4096, "float32", **knobs)
+    for phase in ("rollout", "update"):
         assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
 
 

@@ -14,7 +14,7 @@ from ppomax.config import load_config
 from ppomax.engine import Engine
 from ppomax.models import load_policy, load_tokenizer
 from ppomax.recipe.batch import pack
-from ppomax.recipe.scoring import policy_logprobs
+from ppomax.recipe.scoring import score_states
 from ppomax.rollout import Sampling, decode
 
 MODEL = Path(os.environ.get("PPOMAX_SMOLLM2", Path(__file__).parents[2] / "build" / "smollm2"))
@@ -62,7 +62,7 @@ def test_decode_gives_the_logprobs_of_a_forward(tokenizer) -> None:
     for prompt, response, logprobs in zip(prompts, given.tokens, given.logprobs, strict=True):
         tokens, cu = pack([prompt + response], policy.device)
         states = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
-        want, _ = policy_logprobs(policy, tokens, cu, states, temperature=1.0)
+        want = score_states(policy, tokens, cu, states, temperature=1.0).logprobs
         gaps.append((torch.tensor(logprobs) - want.detach()).abs())
     gap = torch.cat(gaps)
     assert gap.max() < 2e-4

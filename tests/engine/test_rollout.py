@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ppomax.models import base_of, blocks_of
-from ppomax.recipe.scoring import policy_logprobs
+from ppomax.recipe.scoring import score_states
 from ppomax.rollout import RolloutSizes
 from ppomax.rollout.arena import cache_shape
 from ppomax.rollout.attention import UnsupportedModel
@@ -69,7 +69,7 @@ def test_logprobs_equal_a_full_forward(name: str) -> None:
         tokens, count = torch.tensor(prompt + response), len(prompt) + len(response)
         states = torch.arange(len(prompt) - 1, count - 1)
         cu = torch.tensor([0, count], dtype=torch.int32)
-        want, _ = policy_logprobs(model, tokens, cu, states, temperature=0.7)
+        want = score_states(model, tokens, cu, states, temperature=0.7).logprobs
         torch.testing.assert_close(torch.tensor(logprobs), want.detach(), rtol=0, atol=1e-5)
 
 

@@ -102,12 +102,15 @@ def test_a_checkpoint_keeps_the_units(tmp_path) -> None:  # type: ignore[no-unty
     assert all(a[k] == b[k] for k in a if not k.startswith(("time/", "perf/")))
 
 
-@pytest.mark.parametrize("standardize", ["norm", "scale", "none"])
+@pytest.mark.parametrize("standardize", ["norm", "scale", "return", "none"])
 def test_units_are_those_of_the_shaped_scores(standardize: str) -> None:
     moments = RunningMoments().with_scores(torch.tensor([1.0, 5.0, 9.0]))
     config = RewardConfig(standardize=standardize)
     units = units_of(moments, config)
-    assert units == {"norm": Units(5.0, 4.0), "scale": Units(0.0, 4.0), "none": RAW}[standardize]
+    assert (
+        units
+        == {"norm": Units(5.0, 4.0), "scale": Units(0.0, 4.0), "return": Units(0.0, 4.0), "none": RAW}[standardize]
+    )
     x = torch.tensor([1.0, 5.0, 9.0])
     assert torch.equal(moved(x, RAW, RAW), x)
     torch.testing.assert_close(moved(x, RAW, units), (x - units.mean) / units.std)

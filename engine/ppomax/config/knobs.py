@@ -131,9 +131,12 @@ class RolloutConfig:
     eighth of the vocabulary."""
     top_p: float = 1.0
     """Sample from the smallest set with this mass; 1: all."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens that the response holds already by this where they are above 0, multiply where below;
+    1: off. Scoring does not know of it: needs allow_biased_sampling."""
     allow_biased_sampling: bool = False
-    """Score over the whole vocabulary what was sampled with top_k, top_p or min_new_tokens, as most trainers do:
-    nothing is recorded, and ratios and KL are not those of the sampling distribution."""
+    """Score over the whole vocabulary what was sampled with top_k, top_p, min_new_tokens or a repetition penalty, as
+    most trainers do: nothing is recorded, and ratios and KL are not those of the sampling distribution."""
     samples_per_prompt: int = 1
     """Responses drawn for each prompt."""
     slots: int = 128
@@ -156,6 +159,15 @@ class RolloutConfig:
         require(_finite(self.temperature) and self.temperature > 0, "rollout.temperature", "above 0", self.temperature)
         require(self.top_k >= 0, "rollout.top_k", "0 (off) or more", self.top_k)
         require(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
+        penalty = self.repetition_penalty
+        require(_finite(penalty) and penalty > 0, "rollout.repetition_penalty", "above 0 (1: off)", penalty)
+        require(
+            penalty == 1 or self.allow_biased_sampling,
+            "rollout.repetition_penalty",
+            "1, or beside rollout.allow_biased_sampling: true, since ratio and KL leave it out (loss.sampler_is_cap "
+            "weighs tokens by what the sampler gave them)",
+            penalty,
+        )
         require(self.samples_per_prompt >= 1, "rollout.samples_per_prompt", "at least 1", self.samples_per_prompt)
         require(self.slots >= 1, "rollout.slots", "at least 1", self.slots)
         require(
@@ -187,9 +199,10 @@ class RewardConfig:
     """Processes that a Python reward runs in, each on a share of the responses. 0: in this one."""
     timeout: float | None = None
     """Seconds that a Python reward may take for a buffer; it must be async, or have `workers`. None: any time."""
-    standardize: Literal["norm", "scale", "none"] = "norm"
-    """`norm`: (score - running mean) / running std; `scale`: score / running std; `none`. Moments over the whole
-    history, this batch included."""
+    standardize: Literal["norm", "scale", "return", "none"] = "norm"
+    """`norm`: (score - running mean) / running std; `scale`: score / running std; `return`: score / running std of the
+    discounted sum that rolls over a response's tokens, R = gamma * R + r (Engstrom et al., arXiv 2005.12729); `none`.
+    Moments over the whole history, this batch included."""
     clip: float | None = 10.0
     """Standardised scores are cut to +-clip; the KL penalty is added after. None: off. 0 would erase every reward and
     is refused."""
@@ -246,8 +259,9 @@ class KLConfig:
 
     coef: float = 0.05
     """Weight of the token-level KL penalty inside the reward, per nat. 0: off."""
-    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """Per-token estimate inside the reward. k1 is unbiased there."""
+    estimator: Literal["k1", "k2", "k3", "abs", "vocabulary"] = "k1"
+    """Per-token estimate inside the reward, from the drawn token's logprobs. k1 is unbiased there. `vocabulary`: the
+    divergence itself, summed over all tokens at each state; a second pass through both heads."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive`: coef *= 1 + clip(KL/target - 1, -0.2, 0.2) * sequences / horizon after each step (Ziegler et al.)."""
     target: float = 0.05
@@ -259,12 +273,21 @@ class KLConfig:
     off."""
     loss_estimator: Literal["k1", "k2", "k3", "abs"] = "k2"
     """Estimate of the loss term. k2 has the right gradient there."""
+    refresh_every: int | None = None
+    """After so many steps the policy as it is then becomes the reference, again and again; checkpoints hold it. None:
+    the reference stays the start."""
 
     def __post_init__(self) -> None:
         require(_finite(self.coef) and self.coef >= 0, "kl.coef", "0 or more", self.coef)
         require(_finite(self.loss_coef) and self.loss_coef >= 0, "kl.loss_coef", "0 or more", self.loss_coef)
         require(_finite(self.target) and self.target > 0, "kl.target", "above 0", self.target)
         require(self.horizon >= 1, "kl.horizon", "at least 1", self.horizon)
+        every = self.refresh_every
+        require(every is None or every >= 1, "kl.refresh_every", "at least 1 step, or null for never", every)
+
+    def refreshes_after(self, step: int) -> bool:
+        """Whether the policy becomes the reference after this step, from 1."""
+        return self.refresh_every is not None and step % self.refresh_every == 0
 
 
 @dataclass(frozen=True)
@@ -650,8 +673,18 @@ class TrainConfig:
                 "config: reward.tokenizer gives the reward model a vocabulary of its own, and a critic reads the "
                 "policy's tokens; set model.critic to policy, or to a path"
             )
+        if self.kl.refresh_every is not None and self.model.train == "lora":
+            raise ConfigError(
+                "config: kl.refresh_every is set, but with model.train=lora the reference is the frozen weights under "
+                "the adapters, which the policy has too; set model.train to full or hydra, or leave it off"
+            )
         if self.advantage.bootstrap_truncated and self.model.critic == "trunk":
             raise ConfigError(
                 "config: advantage.bootstrap_truncated needs the value at each response's last token, whose trunk "
                 "states model.critic=trunk has not; set model.critic to reward_model, policy or a path, or leave it off"
             )
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of each model over the whole run, which the learning-rate schedules span."""
+        return self.run.steps * self.batch.epochs * -(-self.batch.rollout_size // self.batch.minibatch_size)

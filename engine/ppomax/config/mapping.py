@@ -25,10 +25,12 @@ def require(ok: bool, name: str, wanted: str, value: object) -> None:
 
 
 def require_sampling(config: Any) -> None:
-    """The knobs of a command that samples without training: `max_new_tokens`, `temperature`, `top_p`."""
+    """The knobs of a command that samples without training: how long, how hot, what is cut, what is penalised."""
     require(config.max_new_tokens >= 1, "max_new_tokens", "at least 1", config.max_new_tokens)
     require(config.temperature >= 0, "temperature", "0 (greedy) or more", config.temperature)
     require(0 < config.top_p <= 1, "top_p", "in (0, 1]", config.top_p)
+    penalty = config.repetition_penalty
+    require(math.isfinite(penalty) and penalty > 0, "repetition_penalty", "above 0 (1: off)", penalty)
 
 
 def build(cls: type[C], mapping: dict[str, Any], prefix: str = "") -> C:

@@ -210,6 +210,8 @@ class EvaluateConfig:
     """Sampling temperature of both. 0: greedy."""
     top_p: float = 1.0
     """Nucleus of both; 1: off."""
+    repetition_penalty: float = 1.0
+    """Of both: divides the logits of tokens that the response holds already; 1: off."""
     slots: int = 128
     """Responses decoded together."""
     seed: int = 0
@@ -263,6 +265,8 @@ class GenerateConfig:
     """Sample from the k likeliest tokens; 0: all."""
     top_p: float = 1.0
     """Sample from the smallest set with this mass; 1: all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that the response holds already; 1: off."""
     stop: str | None = None
     """Text that ends a response, besides EOS; several are separated by `|`."""
     slots: int = 128

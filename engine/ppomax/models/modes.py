@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ppomax.config import ModelConfig
@@ -20,6 +21,7 @@ from ppomax.models.adapters import adapters_off, add_adapters, has_adapters
 from ppomax.models.branch import Branch, check_branch, train_top, with_top_of
 from ppomax.models.trunk import blocks_of, freeze
 from ppomax.sharding import Trained
+from ppomax.sharding.weights import LazyTensors, lazy_weights, overwrite
 
 Reference = PreTrainedModel | Branch | None
 """A whole model, frozen top blocks on the policy's trunk, or (None) the policy with its adapters off."""
@@ -77,3 +79,19 @@ def start_policy(policy: Trained[PreTrainedModel], reference: Any) -> Iterator[P
                     yield module
             else:
                 raise ValueError("start_policy: no reference, and the policy has no adapters to switch off")
+
+
+def weights_as_reference(policy: Trained[PreTrainedModel], reference: Any) -> nn.Module:
+    """What of the policy stands where the reference's weights are: modules of the same names."""
+    return Branch(policy.module, reference.layers) if isinstance(reference, Branch) else policy.module
+
+
+def refresh(policy: Trained[PreTrainedModel], reference: Any) -> None:
+    """Make the policy as it is now the reference, whole or its top blocks, however either is sharded."""
+    now = LazyTensors(lazy_weights(weights_as_reference(policy, reference)))
+    overwrite(module_of(reference), now)
+
+
+def module_of(reference: Any) -> nn.Module:
+    """The reference's own weights."""
+    return reference if isinstance(reference, nn.Module) else reference.module  # type: ignore[no-any-return]

@@ -58,6 +58,12 @@ class Job:
     cache_tokens: int | None = None
     """Tokens that the KV cache holds. None: what the slots need."""
     samples_per_prompt: int = 1
+    kept_row: int = 0
+    """Bytes of what a token was drawn from, where sampling is cut and recorded."""
+    whole_kl: bool = False
+    """The reward's KL is summed over the vocabulary."""
+    refreshed: bool = False
+    """Checkpoints hold the reference, which follows the policy."""
     rollout_size: int = 128
     minibatch_size: int = 32
     epochs: int = 1

@@ -27,6 +27,11 @@ GPU_OVERHEAD = int(1.5 * GiB)
 """CUDA context, NCCL and workspaces of a rank: an assumption."""
 FRAGMENTATION = 0.05
 """Share of a GPU's allocations lost between blocks: an assumption."""
+TORCH_CHUNK = 1 << 26
+"""Bytes of a chunk's float32 logits where they are worked on in plain torch (recipe/cut.py, vocabulary_kl.py)."""
+COPIES_AS_BITS, COPIES_AS_IDS, COPIES_FOR_KL = 6, 2, 5
+"""Tensors of its size that live at once there: where what a token was drawn from is recorded as bits or as ids, and for
+the KL over all tokens."""
 CPU_OVERHEAD = int(0.55 * GiB)
 """Resident memory of Python with torch, transformers and the kernels loaded."""
 HOST_OVERHEAD = 3 * GiB
@@ -119,7 +124,9 @@ def _second_copies(job: Job, among: list[Role]) -> int:
 def _copies(job: Job) -> dict[str, int]:
     """A rank's share of what a checkpoint holds of the trained models: weights, two moments, fp32 copies of 16 bit."""
     each = job.width + 8 + (4 if job.width == 2 else 0)
-    return {"checkpoint copies": each * sum(r.trained for r in roles(job)) // job.ranks}
+    trained = sum(r.trained for r in roles(job))
+    reference = sum(r.elements for r in roles(job) if r.name == "reference") * job.width if job.refreshed else 0
+    return {"checkpoint copies": (each * trained + reference) // job.ranks}
 
 
 # ---- what a phase adds ----------------------------------------------------------------------------------------------
@@ -139,6 +146,7 @@ def rollout(job: Job) -> dict[str, int]:
         **_larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
         "gathered": _gathered_policy(job),
         "trunk states": _trunk_states(job),
+        "sets of the cut": _kept_sets(job, job.sequences + slots),
     }
 
 
@@ -157,8 +165,11 @@ def scoring(job: Job) -> dict[str, int]:
     rows, length = micro_batch(job)
     own = [(job.policy, "causal_lm")] + [(c, "scorer") for c in (job.critic, job.reward) if c]
     forwards = [_held(job, config, rows, length).forward for config, _ in own]
+    logits = [chunk_bytes(policy.vocab, job), torch_chunk(policy.vocab, job, COPIES_FOR_KL) if job.whole_kl else 0]
     return {
-        **_larger({"activations": max(forwards)}, {"logits": chunk_bytes(policy.vocab, job) + 2 * _picked(job)}),
+        **_larger({"activations": max(forwards)}, {"logits": max(logits) + 2 * _picked(job)}),
+        "states for the KL": _states_for_kl(job),
+        "sets of the cut": _kept_sets(job, job.rollout_size),
         "gathered": _gathered_policy(job) + max(_live_layers(job, r) for r in roles(job) if r.name != "policy"),
         "trunk states": _trunk_states(job),
     }
@@ -189,7 +200,8 @@ def update(job: Job) -> dict[str, int]:
     before = _gradient(job, policy) + (_gradient(job, critic) if several else 0)
     turns.append(_turn(before, _gradient(job, policy) + _gradient(job, critic), act, {}))
     turns[-1]["gathered"] = _live_layers(job, critic)
-    return _sum(_larger(*turns), {"trunk states": _trunk_states(job), "buckets": _passing_buckets(job)})
+    held_on = {"trunk states": _trunk_states(job), "sets of the cut": _kept_sets(job, job.rollout_size)}
+    return _sum(_larger(*turns), held_on, {"buckets": _passing_buckets(job)})
 
 
 def _passing_buckets(job: Job) -> int:
@@ -204,7 +216,7 @@ def _policy_turn(job: Job, policy: Role, critic: Role | None, rows: int, length:
     others = _gradient(job, critic) if several and critic else 0
     before = others + (_gradient(job, policy) if several else 0)
     head = policy.sizes.head * 4 if job.train == "full" else 0
-    loss = {"logits": chunk_bytes(policy.sizes.vocab, job) + head + 2 * _picked(job)}
+    loss = {"logits": chunk_bytes(policy.sizes.vocab, job, backward=True) + head + 2 * _picked(job)}
     kinds = _turn(before, others + _gradient(job, policy), act, loss)
     kinds["gathered"] = _live_layers(job, policy)
     return kinds
@@ -237,13 +249,35 @@ def step(job: Job) -> dict[str, int]:
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def chunk_bytes(vocab: int, job: Job) -> int:
-    """One chunk of logits in the fused losses; 16-bit chunks on a CPU have an fp32 copy beside them."""
+def torch_chunk(vocab: int, job: Job, copies: int) -> int:
+    """Copies of one chunk of float32 logits that is worked on in plain torch: where sampling is cut or the KL is over
+    all tokens."""
+    rows, _ = micro_batch(job)
+    return copies * 4 * vocab * min(max(1, TORCH_CHUNK // (4 * vocab)), rows * job.response_tokens)
+
+
+def chunk_bytes(vocab: int, job: Job, *, backward: bool = False) -> int:
+    """One chunk of logits in the fused losses; 16-bit chunks on a CPU have an fp32 copy beside them. In plain torch,
+    where sampling is cut."""
     from ppomax_kernels.chunks import default_chunk
 
     rows, _ = micro_batch(job)
+    if job.kept_row:
+        whole = job.kept_row == -(-vocab // 8)
+        return torch_chunk(vocab, job, COPIES_AS_BITS if whole else COPIES_AS_IDS + backward)
     tokens = min(default_chunk(vocab, "cpu" if job.cpu else "cuda"), rows * job.response_tokens)
     return tokens * vocab * (job.width + (4 if job.cpu and job.width == 2 else 0))
+
+
+def _kept_sets(job: Job, sequences: int) -> int:
+    """What so many responses' tokens were drawn from."""
+    return sequences * job.response_tokens * job.kept_row
+
+
+def _states_for_kl(job: Job) -> int:
+    """The policy's states at this rank's response tokens, until the reference has its own."""
+    hidden = sizes_of(job.policy, "causal_lm").hidden
+    return job.sequences * job.response_tokens * hidden * job.width if job.whole_kl else 0
 
 
 def _picked(job: Job) -> int:

@@ -21,6 +21,7 @@ from ppomax.planning.advice import Advice, advice_for
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes
 from ppomax.planning.seconds import Assumptions, Device, seconds, tokens_per_second
+from ppomax.planning.trace import sizes_of
 
 AnyConfig = TrainConfig | SftConfig | RewardModelConfig
 
@@ -149,6 +150,9 @@ def job_of(
             slots=config.rollout.slots,
             cache_tokens=config.rollout.cache_tokens,
             samples_per_prompt=config.rollout.samples_per_prompt,
+            kept_row=_kept_row(config, policy_shape),
+            whole_kl=config.kl.estimator == "vocabulary",
+            refreshed=config.kl.refresh_every is not None,
             rollout_size=config.batch.rollout_size,
             minibatch_size=config.batch.minibatch_size,
             epochs=config.batch.epochs,
@@ -159,6 +163,14 @@ def job_of(
         ),
         tuple(notes),
     )
+
+
+def _kept_row(config: TrainConfig, policy: str) -> int:
+    """Bytes of one draw's set."""
+    from ppomax.rollout.sampling import Sampling
+
+    cut = Sampling.of(config.rollout, seed=0, impl="auto").cut
+    return cut.row_bytes(sizes_of(policy, "causal_lm").vocab) if cut else 0
 
 
 def _sharded(config: ShardingConfig, ranks: int) -> dict[str, Any]:

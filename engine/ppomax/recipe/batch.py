@@ -70,6 +70,11 @@ class Rollout:
     """Which sequences were scored together; the first epoch trains on the same ones."""
     last_values: Tensor | None = None
     """(S,) float32, V after each response's last token, for `advantage.bootstrap_truncated`."""
+    kl: Tensor | None = None
+    """(N,) float32, KL of policy to reference over the whole vocabulary at each state, nats, for `kl.estimator:
+    vocabulary`."""
+    untempered: tuple[Tensor, Tensor] | None = None
+    """(N,) float32 each, logprobs and ref_logprobs at temperature 1, where the sampling temperature is another."""
     kept: Tensor | None = None
     """(N, W), what each response token was drawn from (rollout/kept.py), where sampling was cut: logprobs, entropy and
     ref_logprobs are then over these tokens. None: over the whole vocabulary."""

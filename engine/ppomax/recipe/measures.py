@@ -40,7 +40,7 @@ def experience_metrics(experience: Experience, impl: str = "auto", gamma: float 
     roll, scores = experience.rollout, experience.scores
     u = roll.logprobs - roll.ref_logprobs
     kl = K.kl_penalty(roll.logprobs, roll.ref_logprobs, estimator="k3", impl=impl)
-    penalty = -experience.kl_coef * u
+    earned = sequence_sums(experience.rewards, roll.response_cu)
     lengths = roll.lengths.float()
     out = {
         "objective/scores": scores.mean(),
@@ -49,8 +49,8 @@ def experience_metrics(experience: Experience, impl: str = "auto", gamma: float 
         "objective/kl": sequence_sums(u, roll.response_cu).mean(),
         "objective/kl_per_token": kl.mean(),
         "objective/entropy": sequence_sums(roll.entropy, roll.response_cu).mean(),
-        "objective/non_score_reward": sequence_sums(penalty, roll.response_cu).mean(),
-        "objective/rlhf_reward": sequence_sums(experience.rewards, roll.response_cu).mean(),
+        "objective/non_score_reward": (earned - experience.shaped_scores).mean(),
+        "objective/rlhf_reward": earned.mean(),
         "policy/entropy_avg": roll.entropy.mean(),
         "rollout/perplexity": (-roll.logprobs.mean()).exp(),
         "rollout/ref_perplexity": (-roll.ref_logprobs.mean()).exp(),
@@ -65,6 +65,14 @@ def experience_metrics(experience: Experience, impl: str = "auto", gamma: float 
         "policy/advantages": experience.advantages.mean(),
         "policy/advantages_std": experience.advantages.std(unbiased=False),
     }
+    if roll.kl is not None:
+        out["objective/kl_vocabulary"] = roll.kl.mean()
+    if roll.untempered is not None:
+        own, ref = roll.untempered
+        # Of tokens drawn at another temperature; their weights make the mean one under temperature 1 again.
+        k3 = K.kl_penalty(own, ref, estimator="k3", impl=impl)
+        out["objective/kl_per_token_untempered"] = ((own - roll.logprobs).exp() * k3).mean()
+        out["rollout/perplexity_untempered"] = (-own.mean()).exp()
     out |= {f"objective/scores/{name}": x.mean() for name, x in experience.score_parts.items()}
     quantiles = torch.quantile(scores, torch.tensor(list(QUANTILES.values()), device=scores.device))
     out.update({f"objective/scores_{name}": q for name, q in zip(QUANTILES, quantiles, strict=True)})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ppomax.config import AdvantageConfig, KLConfig, RewardConfig
+from ppomax.config import AdvantageConfig, KLConfig, RewardConfig, TrainConfig
 from ppomax.models import RewardModel
 from ppomax.models.fused_trunk import fused_trunk
 from ppomax.models.transfers import sent
@@ -311,15 +311,37 @@ def shape_scores(scores: Tensor, finished: Tensor, moments: RunningMoments, conf
     """(S,) raw scores -> standardised, clipped, less the missing-EOS penalty. `moments` already hold these scores."""
     if config.standardize == "norm":
         scores = (scores - moments.mean) / moments.std
-    elif config.standardize == "scale":
+    elif config.standardize in ("scale", "return"):
         scores = scores / moments.std
     if config.clip is not None:
         scores = scores.clamp(-config.clip, config.clip)
     return scores - (config.missing_eos_penalty or 0.0) * (~finished).float()
 
 
+def judged_by(scores: Scores, roll: Rollout, config: TrainConfig) -> Tensor:
+    """What the running moments of `reward.standardize` are taken over: the scores, or the returns that roll with
+    them."""
+    by_return = config.reward.standardize == "return"
+    return rolling_returns(scores, roll, config.advantage.gamma) if by_return else scores.total
+
+
+def rolling_returns(scores: Scores, roll: Rollout, gamma: float) -> Tensor:
+    """(N,) discounted sums of what each response has earned up to each token: R_t = gamma * R_{t-1} + r_t, from 0 at
+    its start. r: what the tokens earn, or the score at the last one; raw."""
+    earned = scores.tokens
+    if earned is None:
+        ends = last_tokens(roll.response_cu)
+        earned = torch.zeros(len(roll.states), device=scores.total.device).index_copy(0, ends, scores.total.float())
+    backwards = earned.flip(0), roll.response_cu[-1] - roll.response_cu.flip(0)
+    _, sums = K.gae(backwards[0], torch.zeros_like(earned), backwards[1], gamma=gamma, lam=1.0)
+    return sums.flip(0)
+
+
 def token_rewards(shaped: Tensor, rollout: Rollout, kl_coef: float, estimator: str, impl: str) -> Tensor:
-    """(N,): -kl_coef * KL at each response token, the shaped score added at each last one."""
+    """(N,): -kl_coef * KL at each response token, the shaped score added at each last one. The estimator `vocabulary`
+    is no estimate of the drawn token's logprobs, but `rollout.kl`."""
+    if rollout.kl is not None:
+        return (-kl_coef * rollout.kl).index_add(0, last_tokens(rollout.response_cu), shaped)
     return K.token_rewards(
         shaped,
         rollout.logprobs,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from ppomax.recipe.batch import (
     trunk_cu,
     with_stand_in,
 )
-from ppomax.recipe.scoring import policy_logprobs, state_values
+from ppomax.recipe.scoring import Against, lm_head_of, score_states, state_values
 from ppomax.rollout import Responses, RolloutSizes, Sampling, decode
 from ppomax.rollout.joined import joined
 from ppomax.sharding import Trained, call, ranks
@@ -65,9 +65,10 @@ def rollout(
     generator: torch.Generator | None = None,
     announce: Callable[[RolloutSizes], None] | None = None,
     last_values: bool = False,
+    whole_kl: bool = False,
 ) -> Rollout:
     """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `announce` is
-    told the sizes of decoding, memory included, before it starts. last_values: see `score`."""
+    told the sizes of decoding, memory included, before it starts. last_values, whole_kl: see `score`."""
     mine = ranks.part_of(len(prompts))
     own = decode(
         models.policy,
@@ -84,7 +85,8 @@ def rollout(
     padded = any_pads(models.policy, models.reference, models.critic)
     micro_batches = split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded)
     began = time.perf_counter()
-    how: dict[str, Any] = {"temperature": sampling.temperature, "impl": sampling.impl, "last_values": last_values}
+    how: dict[str, Any] = {"temperature": sampling.temperature, "impl": sampling.impl}
+    how |= {"last_values": last_values, "whole_kl": whole_kl}
     roll = score(models, prompts, responses, micro_batches, **how)
     scored = {"perf/scoring_tokens_per_second": float(lengths.sum()) / (time.perf_counter() - began)}
     return dataclasses.replace(roll, stats=own.stats.metrics() | scored)
@@ -100,9 +102,11 @@ def score(
     temperature: float = 1.0,
     impl: str = "auto",
     last_values: bool = False,
+    whole_kl: bool = False,
 ) -> Rollout:
     """Pack prompts with responses (from any sampler) and score them micro-batch by micro-batch. last_values: the critic
-    is read after each response's last token, too; not a TrunkCritic, which has no state there.
+    is read after each response's last token, too; not a TrunkCritic, which has no state there. whole_kl: KL over all
+    tokens at each state (`Rollout.kl`), for which the policy's (N, D) states are held until the reference has run.
 
     What enters the lowest trained block is taken from the responses, or computed once if the sampler did not record
     it."""
@@ -123,9 +127,9 @@ def score(
 
     with fused_trunk(models.policy, models.reference, models.critic, impl=impl):
         count = int(host_response_cu[-1])
-        fields = _fields(models, micros, count, temperature=temperature, impl=impl)
+        fields = _fields(models, micros, count, temperature=temperature, impl=impl, whole_kl=whole_kl)
         last = ranks.sum(_last_values(models, micros, len(host_cu) - 1)) if last_values else None
-    logprobs, entropy, ref_logprobs, values = ranks.sum(fields)
+    logprobs, entropy, ref_logprobs, values, kl, *untempered = ranks.sum(fields)
     return Rollout(
         tokens=tokens,
         cu_seqlens=cu,
@@ -139,6 +143,8 @@ def score(
         values=values,
         micro_batches=micro_batches,
         last_values=last,
+        kl=kl if whole_kl else None,
+        untempered=(untempered[0], untempered[1]) if temperature != 1.0 else None,
         kept=kept,
         trunk=trunk,
     )
@@ -173,26 +179,43 @@ def _micro(
 
 
 def _fields(
-    models: Scorers, micros: Callable[[], Iterator[_Micro]], count: int, *, temperature: float, impl: str
+    models: Scorers,
+    micros: Callable[[], Iterator[_Micro]],
+    count: int,
+    *,
+    temperature: float,
+    impl: str,
+    whole_kl: bool,
 ) -> Tensor:
-    """(4, N) logprobs, entropy, ref_logprobs and values. Each token is scored on one rank and is 0 on the others, so
-    the sum over ranks is exact; a stand-in adds 0 to what its sequence may have here already."""
-    policy, reference = models.policy, models.reference
-    fields = torch.zeros(4, count, device=policy.device)
-    logprobs, entropy, ref_logprobs, values = fields
+    """(7, N) logprobs, entropy, ref_logprobs, values, KL over all tokens (0 unless `whole_kl`), and logprobs and
+    ref_logprobs at temperature 1 (0 where it is 1). Each token is scored on one rank and is 0 on the others, so the sum
+    over ranks is exact; a stand-in adds 0 to what its sequence may have here already."""
+    policy = models.policy
+    owner = policy if models.reference is None else models.reference
+    fields = torch.zeros(7, count, device=policy.device)
+    logprobs, entropy, ref_logprobs, values, kl, untempered, ref_untempered = fields
+    how: dict[str, Any] = {"temperature": temperature, "impl": impl}
+    hidden: list[Tensor] = []
     for micro in micros():
-        how = {"temperature": temperature, "kept": micro.kept, "impl": impl}
-        scored = call(policy, policy_logprobs, *micro.packed, entropy=True, **how)
-        for field, x in zip((logprobs, entropy), scored, strict=True):
-            field[micro.slots] += micro.weight * x
-        values[micro.slots] += micro.weight * call(models.critic, state_values, *micro.packed)
-    with adapters_off(policy) if reference is None else nullcontext():
-        for micro in micros():
-            owner = policy if reference is None else reference
-            how = {"temperature": temperature, "kept": micro.kept, "impl": impl}
-            scored = call(owner, policy_logprobs, *micro.packed, **how)
-            ref_logprobs[micro.slots] += micro.weight * scored[0]
+        own = score_states(policy, *micro.packed, entropy=True, kept=micro.kept, **how)
+        if whole_kl:
+            hidden.append(own.hidden)
+        read = call(models.critic, state_values, *micro.packed)
+        found = ((logprobs, own.logprobs), (entropy, own.entropy), (untempered, own.untempered), (values, read))
+        _put_tokens(micro, found)
+    with adapters_off(policy) if models.reference is None else nullcontext():
+        for i, micro in enumerate(micros()):
+            against = Against(hidden[i], lm_head_of(policy)) if whole_kl else None
+            ref = call(owner, score_states, *micro.packed, kept=micro.kept, against=against, **how)
+            _put_tokens(micro, ((ref_logprobs, ref.logprobs), (ref_untempered, ref.untempered), (kl, ref.kl)))
     return fields
+
+
+def _put_tokens(micro: _Micro, found: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    """Add what was found of a micro-batch's response tokens to the (N,) fields; None: it was not asked for."""
+    for field, x in found:
+        if x is not None:
+            field[micro.slots] += micro.weight * x
 
 
 def _last_values(models: Scorers, micros: Callable[[], Iterator[_Micro]], count: int) -> Tensor:

@@ -5,6 +5,8 @@ Only the states that produced a response token go through the head, so a prompt 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import ppomax_kernels as K
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ppomax.models.branch import Branch, TrunkCritic
 from ppomax.models.transfers import sent
 from ppomax.recipe.batch import Trunk, trunk_cu
 from ppomax.recipe.cut import cut_logprobs
+from ppomax.recipe.vocabulary_kl import vocabulary_kl
 
 
 def state_hidden(
@@ -67,7 +70,30 @@ def scaled(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     return hidden * head.scale, None if head.bias is None else head.bias * head.scale
 
 
-def policy_logprobs(
+class Against(NamedTuple):
+    """Another model's view of the same states, to which a KL is taken."""
+
+    hidden: Tensor
+    """(N, D), what its head reads."""
+    head: Head
+
+
+class Scored(NamedTuple):
+    """What a language model says of response tokens, each given all before it in its sequence."""
+
+    logprobs: Tensor
+    """(N,) float32."""
+    entropy: Tensor | None
+    """(N,) float32; None: not asked for."""
+    untempered: Tensor | None
+    """(N,) float32 logprobs at temperature 1; None: that is the temperature."""
+    kl: Tensor | None
+    """(N,) float32, KL of the other model to this one over the whole vocabulary; None: there is no other."""
+    hidden: Tensor
+    """(N, D), what the head read."""
+
+
+def score_states(
     policy: PreTrainedModel | Branch,
     tokens: Tensor,
     cu_seqlens: Tensor,
@@ -77,19 +103,32 @@ def policy_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     kept: Tensor | None = None,
+    against: Against | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """Logprobs (N,) of `tokens[states + 1]`, each given all before it in its sequence, and entropies (N,) or None.
-    kept: over these tokens alone (rollout/kept.py)."""
+) -> Scored:
+    """Of `tokens[states + 1]`. kept: over these tokens alone (rollout/kept.py)."""
     hidden = state_hidden(policy, tokens, cu_seqlens, states, trunk)
+    head, labels = lm_head_of(policy), tokens[states + 1]
+
+    def at(temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        if kept is not None:
+            return cut_logprobs(hidden, head, labels, kept, temperature)
+        return head_logprobs(hidden, head, labels, temperature=temperature, entropy=entropy, impl=impl)
+
+    logprobs, found = at(temperature, entropy)
+    untempered = None if temperature == 1.0 else at(1.0, False)[0]
+    kl = None
+    if against is not None:
+        kl = vocabulary_kl(*against, hidden, head, kept=kept, temperature=temperature)
+    return Scored(logprobs, found, untempered, kl, hidden)
+
+
+def lm_head_of(policy: PreTrainedModel | Branch) -> Head:
+    """The head that turns a policy's or a reference's states into logits."""
     head = policy.head if isinstance(policy, Branch) else head_of(policy)
     if head is None:
-        raise ValueError(
-            "policy_logprobs: this branch has no language-model head; give the policy's or the reference's"
-        )
-    if kept is not None:
-        return cut_logprobs(hidden, head, tokens[states + 1], kept, temperature)
-    return head_logprobs(hidden, head, tokens[states + 1], temperature=temperature, entropy=entropy, impl=impl)
+        raise ValueError("scoring: this branch has no language-model head; give the policy's or the reference's")
+    return head
 
 
 def state_values(

@@ -29,7 +29,7 @@ def units_of(moments: RunningMoments, config: RewardConfig) -> Units:
     """Of a score that `shape_scores` made with these moments, clip and penalty aside."""
     if config.standardize == "norm":
         return Units(moments.mean, moments.std)
-    return Units(0.0, moments.std) if config.standardize == "scale" else RAW
+    return RAW if config.standardize == "none" else Units(0.0, moments.std)
 
 
 def moved(values: Tensor, old: Units, new: Units) -> Tensor:

@@ -30,6 +30,7 @@ from ppomax.rollout.gpu_trunk import gpu_trunk
 from ppomax.rollout.graphs import capture_for
 from ppomax.rollout.packed_weights import packed_trunk
 from ppomax.rollout.recorder import KeptRecorder, Recorder
+from ppomax.rollout.repetition import Repetition
 from ppomax.rollout.responses import Responses, RolloutStats
 from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.sizes import RolloutError, RolloutSizes, rollout_sizes
@@ -88,7 +89,10 @@ def decode(
         cut, kept = sampling.cut, None
         if cut is not None:
             kept = KeptRecorder(cut, sizes.slots, sampling.max_new_tokens, len(prompts))
-        draws = Draws(sampling, stream_seeds(sampling.seed, uids).to(model.device), eos, kept)
+        repetition = None
+        if sampling.repetition_penalty != 1:
+            repetition = Repetition(sampling.repetition_penalty, sizes.slots, sampling.max_new_tokens, model.device)
+        draws = Draws(sampling, stream_seeds(sampling.seed, uids).to(model.device), eos, kept, repetition)
         forward = Forward(model, attention, slots, draws, Extras(panels, capture, recorder))
         loop = _Loop(forward, len(prompts), ends, texts, on_token)
         try:
@@ -211,6 +215,10 @@ def _check(
         (sampling.max_new_tokens < 1, f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}"),
         (sampling.slots < 1, f"slots must be at least 1, got {sampling.slots}"),
         (sampling.stop and tokenizer is None, "stop strings are looked for in text; pass tokenizer="),
+        (
+            not sampling.repetition_penalty > 0,
+            f"repetition_penalty must be above 0 (1: off), got {sampling.repetition_penalty}",
+        ),
         (any(not s for s in sampling.stop), "a stop string is empty; it would end every response"),
     ):
         if bad:

@@ -21,6 +21,7 @@ from ppomax.rollout.attention import Attention
 from ppomax.rollout.graphs import Capture, DecodeGraphs
 from ppomax.rollout.kept import kept_rows, only_kept, token_at
 from ppomax.rollout.recorder import KeptRecorder, Recorder
+from ppomax.rollout.repetition import Repetition
 from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.slots import Admission, Slots
 
@@ -35,6 +36,8 @@ class Draws(NamedTuple):
     """Ids that are forbidden until `sampling.min_new_tokens` are out."""
     kept: KeptRecorder | None = None
     """Keeps what each token is drawn from."""
+    repetition: Repetition | None = None
+    """Makes tokens that were drawn before less likely."""
 
 
 class Extras(NamedTuple):
@@ -158,8 +161,17 @@ class Forward:
     def _draw(self, hidden: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """A token and its logprob for each state (B, D) of the sequences in `where`. Token -1: the logits were no
         numbers."""
-        (_, slot, index, drawn), sampling = where, self.draws.sampling
+        (_, slot, _, drawn), repetition = where, self.draws.repetition
         logits = self._logits(hidden)
+        if repetition is not None:
+            logits = repetition.penalised(logits, slot, drawn)
+        token, logprob = self._sample(logits, where)
+        if repetition is not None:
+            repetition.note(slot, drawn, token)
+        return token, logprob
+
+    def _sample(self, logits: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        (_, slot, index, drawn), sampling = where, self.draws.sampling
         if sampling.min_new_tokens and len(self.draws.eos):
             early = (drawn < sampling.min_new_tokens)[:, None]
             logits[:, self.draws.eos] = logits[:, self.draws.eos].masked_fill(early, -torch.inf)

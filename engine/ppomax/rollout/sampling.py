@@ -22,6 +22,9 @@ class Sampling:
     """Sample from the k likeliest tokens; 0: all."""
     top_p: float = 1.0
     """Sample from the smallest set with this mass; 1: all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the response holds already are divided by it where above 0, multiplied where below; 1:
+    off."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, found in its text; they need a tokenizer."""
     seed: int = 0
@@ -53,6 +56,7 @@ class Sampling:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
             seed=seed,
             slots=config.slots,
             cache_tokens=config.cache_tokens,

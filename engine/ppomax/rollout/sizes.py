@@ -102,7 +102,7 @@ def rollout_sizes(
         page=page,
         pages=pages,
         arena_bytes=arena_bytes(config, pages + graphs, page, model.dtype),
-        workspace_bytes=_workspace(model, prompts, slots) + gathered,
+        workspace_bytes=_workspace(model, prompts, slots) + gathered + _repetition(model, slots, sampling),
         packed_bytes=joined_bytes(joined(model)) if attention == "triton" else packed_bytes(model, attention),
         trunk_bytes=tokens * row if trunk else 0,
         kept_bytes=(sequences + slots) * max_new_tokens * sampling.cut.row_bytes(vocabulary) if sampling.cut else 0,
@@ -138,6 +138,14 @@ def _activations(model: PreTrainedModel, tokens: int) -> int:
     heads = config.num_attention_heads * shape.head_dim
     attention = 3 * heads + 3 * shape.kv_heads * shape.head_dim
     return round(TEMPORARIES * tokens * (3 * width + max(attention, 3 * inner)) * model.dtype.itemsize)
+
+
+def _repetition(model: PreTrainedModel, slots: int, sampling: Sampling) -> int:
+    """Bytes of the tokens drawn so far, and of a step's logits while those tokens are made less likely."""
+    if sampling.repetition_penalty == 1:
+        return 0
+    vocabulary = head_of(model).weight.shape[0]
+    return slots * (8 * sampling.max_new_tokens + vocabulary * (3 * model.dtype.itemsize + 2))
 
 
 def _gathered(model: PreTrainedModel, slots: int, capacity: int) -> int:

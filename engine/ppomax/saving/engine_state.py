@@ -6,7 +6,7 @@
       rng.safetensors     engine.json                                random states (uint8), everything small
       MANIFEST.json                                                  size and SHA-256 of every file; written last
 Frozen weights are not stored, be it a whole model's, a hydra's trunk or those under adapters; a fingerprint refuses
-others in their place."""
+others in their place. A reference that follows the policy (`kl.refresh_every`) is: reference.safetensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ppomax.config import TrainConfig, build
@@ -28,27 +29,37 @@ from ppomax.saving.dealt import DealtTensors
 from ppomax.saving.folder import FORMAT, CheckpointError, verify, write_together
 from ppomax.saving.random_state import python_random_state, random_state, restore_random_state
 from ppomax.sharding import Lazy, Trained, ranks
+from ppomax.sharding.weights import lazy_weights, overwrite
 
 log = logging.getLogger(__name__)
 
 STATE, RNG = "engine.json", "rng.safetensors"
 
 
-def save_state(path: Path, trained: dict[str, Trained[Any]], state: dict[str, Any], extra: dict[str, Any]) -> Path:
+class Parts(NamedTuple):
+    """The models that a checkpoint holds, by role."""
+
+    trained: dict[str, Trained[Any]]
+    """Those that an optimiser steps."""
+    frozen: dict[str, nn.Module]
+    """Others whose weights are not those that the run started from."""
+
+
+def save_state(path: Path, parts: Parts, state: dict[str, Any], extra: dict[str, Any]) -> Path:
     """Write a checkpoint to the folder `path`, replacing one of that name. CheckpointError if the disk does not take
     it. Every rank calls.
 
-    trained: the models that an optimiser steps, by role; state: everything else that an engine is, plain data (see
-    `Engine.state`); extra: what the caller wants back."""
-    write_together(path, *contents(trained, state, extra))
+    state: everything else that an engine is, plain data (see `Engine.state`); extra: what the caller wants back."""
+    write_together(path, *contents(parts, state, extra))
     return path
 
 
 def contents(
-    trained: dict[str, Trained[Any]], state: dict[str, Any], extra: dict[str, Any]
+    parts: Parts, state: dict[str, Any], extra: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Lazy]], Callable[[Path], None]]:
     """The tensors of a checkpoint by file, and what rank 0 adds to its folder: all else, as it is now. Arguments as of
     `save_state`; every rank calls."""
+    trained = parts.trained
     refuse_not_finite(trained)
     generators = {
         _of_rank(r, name): x
@@ -60,6 +71,7 @@ def contents(
         weights, optim = part.lazy()
         # In the order of names, so that the bytes do not tell in which order a run came by its tensors.
         files[role], files[f"{role}_optim"] = (dict(sorted(d.items())) for d in (weights, optim))
+    files |= {role: dict(sorted(lazy_weights(module).items())) for role, module in parts.frozen.items()}
     written = json.dumps(
         {
             "format": FORMAT,
@@ -104,19 +116,21 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def restore_state(
-    path: Path, trained: dict[str, Trained[Any]], fingerprints: dict[str, str | None], accept_changes: bool = False
+    path: Path, parts: Parts, fingerprints: dict[str, str | None], accept_changes: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put weights, optimisers and random states of the checkpoint `path` in place; returns the `state` and `extra` that
     `save_state` was given. CheckpointError if it is damaged, or of models with other `fingerprints`, unless
     accept_changes."""
     state = read_state(path)
     compare_fingerprints(state["fingerprints"], fingerprints, path, accept_changes)
-    for role, part in trained.items():
+    for role, part in parts.trained.items():
         part.load(
             DealtTensors(path, role),
             DealtTensors(path, f"{role}_optim"),
             state["optimizer_steps"][role],
         )
+    for role, module in parts.frozen.items():
+        overwrite(module, DealtTensors(path, role))
     own = min(ranks.rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
     generators = load_file(path / RNG)
     restore_random_state({n: generators[_of_rank(own, n)] for n in random_state()}, state["random"][own])

@@ -26,6 +26,7 @@ from ppomax.sharding.plain import (
     shape_in,
     stretch_in,
 )
+from ppomax.sharding.weights import cut_off, lazy_weight, part_of, shape_of, write_weight
 from ppomax.sharding.zero_engine import LossModule, gathered, initialize, register_heads
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,11 +116,11 @@ class ZeroTrained(Trained[M]):
     # ---- what a checkpoint keeps: the layout of plain.py, so that any other number of ranks can go on ----
 
     def lazy(self) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-        weights = {name: _lazy_weight(x) for name, x in named_tensors(self.module).items()}
+        weights = {name: lazy_weight(x) for name, x in named_tensors(self.module).items()}
         state: dict[str, Lazy] = {}
         started = self._state_started()
         for name, p in zip(self.names, self.params, strict=True):
-            shape = _shape(p)
+            shape = shape_of(p)
             if started:
                 at = float(next(iter(self._flat_states()))["step"])
                 state[f"step/{name}"] = Lazy.of(torch.tensor(at))
@@ -130,12 +131,12 @@ class ZeroTrained(Trained[M]):
         return weights, state
 
     def all_weights(self) -> dict[str, Lazy]:
-        return {name: _lazy_weight(x) for name, x in all_tensors(self.module).items()}
+        return {name: lazy_weight(x) for name, x in all_tensors(self.module).items()}
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:
         tensors = named_tensors(self.module)
-        check_names({name: _shape(x) for name, x in tensors.items()}, weights)
+        check_names({name: shape_of(x) for name, x in tensors.items()}, weights)
         unknown = [key for key in state if key.partition("/")[2] not in self.names]
         if unknown:
             raise ValueError(
@@ -143,8 +144,8 @@ class ZeroTrained(Trained[M]):
                 "model it was saved from"
             )
         for name, target in tensors.items():
-            check_shape(name, shape_in(weights, name), _shape(target))
-            _write(target, weights, name)
+            check_shape(name, shape_in(weights, name), shape_of(target))
+            write_weight(target, weights, name)
         self._start_state(any(key.startswith("step/") for key in state))
         for name, p in zip(self.names, self.params, strict=True):
             self._write_state(p, state if f"copy/{name}" in state else None, f"copy/{name}", None)
@@ -185,7 +186,7 @@ class ZeroTrained(Trained[M]):
         """This rank's stretch of a master weight (`kind` None) or moment; without `tensors`, of the weight that is in
         place."""
         if self.stage == 3:
-            part = p.ds_tensor if tensors is None else _part(p, tensors, name)  # type: ignore[attr-defined]
+            part = p.ds_tensor if tensors is None else part_of(p, tensors, name)  # type: ignore[attr-defined]
             self.zero.set_local_hp_param(part.detach().float().to(p.device), p, kind)
         elif (held := p._hp_mapping) is not None:  # type: ignore[attr-defined]
             at = held.lp_fragment_address
@@ -217,32 +218,6 @@ class ZeroFrozen(Generic[M]):
             yield self.module
 
 
-def _shape(x: Tensor) -> torch.Size:
-    return getattr(x, "ds_shape", x.shape)  # type: ignore[no-any-return]
-
-
-def _lazy_weight(x: Tensor) -> Lazy:
-    if not hasattr(x, "ds_id"):
-        return Lazy.of(x)
-
-    def get() -> Tensor:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([x]):
-            return x.detach().clone()
-
-    def own() -> tuple[int, Tensor]:
-        return _cut_off(x, x.ds_tensor.detach())  # type: ignore[attr-defined]
-
-    return Lazy(x.dtype, _shape(x), get, own)
-
-
-def _cut_off(p: Tensor, part: Tensor) -> tuple[int, Tensor]:
-    """Where a partition of ZeRO-3 begins, and its numbers without the padding after the last."""
-    start = ranks.rank() * part.numel()
-    return start, part.flatten()[: max(0, _shape(p).numel() - start)]
-
-
 def _own_reader(p: Tensor, kind: str | None) -> Callable[[], tuple[int, Tensor]]:
     """This rank's stretch of the master weight (`kind` None) or a moment of `p`."""
 
@@ -251,7 +226,7 @@ def _own_reader(p: Tensor, kind: str | None) -> Callable[[], tuple[int, Tensor]]
 
         if hasattr(p, "ds_id"):
             part = api.safe_get_local_fp32_param(p) if kind is None else api.safe_get_local_optimizer_state(p, kind)
-            return _cut_off(p, part.detach())
+            return cut_off(p, part.detach())
         held = p._hp_mapping  # type: ignore[attr-defined]
         if held is None:
             return 0, torch.zeros(0)
@@ -268,23 +243,3 @@ def _reader(p: Tensor, kind: str | None) -> Callable[[], Tensor]:
         return found.detach()  # type: ignore[no-any-return]
 
     return get
-
-
-@torch.no_grad()
-def _write(target: Tensor, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Copy a whole tensor into a parameter or buffer, or this rank's part of it into a partition."""
-    if hasattr(target, "ds_id"):
-        target.ds_tensor.copy_(_part(target, tensors, name))  # type: ignore[attr-defined]
-        target.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's copy of what was there; it is made anew
-        if target.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]  # kept whole beside its partition
-            target.copy_(tensors[name])
-    else:
-        target.copy_(tensors[name])
-
-
-def _part(p: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """This rank's partition of a whole tensor, padded with zeros as ZeRO-3 pads."""
-    count, whole = p.ds_tensor.numel(), _shape(p).numel()  # type: ignore[attr-defined]
-    start = min(ranks.rank() * count, whole)
-    flat = stretch_in(tensors, name, start, min(start + count, whole))
-    return nn.functional.pad(flat, (0, count - len(flat)))

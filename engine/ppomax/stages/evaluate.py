@@ -193,6 +193,7 @@ def answers(checkpoint: str, config: EvaluateConfig) -> tuple[list[Answer], Any]
         config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
         seed=config.seed,
         slots=config.slots,
     )

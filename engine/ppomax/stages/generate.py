@@ -37,6 +37,7 @@ def generate(config: GenerateConfig, source: TextIO | None = None, sink: TextIO 
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
         stop=tuple(config.stop.split("|")) if config.stop else (),
         seed=config.seed,
         slots=config.slots,

@@ -26,7 +26,7 @@ from ppomax.recipe.streams import Purpose, stream
 from ppomax.reporting.lines import TimeLeft, plain_line, short
 from ppomax.reporting.trackers import Trackers
 from ppomax.saving.background import BackgroundWriter, Checkpoints
-from ppomax.saving.engine_state import contents, read_state, restore_state, save_state
+from ppomax.saving.engine_state import Parts, contents, read_state, restore_state, save_state
 from ppomax.saving.folder import CheckpointError, newest
 from ppomax.saving.jsonl import append_row, keep_rows
 from ppomax.saving.lock import claimed
@@ -287,11 +287,12 @@ class Saved:
 
     def save(self, trained: Trained[Any], bad: int) -> None:
         """A checkpoint of now."""
+        parts = Parts({"model": trained}, {})
         state = {"identity": self.identity, "fingerprints": self.prints, "skipped_in_a_row": bad}
         self.checkpoints.save(
             f"step-{trained.steps:06d}",
-            lambda path: save_state(path, {"model": trained}, state, {}),
-            lambda path: self.writer.start(path, *contents({"model": trained}, state, {})),
+            lambda path: save_state(path, parts, state, {}),
+            lambda path: self.writer.start(path, *contents(parts, state, {})),
         )
 
     def resume(self, trained: Trained[Any]) -> int:
@@ -306,7 +307,7 @@ class Saved:
                 f"{path} is of another run: {', '.join(names) or 'its configuration'} differs; resume with the same "
                 "configuration, or start anew in another folder"
             )
-        state, _ = restore_state(path, {"model": trained}, self.prints, self.accept_changes)
+        state, _ = restore_state(path, Parts({"model": trained}, {}), self.prints, self.accept_changes)
         if ranks.rank() == 0:
             keep_rows(self.out / METRICS, lambda row: row["step"] <= trained.steps)
         log.info("resumed %s", path)
