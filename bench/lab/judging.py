@@ -12,6 +12,7 @@ from ppomax.saving.jsonl import append_row, read_rows
 
 from bench.lab.gold import Gold
 from bench.lab.grid import GridError
+from bench.lab.reward_models import agreement
 from bench.lab.runs import RESULTS
 from bench.lab.verdicts import Runs
 
@@ -29,6 +30,9 @@ def judge_all(judge: Gold, runs: Runs, work: Path, folder: Path = RESULTS) -> It
             yield f"{arm} seed {seed}: its samples are not in {path.parent}; only the machine that ran it can judge it"
             continue
         row = judged(judge, read_rows(path), str(path))
+        texts = read_rows(path.parent / "texts.jsonl")
+        if texts:
+            row |= agreement(texts, judge([(t["prompt"] + t["response"]).strip() for t in texts]).gold)
         append_row(folder / "gold.jsonl", {"arm": arm, "seed": seed, "judge": judge.name, **row})
         yield f"{arm} seed {seed}: gold {row['gold'][0]:+.2f} -> {row['gold'][-1]:+.2f}, win rate {row['win'][-1]:.2f}"
 

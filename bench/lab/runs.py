@@ -24,6 +24,7 @@ from ppomax.stages.sft import mean_nll
 
 from bench import machine
 from bench.lab.grid import Grid, GridError
+from bench.lab.reward_models import PREFIX, measured, trained
 
 RESULTS = Path(__file__).parents[1] / "results" / "lab"
 TRAIN = {
@@ -91,9 +92,12 @@ def run_one(grid: Grid, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     train, held_out = prompt_files(folder)
-    config = grid.config(
-        arm, seed, **{"run.out": str(out), "data.prompts": str(train), "data.eval_prompts": str(held_out)}
-    )
+    own = {"run.out": str(out), "data.prompts": str(train), "data.eval_prompts": str(held_out)}
+    wanted, made = str(grid.config(arm, seed, **own).model.reward_model), None
+    if wanted.startswith(PREFIX):
+        made = trained(wanted, seed, data_folder(), folder.parents[1] / "reward-models" / f"{wanted[4:]}-{seed}")
+        own["model.reward_model"] = str(made)
+    config = grid.config(arm, seed, **own)
     began = time.perf_counter()
     train_ppo(config)
     seconds = time.perf_counter() - began
@@ -114,6 +118,11 @@ def run_one(grid: Grid, arm: str, seed: int, folder: Path) -> dict[str, Any]:
         **evaluated(read_rows(out / "samples.jsonl")),
         "tax": human_nll([shipped("policy"), out / "policy"], out),
     }
+    data = data_folder()
+    if made is not None and data is not None:
+        figures, texts = measured(made, out / "policy", held_out, data, out)
+        row |= figures
+        reviews.write_rows(folder / "texts.jsonl", texts)
     shutil.copy(out / "samples.jsonl", folder / "samples.jsonl")
     shutil.rmtree(out)
     return row

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from bench.lab import reward_models
 from bench.lab import runs as lab
 from bench.lab.alarms import outcomes, summary
 from bench.lab.gold import Verdicts
@@ -264,3 +265,27 @@ def test_alarm_misses_no_collapse_of_the_laboratory_and_few_healthy_runs_raise_i
     assert min(map(len, raised.values())) >= 20
     assert all(raised["collapsed"])
     assert sum(raised["healthy"]) <= len(raised["healthy"]) / 20
+
+
+# ---- reward models of its own ---------------------------------------------------------------------------------------
+
+
+def test_agreement_counts_pairs_of_one_prompt_and_one_policy() -> None:
+    texts = [
+        {"policy": name, "prompt": "p", "response": f"{name} {i}", "score": score}
+        for name in reward_models.POLICIES
+        for prompt in ("a", "b")
+        for i, score in enumerate([0.0, 1.0, 2.0, 3.0])
+    ]
+    gold = torch.tensor([0.0, 1.0, 2.0, 3.0, 3.0, 2.0, 1.0, 0.0] * len(reward_models.POLICIES))
+    found = reward_models.agreement(texts, gold)
+    assert found["rm_cool"] == found["rm_end"] == [0.5]  # right on the first prompt's six pairs, wrong on the second's
+    best = reward_models.agreement(texts, torch.tensor([t["score"] for t in texts]))
+    assert {v[0] for k, v in best.items() if not k.endswith("ece")} == {1.0}
+    gaps = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 1.0]).sigmoid()
+    assert best["rm_cool_ece"][0] == pytest.approx(float((1 - gaps).mean()), abs=1e-4)
+
+
+def test_a_reward_model_of_the_laboratory_needs_the_labelled_reviews(tmp_path) -> None:
+    with pytest.raises(GridError, match="lab:200 is trained on the labelled reviews, which are not beside"):
+        reward_models.trained("lab:200", 0, None, tmp_path)
