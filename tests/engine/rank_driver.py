@@ -32,6 +32,7 @@ from ppomax.stages import doctor
 from ppomax.stages.ppo import train_ppo
 from transformers import AutoModelForCausalLM
 
+from tests.engine.copying_sampler import Copy
 from tests.engine.rank_cases import Kept, keep, tried
 from tests.engine.stage_cases import stages
 from tests.engine.tiny import SMALL, prompts, small_config, tiny_engine, tiny_policy, tiny_tokenizer
@@ -129,10 +130,13 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
         {**FOLLOWED, "model__train": "hydra", "model__trained_layers": 1, "model__critic": "policy"},
         {},
     ),
+    "own sampler": ({}, {"sampler": Copy}),
+    "own sampler, lora": ({"model__train": "lora"}, {"sampler": Copy}),
     "our kernels": ({"impl": "auto", "advantage__bootstrap_truncated": True}, {}),
 }
 STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3),
-          "our kernels": (0, 3), "adapter critic": (0, 1), "reference refreshed": (1, 2, 3)}  # fmt: skip
+          "our kernels": (0, 3), "adapter critic": (0, 1), "reference refreshed": (1, 2, 3),
+          "own sampler": (2, 3)}  # fmt: skip
 """Of ZeRO in which a variant is tried by `more`; the others under 3."""
 
 

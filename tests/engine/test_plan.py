@@ -19,7 +19,7 @@ from ppomax.models import load_policy, make_reward_model
 from ppomax.models.adapters import add_adapters
 from ppomax.models.recompute import recompute, recompute_blocks
 from ppomax.planning.job import GiB, Job, roles
-from ppomax.planning.memory import device_bytes, optimiser, rollout, weights
+from ppomax.planning.memory import device_bytes, host_bytes, optimiser, rollout, weights
 from ppomax.planning.plan import (
     _kept_row,
     job_of,
@@ -560,3 +560,15 @@ def test_a_failed_estimate_stops_no_run_that_ignores_the_plan(monkeypatch):
     ):
         plan_line(load_config())
     assert "plan: none, the estimate failed" in plan_line(load_config(overrides={"run.ignore_plan": True}))
+
+
+def test_another_sampler_takes_its_share_of_the_card_while_it_draws_and_a_copy_on_the_host() -> None:
+    ours, theirs = job(), job(sampler_memory=0.25)
+    assert device_bytes(theirs)["rollout"]["sampler"] == int(0.25 * theirs.memory)
+    assert "KV cache" not in device_bytes(theirs)["rollout"]
+    assert device_bytes(theirs)["update"] == device_bytes(ours)["update"]
+    policy = sizes_of(ours.policy, "causal_lm").params * ours.width
+    assert host_bytes(theirs)["sampler"] >= policy
+    assert "sampler" not in host_bytes(ours)
+    on_cpu = device_bytes(job(cpu=True, sampler_memory=0.25))
+    assert all(kinds["sampler"] >= policy for kinds in on_cpu.values())

@@ -144,6 +144,13 @@ class RolloutConfig:
     cache_tokens: int | None = None
     """Most tokens that the KV cache holds; sequences wait for room. None: what `slots` sequences of the longest kind
     need. The tokens do not depend on it."""
+    sampler: Literal["builtin", "vllm"] = "builtin"
+    """Who draws. `vllm`: vLLM in a process of its own beside each rank, on the same device, handed the weights before
+    each rollout; scores, ratio and KL stay those of the training forward. Give loss.sampler_is_cap with it."""
+    sampler_timeout: float = 600.0
+    """Seconds that it may take to start, to take the weights, or to draw a buffer."""
+    sampler_memory: float = 0.3
+    """Share of the GPU's memory that it may take while it draws; between rollouts it sleeps."""
     cuda_graphs: bool | None = None
     """Replay decoding steps from CUDA graphs, with their rows rounded up. None: on a CUDA device; true is an error
     elsewhere."""
@@ -166,6 +173,22 @@ class RolloutConfig:
             "rollout.repetition_penalty",
             "1, or beside rollout.allow_biased_sampling: true, since ratio and KL leave it out (loss.sampler_is_cap "
             "weighs tokens by what the sampler gave them)",
+            penalty,
+        )
+        require(self.sampler_timeout > 0, "rollout.sampler_timeout", "above 0 seconds", self.sampler_timeout)
+        require(0 < self.sampler_memory <= 1, "rollout.sampler_memory", "in (0, 1]", self.sampler_memory)
+        cut = self.top_k > 0 or self.top_p < 1 or self.min_new_tokens > 0
+        require(
+            self.sampler == "builtin" or self.allow_biased_sampling or not cut,
+            "rollout.sampler",
+            "builtin with top_k, top_p or min_new_tokens, whose sets only it records; or set "
+            "rollout.allow_biased_sampling: true",
+            self.sampler,
+        )
+        require(
+            self.sampler == "builtin" or penalty == 1,
+            "rollout.repetition_penalty",
+            "1 with rollout.sampler: vllm, which penalises the prompt's tokens too",
             penalty,
         )
         require(self.samples_per_prompt >= 1, "rollout.samples_per_prompt", "at least 1", self.samples_per_prompt)

@@ -161,3 +161,13 @@ def text_of(row: Row, column: str) -> str:
     if not value.strip():
         raise BadRow(f"empty {column}", "remove the row or fill it")
     return value
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Of a prompt in any form: token ids as they are, text or a chat (messages) by the tokenizer. ValueError: that is
+    needed and None."""
+    if not isinstance(prompt, str) and not any(isinstance(x, Mapping) for x in prompt[:1]):
+        return list(prompt)
+    if tokenizer is None:
+        raise ValueError("Engine: text prompts need a tokenizer; pass tokenizer=, or prompts as token ids")
+    return encode_prompt(prompt, tokenizer)

@@ -58,6 +58,8 @@ class Job:
     cache_tokens: int | None = None
     """Tokens that the KV cache holds. None: what the slots need."""
     samples_per_prompt: int = 1
+    sampler_memory: float | None = None
+    """Share of a GPU that vLLM takes while it draws. None: our decoder draws."""
     kept_row: int = 0
     """Bytes of what a token was drawn from, where sampling is cut and recorded."""
     whole_kl: bool = False

@@ -34,6 +34,8 @@ COPIES_AS_BITS, COPIES_AS_IDS, COPIES_FOR_KL = 6, 2, 5
 the KL over all tokens."""
 CPU_OVERHEAD = int(0.55 * GiB)
 """Resident memory of Python with torch, transformers and the kernels loaded."""
+SAMPLER_PROCESS = int(1.7 * GiB)
+"""Resident memory of vLLM's process on a CPU, its cache of 1 GiB included, without a model."""
 HOST_OVERHEAD = 3 * GiB
 """The same on the host beside a GPU, with CUDA libraries: an assumption."""
 
@@ -62,6 +64,8 @@ def host_bytes(job: Job) -> dict[str, int]:
     loading = {"loading": local * (largest // job.ranks if job.zero_stage == 3 else largest)}
     copies = {"checkpoint copies": local * _copies(job)["checkpoint copies"] if job.background_saves else 0}
     held_there |= _larger(loading, copies)  # the one at the start, the other later
+    if job.sampler_memory is not None:
+        held_there["sampler"] = local * (_sampler_process(job) + HOST_OVERHEAD)
     there = [r for r in everyone if offloaded(job, r)]
     held_there["weights"] = local * (sum(r.elements for r in there) * job.width // job.ranks)
     held_there["weights"] += local * _second_copies(job, there)
@@ -99,7 +103,14 @@ def _masters(job: Job) -> dict[str, int]:
 
 
 def overhead(job: Job) -> dict[str, int]:
-    return {"overhead": CPU_OVERHEAD if job.cpu else GPU_OVERHEAD}
+    found = {"overhead": CPU_OVERHEAD if job.cpu else GPU_OVERHEAD}
+    return found | ({"sampler": _sampler_process(job)} if job.cpu and job.sampler_memory is not None else {})
+
+
+def _sampler_process(job: Job) -> int:
+    """vLLM's on a CPU, or what it leaves on the host while it sleeps: its code, its cache, a copy of the policy."""
+    copy = sizes_of(job.policy, "causal_lm").params * job.width
+    return copy + (SAMPLER_PROCESS if job.cpu else 0)
 
 
 def _kept(job: Job) -> dict[str, int]:
@@ -133,8 +144,11 @@ def _copies(job: Job) -> dict[str, int]:
 
 
 def rollout(job: Job) -> dict[str, int]:
-    """KV cache, the prefill's activations, one row of logits a slot, the whole policy under ZeRO-3."""
+    """KV cache, the prefill's activations, one row of logits a slot, the whole policy under ZeRO-3; or what vLLM takes,
+    which on a GPU sleeps after it."""
     policy = sizes_of(job.policy, "causal_lm")
+    if job.sampler_memory is not None:
+        return {"sampler": 0 if job.cpu else int(job.sampler_memory * job.memory)}
     slots = min(job.slots, job.sequences)
     at_once = min(slots * job.prompt_tokens, max(prefill_tokens(job.cpu), job.prompt_tokens)) + slots
     limits = job.response_tokens, job.cache_tokens

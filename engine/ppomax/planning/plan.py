@@ -150,6 +150,7 @@ def job_of(
             slots=config.rollout.slots,
             cache_tokens=config.rollout.cache_tokens,
             samples_per_prompt=config.rollout.samples_per_prompt,
+            sampler_memory=None if config.rollout.sampler == "builtin" else config.rollout.sampler_memory,
             kept_row=_kept_row(config, policy_shape),
             whole_kl=config.kl.estimator == "vocabulary",
             refreshed=config.kl.refresh_every is not None,

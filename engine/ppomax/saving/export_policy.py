@@ -35,6 +35,18 @@ class HasPolicy(Protocol):
     tokenizer: PreTrainedTokenizerBase | None
 
 
+def weights_to_hand_over(policy: Trained[PreTrainedModel]) -> dict[str, Lazy]:
+    """Every weight of the policy under transformers' names, adapters merged in, each made whole when it is asked for.
+    ValueError for a model that transformers lays out otherwise in memory than in files."""
+    if get_model_conversion_mapping(policy.module, add_legacy=False):
+        raise ValueError(
+            f"{type(policy.module).__name__}: transformers converts this model's weights between memory and files, so "
+            "they cannot be handed over one by one; use rollout.sampler: builtin"
+        )
+    weights = policy.all_weights()
+    return merged_weights(policy.module, weights)[0] if has_adapters(policy.module) else weights
+
+
 def export_policy(engine: HasPolicy, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the policy as a HF directory that AutoModelForCausalLM loads, its tokenizer included if there is one, and
     return the path; a folder of that name is replaced. Adapters are merged in, and lie beside the weights in `adapter`,
