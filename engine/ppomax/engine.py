@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,10 @@ Prompt = Sequence[int] | str | Sequence[Mapping[str, str]]
 """Token ids, text, or a chat: messages with `role` and `content`."""
 Columns = Mapping[str, Sequence[Any]] | None
 """Lists of one entry for each prompt, by the names that a reward function asks for."""
+
+
+class GivenUp(Exception):
+    """A step that ended before its update, as its caller wished."""
 
 
 class StepResult(NamedTuple):
@@ -257,14 +261,19 @@ class Engine:
             refresh(self.policy, self.reference)
         return metrics
 
-    def step(self, prompts: Sequence[Prompt], columns: Columns = None) -> StepResult:
-        """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too."""
+    def step(
+        self, prompts: Sequence[Prompt], columns: Columns = None, *, go_on: Callable[[], bool] | None = None
+    ) -> StepResult:
+        """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too. go_on:
+        asked before the update; GivenUp if it says no, and only counters have moved."""
         times = [time.perf_counter()]
         roll = self.rollout(prompts, columns)
         times.append(time.perf_counter())
         experience = self.experience(roll)
         metrics = experience_metrics(experience, self.config.impl, self.config.advantage.gamma) | roll.stats
         times.append(time.perf_counter())
+        if go_on is not None and not go_on():
+            raise GivenUp
         metrics.update(self.update(experience))
         times.append(time.perf_counter())
         names = ("time/rollout", "time/experience", "time/update")

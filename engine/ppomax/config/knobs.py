@@ -539,6 +539,10 @@ class RunConfig:
     background_saves: bool | None = None
     """Write checkpoints while training goes on, from a copy of each rank's share in its host's memory. None: on GPUs,
     unless the optimiser is on the host already."""
+    grace: float | None = None
+    """Seconds that a scheduler leaves between its signal (or the file `stop` in the run's folder) and the kill. A step
+    whose update and checkpoint would not be done by then is given up before its update, and drawn anew by the run that
+    goes on. None: a step under way is always ended."""
     max_bad_steps: int = 5
     """Optimiser steps in a row that may be skipped for a NaN or infinite loss or gradient before the run stops."""
     device: str = "auto"
@@ -554,6 +558,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, "run.steps", "at least 1", self.steps)
         require(self.seed >= 0, "run.seed", "0 or more", self.seed)
+        require(self.grace is None or self.grace > 0, "run.grace", "above 0 seconds, or null", self.grace)
         require(self.checkpoint_every >= 0, "run.checkpoint_every", "0 or more", self.checkpoint_every)
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "at least 1", self.keep_checkpoints)
         require(self.max_bad_steps >= 1, "run.max_bad_steps", "at least 1", self.max_bad_steps)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ppomax.config import TrainConfig, to_dict
 from ppomax.reporting.alarm import CollapseAlarm
+from ppomax.reporting.heartbeat import beat
 from ppomax.reporting.lines import TimeLeft, plain_line, short
 from ppomax.reporting.monitors import Halt
 from ppomax.reporting.trackers import Trackers
@@ -83,6 +84,7 @@ class RunMonitor:
         append_row(self.out / METRICS, {"step": step, **metrics})
         self._scalars(step, metrics)
         self.trackers.log(step, metrics)
+        beat(self.out, step, self.config.run.steps, metrics.get("time/step", 0.0))
         self.line.show(step, metrics)
         if step < 1 or self.settings.alarm == "off" or not self.alarm.update(metrics):
             return None

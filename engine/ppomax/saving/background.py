@@ -3,6 +3,8 @@ and the ranks make the folder whole together once all of them have."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from ppomax.config import RunConfig, ShardingConfig
 from ppomax.saving.dealt import Entry, Share, copied, share_of, write_share
-from ppomax.saving.folder import begin_together, complete, prune
+from ppomax.saving.folder import begin_together, complete, prune, read_manifest
 from ppomax.sharding import Lazy, ranks
+
+log = logging.getLogger(__name__)
 
 
 class PendingSave:
@@ -48,15 +52,22 @@ class Checkpoints:
         self.root, self.keep, self.device = root, run.keep_checkpoints, device
         self.beside = in_background(run, sharding, gpu=device.type == "cuda")
         self.pending: PendingSave | None = None
+        self.began = self.seconds = 0.0
+        """How long training stood still for the last one."""
 
     def save(self, name: str, at_once: Callable[[Path], object], start: Callable[[Path], PendingSave]) -> None:
         """One more, by the first function or, where it is written beside training, by the second."""
+        began = time.perf_counter()
         self.finish()
         if self.beside:
             self.pending = start(self.root / name)
+            self.began = began
         else:
             at_once(self.root / name)
             prune(self.root, self.keep)
+        self.seconds = time.perf_counter() - began
+        if not self.beside:
+            self._note(name, self.seconds)
 
     def finish(self, *, only_if_ready: bool = False) -> None:
         """Put the one that is being written in its place, waiting for it if need be."""
@@ -64,6 +75,17 @@ class Checkpoints:
             pending, self.pending = self.pending, None
             pending.finish()
             prune(self.root, self.keep)
+            self._note(pending.path.name, time.perf_counter() - self.began)
+
+    def _note(self, name: str, seconds: float) -> None:
+        """Log what it took."""
+        if ranks.rank():
+            return
+        size = sum(size for _, size, _ in read_manifest(self.root / name))
+        still = f", training stood still for {self.seconds:.2g} s" if self.beside else ""
+        log.info(
+            "checkpoint %s: %.3g GB in %.2g s (%.2g GB/s)%s", name, size / 1e9, seconds, size / 1e9 / seconds, still
+        )
 
 
 class BackgroundWriter:

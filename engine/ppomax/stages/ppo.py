@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from ppomax.assets import named_model
 from ppomax.assets.sources import run_sources
 from ppomax.config import ConfigError, TrainConfig, save_config, to_dict
 from ppomax.data import PromptRow, Text, check_same_vocabulary, load_prompt_rows, load_texts
-from ppomax.engine import Engine
+from ppomax.engine import Engine, GivenUp, StepResult
 from ppomax.models import load_tokenizer, use_threads
 from ppomax.models.fingerprints import fingerprint_rows
 from ppomax.models.modes import start_policy
@@ -35,13 +36,13 @@ from ppomax.saving.engine_state import compare_fingerprints
 from ppomax.saving.export_policy import export_policy
 from ppomax.saving.folder import CheckpointError, clean, newest
 from ppomax.saving.lock import claimed
-from ppomax.saving.random_state import seed_all
+from ppomax.saving.random_state import python_random_state, random_state, restore_random_state, seed_all
 from ppomax.sharding import ranks
 from ppomax.sharding.settle import agreed_config, agreed_rows
 from ppomax.stages.held_out import Given, HeldOut, judge_function, judge_name, sentence
 from ppomax.stages.order import Order
 from ppomax.stages.pretrain_critic import pretrain_critic
-from ppomax.stages.signals import Stopped, StopRequest, stop_requests
+from ppomax.stages.signals import STOP, Stopped, StopRequest, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,10 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
         if found:
             loop.resume(found)
             clean(out / "checkpoints")
+        else:
+            seed_all(config.run.seed)  # what was imported on the way may have drawn numbers
         if ranks.rank() == 0:
+            (out / STOP).unlink(missing_ok=True)
             save_config(config, out / "config.yaml")
             note_start(out, ranks.world_size())
             monitor = monitor or RunMonitor(out, config)
@@ -111,6 +115,8 @@ class PpoLoop:
     def __init__(self, config: TrainConfig, out: Path):
         self.config, self.out, self.progress = config, out, Progress()
         self.saved_at: tuple[int, int] | None = None
+        self.update_seconds = math.inf
+        """What the last update took."""
         sources = run_sources(config)
         trust = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.tokenizer or sources.policy, trust_remote_code=trust)
@@ -188,7 +194,11 @@ class PpoLoop:
             self.held_out.metrics()
         halt: Halt | None = None
         while progress.step < run.steps and halt is None and not self.stopped(stop):
-            metrics, scores = self.engine.step(*self.next_prompts())
+            try:
+                metrics, scores = self._step(stop)
+            except GivenUp:
+                log.warning("step %d was given up: its update would not end within run.grace", progress.step + 1)
+                break
             progress.step += 1
             metrics |= self._evaluated()
             halt = ranks.broadcast(monitor.log(progress.step, metrics))
@@ -204,10 +214,34 @@ class PpoLoop:
             self.save()
         self.checkpoints.finish()
 
+    def _step(self, stop: StopRequest) -> StepResult:
+        """One step of the engine. GivenUp: there is no time for its update, and nothing is left of it."""
+        if self.config.run.grace is None:
+            return self.engine.step(*self.next_prompts())
+        state, drawn = self.engine.state(), self.progress.prompts_drawn
+        generators = random_state(), python_random_state()
+        try:
+            done = self.engine.step(*self.next_prompts(), go_on=lambda: not self._too_late(stop))
+        except GivenUp:
+            self.engine.set_state(state)
+            self.progress.prompts_drawn = drawn
+            restore_random_state(*generators)
+            raise
+        self.update_seconds = done.metrics["time/update"]
+        return done
+
+    def _too_late(self, stop: StopRequest) -> bool:
+        """Whether, after a signal, an update and a checkpoint as long as the last ones would overrun `run.grace` on any
+        rank."""
+        if not self.stopped(stop):
+            return False
+        need = stop.seconds + self.update_seconds + self.checkpoints.seconds
+        late = need > (self.config.run.grace or math.inf)
+        return bool(ranks.max(torch.tensor(float(late), device=self.engine.device)))
+
     def stopped(self, stop: StopRequest) -> bool:
-        """Whether a signal asked any rank to stop; then all of them do, at the same step."""
-        stop.asked = bool(ranks.max(torch.tensor(float(stop.asked), device=self.engine.device)))
-        return stop.asked
+        """Whether all ranks are to stop."""
+        return stop.agreed(self.out, self.engine.device)
 
     def save(self) -> None:
         """A checkpoint of now."""

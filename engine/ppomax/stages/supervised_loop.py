@@ -23,6 +23,7 @@ from ppomax.config.stages import RewardModelConfig, SftConfig
 from ppomax.models import pick_device, set_attention, use_threads
 from ppomax.models.fingerprints import fingerprint
 from ppomax.recipe.streams import Purpose, stream
+from ppomax.reporting.heartbeat import beat
 from ppomax.reporting.lines import TimeLeft, plain_line, short
 from ppomax.reporting.trackers import Trackers
 from ppomax.saving.background import BackgroundWriter, Checkpoints
@@ -33,7 +34,7 @@ from ppomax.saving.lock import claimed
 from ppomax.saving.random_state import seed_all
 from ppomax.sharding import Trained, ranks, stage_of, train_model, zero_config
 from ppomax.sharding.settle import agreed, agreed_rows
-from ppomax.stages.signals import Stopped, stop_requests
+from ppomax.stages.signals import STOP, Stopped, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: 
     checkpoints = Checkpoints(out / CHECKPOINTS, run, config.sharding, pick_device(run.device))
     saved = Saved(out, _identity(config), prints, run.accept_changes, checkpoints)
     bad = saved.resume(trained) if run.resume else saved.fresh()
+    if ranks.rank() == 0:
+        (out / STOP).unlink(missing_ok=True)
     with Curves(out, config, trained.steps, steps) as curves, stop_requests() as stop:
         while trained.steps < steps:
             began, lr = time.perf_counter(), trained.lr
@@ -171,7 +174,7 @@ def run_loop(module: M, task: Task, config: SftConfig | RewardModelConfig, out: 
                     with trained.gathered() as whole:
                         held_out = task.evaluate(whole)
                 curves.add(step, row, held_out)
-            stop.asked = bool(ranks.max(torch.tensor(float(stop.asked), device=norm.device)))
+            stop.agreed(out, norm.device)
             if stop.asked or step == steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
                 saved.save(trained, bad)
             checkpoints.finish(only_if_ready=not stop.asked and step < steps)
@@ -261,6 +264,7 @@ class Curves:
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
         self.trackers.log(step, row)
+        beat(self.path.parent, step, self.steps, self.seconds)
         words = [f"{name} {short(figures[name])}" for name in self.SHOWN if name in figures]
         words += [f"{self.seconds:.1f} s", self.left.words(self.steps - step)]
         log.info(plain_line([f"step {step}/{self.steps}", *words]))
