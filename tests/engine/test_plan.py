@@ -499,6 +499,22 @@ def test_plan_command_prints_tables_and_plain_data(capsys):
     assert "does NOT fit" in capsys.readouterr().out
 
 
+def test_plan_command_takes_this_machine_as_it_is(capsys, monkeypatch):
+    assert main(["plan", "--gpus", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "1 x " in out
+    assert "seconds" not in out  # no figures of a GPU that is not there
+    card = type("Card", (), {"total_memory": 24 * GiB})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", "llama-7b", "--gpus", "auto"])
+    assert "4 x 24.0 GiB" in capsys.readouterr().out
+    for word, message in (("many", "must be a number, or auto, got 'many'"), ("0", "--gpus must be above 0, got 0")):
+        assert main(["plan", "--gpus", word]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_config_may_stand_on_another(tmp_path):
     (tmp_path / "a.yaml").write_text("base: llama-7b\nrun: {steps: 7}\n")
     config = load_config(tmp_path / "a.yaml")

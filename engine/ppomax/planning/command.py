@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class PlanFlags:
     """Where the run would go."""
 
-    gpus: int
+    gpus: int | None
+    """None: those of this machine, or its CPU."""
     gpus_per_node: int
     memory: float | None
     host_memory: float
@@ -48,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="ppomax plan", add_help=False, allow_abbrev=False, exit_on_error=False)
     out.usage = "ppomax plan [sft|reward-model] [--config NAME] [--gpus N] [--memory GiB] [options] [knobs]"
     out.description = "Memory and time of a run before it is started. Reads no weights."
-    out.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all. Default: 8.")
+    out.add_argument(
+        "--gpus", default="8", metavar="N", help="GPUs in all, or `auto`: this machine's, its memory too. Default: 8."
+    )
     out.add_argument("--gpus_per_node", type=int, default=8, metavar="N", help="GPUs of one node. Default: 8.")
     out.add_argument("--memory", type=float, metavar="GiB", help="Memory of one GPU. Default: the device's.")
     out.add_argument(
@@ -70,15 +73,43 @@ def split(argv: list[str]) -> tuple[PlanFlags, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigError(f"ppomax plan: {error}") from error
     values = vars(given)
+    values["gpus"] = None if given.gpus == "auto" else _count(given.gpus)
     figures = {name: values.pop(name) for name in CUSTOM}
     flags = PlanFlags(figures={k: v for k, v in figures.items() if v is not None}, **values)
     for name in ("gpus", "gpus_per_node", "host_memory"):
-        if getattr(flags, name) <= 0:
+        given_ = getattr(flags, name)
+        if given_ is not None and given_ <= 0:
             raise ConfigError(f"ppomax plan: --{name} must be above 0, got {getattr(flags, name)}")
     bad = [k for k, v in flags.figures.items() if v < 0 or (v == 0 and k != "launch_seconds")]
     if bad or (flags.memory is not None and flags.memory <= 0):
         raise ConfigError(f"ppomax plan: --{bad[0] if bad else 'memory'} must be above 0")
     return flags, rest
+
+
+def _count(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError as error:
+        raise ConfigError(f"ppomax plan: --gpus must be a number, or auto, got {word!r}") from error
+
+
+def _place(flags: PlanFlags, memory: int) -> dict[str, Any]:
+    """Where the ranks would be, as `any_job_of` takes it."""
+    from ppomax.planning.job import GiB
+
+    if flags.gpus is not None:
+        per_node, host = flags.gpus_per_node, int(flags.host_memory * GiB)
+        return {"ranks": flags.gpus, "memory": memory, "host_memory": host, "ranks_per_node": per_node}
+    import torch
+
+    from ppomax.planning.plan import free_host_memory
+
+    host, count = free_host_memory(), torch.cuda.device_count()
+    if not count:
+        return {"ranks": 1, "memory": host, "host_memory": host, "ranks_per_node": 1, "cpu": True}
+    own = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+    memory = own if flags.memory is None else memory
+    return {"ranks": count, "memory": memory, "host_memory": host, "ranks_per_node": count}
 
 
 def run_plan(flags: PlanFlags, config: AnyConfig, title: str, console: Any) -> bool:
@@ -101,14 +132,8 @@ def run_plan(flags: PlanFlags, config: AnyConfig, title: str, console: Any) -> b
         device = dataclasses.replace(device, name=f"{device.name} with own figures", **own)  # type: ignore[arg-type]
     assumed = Assumptions(**{k: v for k, v in flags.figures.items() if k not in units})
     memory = device.memory if flags.memory is None else int(flags.memory * GiB)
-    job, notes = any_job_of(
-        config,
-        ranks=flags.gpus,
-        memory=memory,
-        host_memory=int(flags.host_memory * GiB),
-        ranks_per_node=flags.gpus_per_node,
-    )
-    plan = make_plan(job, device, assumed, notes=notes)
+    job, notes = any_job_of(config, **_place(flags, memory))
+    plan = make_plan(job, None if job.cpu else device, assumed, notes=notes)
     if flags.json:
         print(json.dumps(as_data(plan), indent=1))
     else:
