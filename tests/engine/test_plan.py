@@ -38,6 +38,7 @@ from ppomax.stages.supervised_loop import Task, run_loop
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from .families import FAMILIES, family
+from .tiny import tiny_assets
 
 WITHIN = 0.15
 """Between planned and measured peaks."""
@@ -70,13 +71,13 @@ def job(size: str = "4M", **knobs) -> Job:
 
 
 def measured(
-    size: str, prompt: int, response: int, sequences: int, minibatch: int, micro: int, dtype: str, again: bool = False,
-    adapters: bool = False, **others: Any,
+    size: str, prompt: int | list[int], response: int, sequences: int, minibatch: int, micro: int, dtype: str,
+    again: bool = False, adapters: bool = False, **others: Any,
 ):  # fmt: skip
     """Peaks of a real second step, by counting live storages: `live_bytes` sees what torch allocates, and not the
     scratch of C++ operators nor what the allocator keeps, so these are figures without noise. Also the plan's.
-    `again`: with gradient checkpointing. `adapters`: of policy and critic, which stands on the reward model. `others`:
-    knobs of the run."""
+    `prompt`: tokens of each, or of all. `again`: with gradient checkpointing. `adapters`: of policy and critic, which
+    stands on the reward model. `others`: knobs of the run."""
     knobs = {
         "batch": {"rollout_size": sequences, "minibatch_size": minibatch, "micro_tokens": micro},
         "rollout": {"max_new_tokens": response, "min_new_tokens": response, "allow_biased_sampling": True},
@@ -85,16 +86,19 @@ def measured(
         | ({"train": "lora", "critic_train": "lora"} if adapters else {}),
         "run": {"device": "cpu"},
     }
+    lengths = [prompt] * sequences if isinstance(prompt, int) else prompt
+    known = () if isinstance(prompt, int) else tuple(sorted(lengths))
     config = load_config(knobs, overrides={k.replace("__", "."): v for k, v in others.items()})
     hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[size])
     plan = device_bytes(
-        job(size, dtype=dtype, cpu=True, prompt_tokens=prompt, response_tokens=response, rollout_size=sequences,
-            minibatch_size=minibatch, micro_tokens=micro, slots=config.rollout.slots, gradient_checkpointing=again,
+        job(size, dtype=dtype, cpu=True, prompt_tokens=max(lengths), prompt_lengths=known, padded=True,
+            response_tokens=response, rollout_size=sequences, minibatch_size=minibatch, micro_tokens=micro,
+            slots=config.rollout.slots, gradient_checkpointing=again,
             kept_row=_kept_row(config, shape(**SIZES[size])), whole_kl=config.kl.estimator == "vocabulary",
             **(dict(train="lora", lora_rank=16, borrowing_critic=True) if adapters else {}))
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(4, 4000, (prompt,), generator=generator).tolist() for _ in range(sequences)]
+    prompts = [torch.randint(4, 4000, (n,), generator=generator).tolist() for n in lengths]
     with live_bytes() as live:
         policy = LlamaForCausalLM(hf).to(getattr(torch, dtype))
         reward = make_reward_model(policy)
@@ -154,6 +158,43 @@ def test_what_is_scored_in_plain_torch_is_planned_as_it_runs(knobs):
     got, planned = measured("4M", 16, 64, 16, 16, 4096, "float32", **knobs)
     for phase in ("rollout", "update"):
         assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
+
+
+@pytest.mark.parametrize("knobs", [{}, {"model__gradient_checkpointing": True}], ids=["plain", "again"])
+@pytest.mark.parametrize("micro", [384, 1024])
+def test_uneven_texts_are_planned_by_their_lengths(micro, knobs):
+    """One prompt sixteen times as long as most; and what all at the limit would have been taken for."""
+    lengths = [16] * 11 + [40, 64, 100, 180, 256]
+    got, planned = measured("4M", lengths, 16, 16, 16, micro, "float32", bool(knobs))
+    for phase in ("rollout", "update"):
+        assert 0.95 * got[phase] <= planned[phase] <= 1.15 * got[phase], phase
+
+
+def test_lengths_of_the_users_own_prompts_are_read(tmp_path):
+    known = tiny_assets(tmp_path)
+    config = load_config(overrides={**known, "data.max_prompt_tokens": 6, "data.overlong": "truncate"})
+    made, _ = job_of(config, ranks=1, memory=GiB, host_memory=GiB, cpu=True)
+    assert len(made.prompt_lengths) == 12
+    assert (made.prompt_lengths[-1], made.prompt_tokens) == (6, 6)
+    assert made.mean_prompt < 6
+    (tmp_path / "prompts.jsonl").write_text("no json")
+    assert job_of(config, ranks=1, memory=GiB, host_memory=GiB)[0].prompt_lengths == ()
+    elsewhere = load_config(overrides={**known, "data.prompts": "a/hub-name"})
+    assert job_of(elsewhere, ranks=1, memory=GiB, host_memory=GiB)[0].prompt_lengths == ()
+
+
+def test_a_model_that_looks_for_its_pad_token_is_planned():
+    hf = GPT2Config(n_embd=32, n_layer=3, n_head=2, pad_token_id=0).to_json_string(use_diff=False)
+    assert device_bytes(Job(policy=hf, critic=hf, reward=hf, cpu=True))["update"]["activations"] > 0
+
+
+def test_adapters_on_layers_of_another_kind_are_planned():
+    """GPT-2's products are Conv1D."""
+    hf = GPT2Config(n_embd=32, n_layer=3, n_head=2).to_json_string(use_diff=False)
+    planned = Job(policy=hf, critic=hf, reward=hf, cpu=True, train="lora", lora_rank=4)
+    assert device_bytes(planned)["update"]["activations"] > 0
+    per_block = 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))  # c_attn, c_proj, c_fc, c_proj
+    assert next(r for r in roles(planned) if r.name == "policy").trained == 3 * per_block
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -353,7 +394,7 @@ def test_unknown_models_and_flags_are_named(capsys, tmp_path):
         (["--gpus", "0"], "--gpus must be above 0"),
         (["--device", "tpu"], "(known: a100-80g, h100, h200, mi300x;"),
         (["--bandwidth", "-3"], "--bandwidth must be above 0"),
-        (["--gpus", "many"], "invalid int value"),
+        (["--gpus", "many"], "--gpus must be a number, or auto, got 'many'"),
     ):
         assert main(["plan", *argv]) == 2
         assert words in capsys.readouterr().err

@@ -91,11 +91,11 @@ def test_the_drawn_tokens_estimate_has_it_as_its_mean() -> None:
     engine = engine_of(kl__estimator="vocabulary", rollout__max_new_tokens=1)
     for i in range(3):
         engine.step(prompts(8, seed=i))
-    roll = engine.rollout([prompts(1, seed=5)[0]] * 4000)
+    roll = engine.rollout([prompts(1, seed=5)[0]] * 1000)
     gap = roll.logprobs - roll.ref_logprobs
     error = 4 * float(gap.std()) / len(gap) ** 0.5
     assert float(gap.mean()) == pytest.approx(float(roll.kl[0]), abs=error)
-    assert error < 0.3 * float(roll.kl[0])
+    assert error < 0.5 * float(roll.kl[0])
 
 
 def test_no_other_estimator_pays_for_it() -> None:
@@ -123,11 +123,11 @@ def test_its_weights_make_the_mean_one_under_temperature_one() -> None:
     engine = engine_of(rollout__temperature=0.7, rollout__max_new_tokens=1)
     for i in range(3):
         engine.step(prompts(8, seed=i))
-    roll = engine.rollout([prompts(1, seed=5)[0]] * 4000)
+    roll = engine.rollout([prompts(1, seed=5)[0]] * 1000)
     own, ref = (x[:1] for x in both(engine, roll))
     want = float((own.exp() * (own - ref)).sum())
     metrics = experience_metrics(engine.experience(roll))
-    assert metrics["objective/kl_per_token_untempered"] == pytest.approx(want, rel=0.15)
+    assert metrics["objective/kl_per_token_untempered"] == pytest.approx(want, rel=0.3)
 
 
 def test_at_temperature_one_there_is_nothing_besides() -> None:

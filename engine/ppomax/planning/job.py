@@ -52,6 +52,10 @@ class Job:
     """Bytes of a node."""
     cpu: bool = False
     prompt_tokens: int = 512
+    prompt_lengths: tuple[int, ...] = ()
+    """Of some prompts of the run, ascending, none above `prompt_tokens`. (): unknown, all are taken to be at it."""
+    padded: bool = False
+    """Scoring and update pad a micro-batch to its longest text."""
     response_tokens: int = 512
     slots: int = 64
     """Sequences decoded together on one rank."""
@@ -88,6 +92,21 @@ class Job:
     @property
     def length(self) -> int:
         return self.prompt_tokens + self.response_tokens
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens of a prompt in the mean."""
+        return sum(self.prompt_lengths) / len(self.prompt_lengths) if self.prompt_lengths else self.prompt_tokens
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a whole text in the mean, its response at the limit."""
+        return self.mean_prompt + self.response_tokens
+
+    def drawn_prompts(self, count: int) -> list[int]:
+        """Lengths of so many prompts, spread as the known ones are, the longest among them."""
+        known = self.prompt_lengths or (self.prompt_tokens,)
+        return [known[(2 * i + 1) * len(known) // (2 * count)] for i in range(count - 1)] + [known[-1]]
 
     @property
     def sequences(self) -> int:
@@ -153,6 +172,23 @@ def optimiser_ranks(job: Job) -> int:
 
 
 def micro_batch(job: Job) -> tuple[int, int]:
-    """(sequences, length) of the fullest micro-batch."""
+    """(sequences, length) of the micro-batch in which a forward computes most tokens."""
+    return max(micro_batches(job), key=lambda micro: micro[0] * micro[1])
+
+
+def micro_batches(job: Job) -> list[tuple[int, int]]:
+    """(sequences, length) of the micro-batches of one rank's part of a minibatch that may hold most: the one with most
+    tokens that a forward computes, and the one with most sequences. length: of uneven texts that are not padded, the
+    mean."""
     mine = max(1, job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size)
-    return max(1, min(job.micro_tokens // job.length, mine)), job.length
+    if not job.prompt_lengths:
+        return [(max(1, min(job.micro_tokens // job.length, mine)), job.length)]
+    import torch
+
+    from ppomax.recipe.batch import split_minibatches
+
+    lengths = torch.tensor([p + job.response_tokens for p in job.drawn_prompts(mine)])
+    (micros,) = split_minibatches(lengths, mine, job.micro_tokens, None, padded=job.padded)
+    found = [(len(m), int(lengths[m].max()) if job.padded else -(-int(lengths[m].sum()) // len(m))) for m in micros]
+    most = max(found, key=lambda micro: micro[0] * micro[1])
+    return list(dict.fromkeys([most, max(found)]))

@@ -13,10 +13,21 @@ Lengths are taken at their limits, so a run whose texts are shorter needs less."
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ppomax.planning.job import GiB, Job, Role, micro_batch, offloaded, optimiser_ranks, partitioned, roles
-from ppomax.planning.trace import Held, cache_bytes, held, packed_weight_bytes, prefill_tokens, sizes_of
+from ppomax.planning.job import (
+    GiB,
+    Job,
+    Role,
+    micro_batch,
+    micro_batches,
+    offloaded,
+    optimiser_ranks,
+    partitioned,
+    roles,
+)
+from ppomax.planning.trace import Held, cache_bytes, decoded, held, packed_weight_bytes, prefill_tokens, sizes_of
 
 if TYPE_CHECKING:
     from ppomax.rollout.slots import Prompt
@@ -34,6 +45,8 @@ COPIES_AS_BITS, COPIES_AS_IDS, COPIES_FOR_KL = 6, 2, 5
 the KL over all tokens."""
 CPU_OVERHEAD = int(0.55 * GiB)
 """Resident memory of Python with torch, transformers and the kernels loaded."""
+SCRATCH = 4
+"""Bytes that a C++ operator takes of its own for a 16-bit logit on a CPU, where torch does not see them."""
 SAMPLER_PROCESS = int(1.7 * GiB)
 """Resident memory of vLLM's process on a CPU, its cache of 1 GiB included, without a model."""
 HOST_OVERHEAD = 3 * GiB
@@ -150,10 +163,11 @@ def rollout(job: Job) -> dict[str, int]:
     if job.sampler_memory is not None:
         return {"sampler": 0 if job.cpu else int(job.sampler_memory * job.memory)}
     slots = min(job.slots, job.sequences)
-    at_once = min(slots * job.prompt_tokens, max(prefill_tokens(job.cpu), job.prompt_tokens)) + slots
+    whole = sum(sorted(job.drawn_prompts(job.sequences))[-slots:])
+    at_once = min(whole, max(prefill_tokens(job.cpu), job.prompt_tokens)) + slots
     limits = job.response_tokens, job.cache_tokens
     cache = cache_bytes(job.policy, job.dtype, longest_prompts(job), slots, limits)
-    prefill = _held(job, job.policy, 1, at_once)
+    prefill = _held(job, decoded(job.policy), 1, at_once)
     return {
         "KV cache": cache,
         "packed weights": packed_weight_bytes(job.policy, job.dtype, job.cpu),
@@ -165,23 +179,27 @@ def rollout(job: Job) -> dict[str, int]:
 
 
 def longest_prompts(job: Job) -> list[Prompt]:
-    """The prompts of one rank's buffer, all at their limit, as the rollout groups them."""
+    """The prompts of one rank's buffer as the rollout groups them."""
     from ppomax.rollout.slots import Prompt
 
     each = min(job.samples_per_prompt, job.sequences)
-    tokens = [0] * job.prompt_tokens
-    return [Prompt(tokens, list(range(each))) for _ in range(-(-job.sequences // each))]
+    lengths = job.drawn_prompts(-(-job.sequences // each))
+    return [Prompt([0] * length, list(range(each))) for length in lengths]
 
 
 def scoring(job: Job) -> dict[str, int]:
     """A forward of each model in turn over one micro-batch; the gathered policy stays for its own."""
+    return _fullest(_scoring(job, *micro) for micro in micro_batches(job))
+
+
+def _scoring(job: Job, rows: int, length: int) -> dict[str, int]:
     policy = sizes_of(job.policy, "causal_lm")
-    rows, length = micro_batch(job)
     own = [(job.policy, "causal_lm")] + [(c, "scorer") for c in (job.critic, job.reward) if c]
     forwards = [_held(job, config, rows, length).forward for config, _ in own]
-    logits = [chunk_bytes(policy.vocab, job), torch_chunk(policy.vocab, job, COPIES_FOR_KL) if job.whole_kl else 0]
+    whole = torch_chunk(policy.vocab, job, rows, COPIES_FOR_KL) if job.whole_kl else 0
+    logits = max(chunk_bytes(policy.vocab, job, rows), whole) + 2 * _picked(job, rows)
     return {
-        **_larger({"activations": max(forwards)}, {"logits": max(logits) + 2 * _picked(job)}),
+        **_larger({"activations": max(forwards)}, {"logits": logits}),
         "states for the KL": _states_for_kl(job),
         "sets of the cut": _kept_sets(job, job.rollout_size),
         "gathered": _gathered_policy(job) + max(_live_layers(job, r) for r in roles(job) if r.name != "policy"),
@@ -192,14 +210,17 @@ def scoring(job: Job) -> dict[str, int]:
 def evaluation(job: Job) -> dict[str, int]:
     """A forward of the policy, whole, over held-out rows."""
     rows, length = micro_batch(job)
-    logits = chunk_bytes(sizes_of(job.policy, "causal_lm").vocab, job) + 2 * _picked(job)
+    logits = chunk_bytes(sizes_of(job.policy, "causal_lm").vocab, job, rows) + 2 * _picked(job, rows)
     forward = _held(job, job.policy, rows, length).forward
     return {**_larger({"activations": forward}, {"logits": logits}), "gathered": _gathered_policy(job)}
 
 
 def update(job: Job) -> dict[str, int]:
     """The larger of the policy's and the critic's turn on one micro-batch, gradients of both held; alone, its own."""
-    rows, length = micro_batch(job)
+    return _fullest(_update(job, *micro) for micro in micro_batches(job))
+
+
+def _update(job: Job, rows: int, length: int) -> dict[str, int]:
     several = job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size > rows
     if job.alone:
         (policy,) = roles(job)
@@ -230,7 +251,7 @@ def _policy_turn(job: Job, policy: Role, critic: Role | None, rows: int, length:
     others = _gradient(job, critic) if several and critic else 0
     before = others + (_gradient(job, policy) if several else 0)
     head = policy.sizes.head * 4 if job.train == "full" else 0
-    loss = {"logits": chunk_bytes(policy.sizes.vocab, job, backward=True) + head + 2 * _picked(job)}
+    loss = {"logits": chunk_bytes(policy.sizes.vocab, job, rows, backward=True) + head + 2 * _picked(job, rows)}
     kinds = _turn(before, others + _gradient(job, policy), act, loss)
     kinds["gathered"] = _live_layers(job, policy)
     return kinds
@@ -263,24 +284,27 @@ def step(job: Job) -> dict[str, int]:
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def torch_chunk(vocab: int, job: Job, copies: int) -> int:
-    """Copies of one chunk of float32 logits that is worked on in plain torch: where sampling is cut or the KL is over
-    all tokens."""
-    rows, _ = micro_batch(job)
+def torch_chunk(vocab: int, job: Job, rows: int, copies: int) -> int:
+    """Copies of one chunk of float32 logits of so many responses that is worked on in plain torch: where sampling is
+    cut or the KL is over all tokens."""
     return copies * 4 * vocab * min(max(1, TORCH_CHUNK // (4 * vocab)), rows * job.response_tokens)
 
 
-def chunk_bytes(vocab: int, job: Job, *, backward: bool = False) -> int:
-    """One chunk of logits in the fused losses; 16-bit chunks on a CPU have an fp32 copy beside them. In plain torch,
-    where sampling is cut."""
-    from ppomax_kernels.chunks import default_chunk
+def chunk_bytes(vocab: int, job: Job, rows: int, *, backward: bool = False) -> int:
+    """One chunk of the logits of so many responses in the fused losses; 16-bit chunks on a CPU have an fp32 copy beside
+    them. In plain torch, where sampling is cut."""
+    import torch
+    from ppomax_kernels.chunks import blocks, default_chunk, even_chunk
 
-    rows, _ = micro_batch(job)
     if job.kept_row:
         whole = job.kept_row == -(-vocab // 8)
-        return torch_chunk(vocab, job, COPIES_AS_BITS if whole else COPIES_AS_IDS + backward)
-    tokens = min(default_chunk(vocab, "cpu" if job.cpu else "cuda"), rows * job.response_tokens)
-    return tokens * vocab * (job.width + (4 if job.cpu and job.width == 2 else 0))
+        return torch_chunk(vocab, job, rows, COPIES_AS_BITS if whole else COPIES_AS_IDS + backward)
+    tokens, columns = rows * job.response_tokens, vocab
+    if job.cpu:
+        tokens, columns = blocks(0, tokens, torch.empty(vocab, 0, dtype=getattr(torch, job.dtype)), False)
+    else:
+        tokens = even_chunk(default_chunk(vocab, "cuda"), tokens, False)
+    return tokens * columns * (job.width + (SCRATCH if job.cpu and job.width == 2 else 0))
 
 
 def _kept_sets(job: Job, sequences: int) -> int:
@@ -294,9 +318,9 @@ def _states_for_kl(job: Job) -> int:
     return job.sequences * job.response_tokens * hidden * job.width if job.whole_kl else 0
 
 
-def _picked(job: Job) -> int:
-    """Hidden states of the response tokens of a micro-batch, which the head sees."""
-    return micro_batch(job)[0] * job.response_tokens * sizes_of(job.policy, "causal_lm").hidden * job.width
+def _picked(job: Job, rows: int) -> int:
+    """Hidden states of the tokens of so many responses, which the head sees."""
+    return rows * job.response_tokens * sizes_of(job.policy, "causal_lm").hidden * job.width
 
 
 def _gradient(job: Job, role: Role) -> int:
@@ -317,7 +341,8 @@ def _live_layers(job: Job, role: Role) -> int:
 def _trunk_states(job: Job) -> int:
     if job.train != "hydra":
         return 0
-    return job.sequences * job.length * sizes_of(job.policy, "causal_lm").hidden * job.width
+    tokens = sum(job.drawn_prompts(job.sequences)) + job.sequences * job.response_tokens
+    return tokens * sizes_of(job.policy, "causal_lm").hidden * job.width
 
 
 def _held(job: Job, config: str, rows: int, length: int, layers: int | None = None, adapted: bool = False) -> Held:
@@ -325,6 +350,11 @@ def _held(job: Job, config: str, rows: int, length: int, layers: int | None = No
     everything = 1 << 30 if layers is None else layers
     targets = job.lora_targets if adapted else None
     return held(config, job.dtype, rows, length, everything, targets, job.gradient_checkpointing)
+
+
+def _fullest(moments: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Of micro-batches, the one that holds most."""
+    return max(moments, key=lambda kinds: sum(kinds.values()))
 
 
 def _larger(*moments: dict[str, int]) -> dict[str, int]:

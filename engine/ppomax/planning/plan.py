@@ -126,6 +126,7 @@ def job_of(
         critic = shape_of(model.critic)
     if model.critic == "reward_model" and critic is None:
         raise ConfigError("config: model.critic is reward_model, but no reward model scores; set model.critic")
+    lengths = _prompt_lengths(config)
     return (
         Job(
             policy=policy_shape,
@@ -145,7 +146,9 @@ def job_of(
             memory=memory,
             host_memory=host_memory,
             cpu=cpu,
-            prompt_tokens=config.data.max_prompt_tokens,
+            prompt_tokens=lengths[-1] if lengths else config.data.max_prompt_tokens,
+            prompt_lengths=lengths,
+            padded=cpu or model.attention in ("sdpa", "eager"),
             response_tokens=config.rollout.max_new_tokens,
             slots=config.rollout.slots,
             cache_tokens=config.rollout.cache_tokens,
@@ -164,6 +167,32 @@ def job_of(
         ),
         tuple(notes),
     )
+
+
+PROMPTS = 64 << 20
+"""Bytes of a file of prompts that the plan still reads."""
+
+
+def _prompt_lengths(config: TrainConfig) -> tuple[int, ...]:
+    """Tokens of the prompts, where their file and the tokenizer are at hand; else ()."""
+    source, tokenizer = config.data.prompts, config.model.tokenizer or config.model.policy
+    if not (source and Path(source).is_file() and tokenizer and Path(tokenizer).is_dir()):
+        return ()
+    if Path(source).stat().st_size > PROMPTS:
+        return ()
+    from ppomax.data.encode import encode_prompt
+    from ppomax.data.rows import DataError, read_rows
+    from ppomax.models import load_tokenizer
+
+    made, limit = load_tokenizer(tokenizer), config.data.max_prompt_tokens
+    try:
+        texts = [row[config.data.prompt_column] for _, row in read_rows(Path(source))]
+        lengths = sorted(len(encode_prompt(text, made)) for text in texts)
+    except (DataError, KeyError, TypeError, ValueError):  # who loads them says what is wrong
+        return ()
+    if config.data.overlong == "drop":
+        lengths = [n for n in lengths if n <= limit]
+    return tuple(min(n, limit) for n in lengths)
 
 
 def _kept_row(config: TrainConfig, policy: str) -> int:

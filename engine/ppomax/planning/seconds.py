@@ -85,11 +85,11 @@ def seconds(job: Job, device: Device, assumed: Assumptions | None = None) -> dic
 
 def tokens_per_second(job: Job, times: dict[str, float]) -> dict[str, float]:
     """Prompt and response tokens over all ranks a second, of each phase and of the whole."""
-    tokens = job.rollout_size * job.length
+    tokens = job.rollout_size * job.mean_length
     return {phase: tokens / t for phase, t in [*times.items(), ("whole", sum(times.values()))] if t}
 
 
-def forward_flops(role: Role, length: int) -> float:
+def forward_flops(role: Role, length: float) -> float:
     """FLOPs of one token's forward."""
     c = role.sizes
     dense = c.params - (0 if c.tied else c.embedding)
@@ -99,11 +99,11 @@ def forward_flops(role: Role, length: int) -> float:
 def _rollout(job: Job, policy: Role, device: Device, assumed: Assumptions) -> float:
     slots = min(job.slots, job.sequences)
     steps = job.sequences * job.response_tokens / slots
-    flops = forward_flops(policy, job.length)
-    prefill = job.sequences * job.prompt_tokens * flops / (device.flops * assumed.forward_efficiency)
+    flops = forward_flops(policy, job.mean_length)
+    prefill = job.sequences * job.mean_prompt * flops / (device.flops * assumed.forward_efficiency)
     c = policy.sizes
     read = (c.params - (0 if c.tied else c.embedding)) * job.width
-    cache = slots * (job.prompt_tokens + job.response_tokens / 2) * c.kv_token * job.width
+    cache = slots * (job.mean_prompt + job.response_tokens / 2) * c.kv_token * job.width
     memory = (read + cache) / (device.bandwidth * assumed.bandwidth_efficiency)
     math = slots * flops / (device.flops * assumed.forward_efficiency)
     gather = _collective(job, c.params * job.width, device, assumed) if job.zero_stage == 3 else 0.0
@@ -116,8 +116,8 @@ def _scoring(job: Job, parts: dict[str, Role], device: Device, assumed: Assumpti
     total = 0.0
     for name, role in parts.items():
         part = share if job.train == "hydra" and name in on_trunk else 1.0
-        total += part * forward_flops(role, job.length)
-    compute = job.sequences * job.length * total / (device.flops * assumed.forward_efficiency)
+        total += part * forward_flops(role, job.mean_length)
+    compute = job.sequences * job.mean_length * total / (device.flops * assumed.forward_efficiency)
     return compute + _gathers(job, sum(r.elements for n, r in parts.items() if n != "policy"), 1, 1, device, assumed)
 
 
@@ -129,10 +129,10 @@ def _update(job: Job, parts: dict[str, Role], device: Device, assumed: Assumptio
         adapted = job.train == "lora" if name == "policy" else job.low_rank_critic
         branch = (job.train == "hydra") if name == "policy" else job.critic is None
         share = job.trained_layers / role.sizes.layers if branch else 1.0
-        total += share * ((2 if adapted else 3) + again) * forward_flops(role, job.length)
+        total += share * ((2 if adapted else 3) + again) * forward_flops(role, job.mean_length)
     texts = (3 + again) * forward_flops(parts["policy"], job.ptx_tokens) * job.ptx_batch * job.ptx_tokens / job.ranks
     steps = -(-job.rollout_size // job.minibatch_size)
-    compute = (job.sequences * job.length * total + steps * texts) * job.epochs
+    compute = (job.sequences * job.mean_length * total + steps * texts) * job.epochs
     gathers = _gathers(job, sum(r.elements for r in parts.values() if r.trained), 2, job.epochs, device, assumed)
     reduced = sum(r.trained for r in parts.values()) * job.width
     reduce = _collective(job, reduced * (1 if (job.zero_stage or 0) >= 2 else 2), device, assumed)

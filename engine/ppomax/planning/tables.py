@@ -20,7 +20,8 @@ def show(plan: Plan, console: Any, *, title: str = "") -> None:
     stage = "plain torch" if job.zero_stage is None else f"ZeRO-{job.zero_stage}"
     offload = [n for n, on in (("optimiser", job.offload_optimizer), ("weights", job.offload_param)) if on]
     where = f"{stage}, on the host: {', '.join(offload)}" if offload else stage
-    batch = f"{job.rollout_size} responses of {job.prompt_tokens} + {job.response_tokens} tokens"
+    prompts = f"{job.mean_prompt:.0f} (at most {job.prompt_lengths[-1]})" if job.prompt_lengths else job.prompt_tokens
+    batch = f"{job.rollout_size} responses of {prompts} + {job.response_tokens} tokens"
     batch = f"{job.rollout_size} rows of {job.length} tokens a step" if job.alone else batch
     console.print(
         f"[bold]{title}[/]  {job.ranks} x {gib(job.memory)}, {where}, {job.train}, {job.dtype}; {batch}",

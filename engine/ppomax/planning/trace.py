@@ -76,7 +76,7 @@ def sizes_of(config: str, kind: str) -> ModelSizes:
     block, text, shape = nested_blocks_of(model)[0], hf.get_text_config(), cache_shape(hf)
     head = model.get_output_embeddings() if kind == "causal_lm" else None
     sizes = [p.numel() for p in model.parameters()]
-    linears = [(n, m.in_features, m.out_features) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+    linears = [(n, *size) for n, m in block.named_modules() if (size := linear_sizes(m)) is not None]
     return ModelSizes(
         params=sum(sizes),
         block=sum(p.numel() for p in block.parameters()),
@@ -122,6 +122,22 @@ def held(
     )
 
 
+def decoded(config: str) -> str:
+    """The same model as the rollout runs it: its own attention caps scores without holding them."""
+    knobs = json.loads(config)
+    return json.dumps(knobs | {"attn_logit_softcapping": None}) if knobs.get("attn_logit_softcapping") else config
+
+
+def linear_sizes(module: Any) -> tuple[int, int] | None:
+    """Inputs and outputs of what an adapter goes on; None: it is no linear layer."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (int(module.nx), int(module.nf)) if isinstance(module, Conv1D) else None
+
+
 @lru_cache(maxsize=64)
 def _trace(
     config: str,
@@ -144,7 +160,7 @@ def _trace(
         trunk = AutoModel.from_config(_hf_config(config, depth), dtype=getattr(torch, dtype)).requires_grad_(False)
         (trunk if embedding and targets is None else nested_blocks_of(trunk)).requires_grad_(targets is None)
         for name, module in nested_blocks_of(trunk).named_modules():
-            if targets is not None and isinstance(module, torch.nn.Linear):
+            if targets is not None and linear_sizes(module) is not None:
                 module.weight.requires_grad_(not targets or name.rpartition(".")[2] in targets)
         for p in trunk.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -164,7 +180,7 @@ def _trace(
 
 def register_attention() -> None:
     """Teach transformers an attention of no content that holds what fused attention holds: its inputs, its output and
-    one number a row, never a (T, T) matrix."""
+    one number a row, never a (T, T) matrix; but all of those where scores are capped, which no fused attention does."""
     import torch
     from torch import Tensor
     from transformers import AttentionInterface
@@ -182,7 +198,13 @@ def register_attention() -> None:
             return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any) -> Any:
-        return Fused.apply(query, key, value), None
+        if not named.get("softcap"):
+            return Fused.apply(query, key, value), None
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scores = torch.tanh(query @ key.mT * 0.1 / 50.0) * 50.0
+        weights = (scores + torch.zeros_like(scores[:1, :1])).softmax(-1, dtype=torch.float32).to(query.dtype)
+        return (weights @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(ATTENTION, attention)
 
@@ -244,6 +266,7 @@ def _hf_config(config: str, depth: int | None) -> Any:
     hf = AutoConfig.for_model(knobs.pop("model_type"), **knobs)
     if depth is not None:
         hf = with_blocks(hf, slice(0, depth))
+    hf.pad_token_id = None  # some models look for it among the tokens, which are not there
     hf._attn_implementation = ATTENTION if depth else "eager"  # which every family has; it is not run
     return hf
 
