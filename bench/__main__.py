@@ -3,6 +3,7 @@ to bench/results/<card>.csv.
 
     python -m bench                               every op, full shapes, float32 on a CPU, bfloat16 on a GPU
     python -m bench --ops gae sample --threads 2
+    python -m bench --ops losses --cold           with caches that hold something else, as after a forward
     python -m bench --quick                       small shapes, seconds
     python -m bench --ops linear_nll --shape qwen2.5-7b        on a model's own width and vocabulary
     python -m bench --ops gae --compare COMMIT    this checkout beside another commit of it, in turns
@@ -27,7 +28,7 @@ from . import compare, machine, memory, page, results
 from .ops import OPS
 from .problem import SHAPES, Problem, error_of
 from .results import Row
-from .timing import GRAPH_CALLS, Stats, graphed, in_turns, quantile
+from .timing import GRAPH_CALLS, Stats, colder, graphed, in_turns, quantile
 
 SMALL = 64 * 2**20  # bytes: ops on less are bound by launches
 BEGIN, END = "<!-- table: bench/results -->", "<!-- end table -->"
@@ -61,7 +62,8 @@ class Session:
         right = self.right_ones(problem)
         if not any(name.startswith("ppomax") for name in right):
             return
-        stats = in_turns({name: problem.runs[name] for name in right}, self.device, self.args.seconds)
+        cool = colder(self.device) if self.args.cold else None
+        stats = in_turns({name: problem.runs[name] for name in right}, self.device, self.args.seconds, cool=cool)
         self.record([self.row(problem, name, stats[name]) for name in right])
         if self.device.type == "cuda" and problem.bytes and problem.bytes < SMALL:
             self.measure_on_device(problem, right)
@@ -131,7 +133,7 @@ class Session:
             versions=self.versions,
             op=problem.op,
             impl=name,
-            mode=problem.mode,
+            mode=f"{problem.mode}, cold" if self.args.cold else problem.mode,
             dtype=str(problem.dtype)[6:],
             shape=problem.shape,
             median_us=1e6 * seconds,
@@ -228,6 +230,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small shapes; no memory")
     parser.add_argument("--shape", choices=tuple(SHAPES), help="width and vocabulary of a model, in place of ours")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--cold", action="store_true", help="empty the caches before each call; rows say so")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     parser.add_argument("--commit", help="what the rows are labelled with (default: as git says)")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the CSV files")

@@ -12,6 +12,15 @@ ROUND_SECONDS = 2e-3  # a round repeats short calls until it lasts about this lo
 LEAST_ROUNDS, MOST_ROUNDS = 7, 400
 
 
+COLD_BYTES = 256 << 20
+"""Written before each call that shall find nothing in a cache: more than the last level of any card or server here."""
+
+
+def colder(device: torch.device) -> Callable[[], object]:
+    """What takes the place of everything in the caches."""
+    return torch.empty(COLD_BYTES, dtype=torch.uint8, device=device).zero_
+
+
 def seconds_of(run: Callable[[], object], calls: int, device: torch.device) -> float:
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -46,9 +55,17 @@ def graphed(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def in_turns(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, per_run: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    per_run: int = 1,
+    *,
+    cool: Callable[[], object] | None = None,
 ) -> dict[str, Stats]:
-    """Statistics of each run's seconds per call (a run is `per_run` calls); about `seconds` are spent on each."""
+    """Statistics of each run's seconds per call (a run is `per_run` calls); about `seconds` are spent on each. cool:
+    done before each call, whose time it is not part of."""
+    if cool is not None:
+        return _cold(runs, device, seconds, cool)
     calls, stats = {}, {name: Stats() for name in runs}
     longest = 0.0
     for name, run in runs.items():
@@ -60,6 +77,18 @@ def in_turns(
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             stats[name].update(seconds_of(runs[name], calls[name], device) / per_run)
+    return stats
+
+
+def _cold(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, cool: Callable[[], object]
+) -> dict[str, Stats]:
+    stats, names = {name: Stats() for name in runs}, list(runs)
+    longest = max(seconds_of(lambda run=run: (cool(), run()), 1, device) for run in runs.values())  # type: ignore[misc]
+    for i in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(longest, 1e-7))))):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            cool()
+            stats[name].update(seconds_of(runs[name], 1, device))
     return stats
 
 

@@ -5,13 +5,14 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ppomax_kernels as K
 import pytest
 import torch
 
-from bench import cases, machine, page, results
+from bench import cases, machine, page, results, timing
 from bench.__main__ import BEGIN, END
 from bench.ops import OPS
 from bench.problem import SHAPES, error_of
@@ -166,3 +167,26 @@ def test_wrong_results_are_not_timed(
     monkeypatch.setattr(rivals, "gae_loop_verl", lambda r, v, m, gamma, lam: (r, v))  # now the truth is another
     assert program.main() == 1
     assert len(results.read(tmp_path)) == len(impls)
+
+
+def test_cold_calls_come_after_something_else_filled_the_caches(tmp_path: Path) -> None:
+    given = ["--quick", "--cold", "--no-compile", "--device", "cpu", "--threads", "1", "--ops", "gae", "--no-memory"]
+    done = bench(*given, "--seconds", "0.001", "--out", str(tmp_path), "--commit", "cold")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with next(tmp_path.glob("*.csv")).open(encoding="utf-8") as file:
+        modes = {row["mode"] for row in csv.DictReader(file)}
+    assert modes
+    assert all(mode.endswith(", cold") for mode in modes)
+
+
+def test_what_empties_the_caches_is_not_timed() -> None:
+    log: list[str] = []
+    stats = timing.in_turns(
+        {"a": lambda: log.append("a"), "b": lambda: log.append("b")},
+        torch.device("cpu"),
+        1e-6,
+        cool=lambda: (log.append("cool"), time.sleep(0.01)),
+    )
+    assert all(x == "cool" for x in log[::2])
+    assert {"a", "b"} == set(log[1::2])
+    assert all(s.max < 0.005 for s in stats.values())
