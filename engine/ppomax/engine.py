@@ -35,8 +35,9 @@ from ppomax.models.fingerprints import fingerprints
 from ppomax.models.modes import module_of, refresh, set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import Experience, Rollout
-from ppomax.recipe.measures import experience_metrics
+from ppomax.recipe.measures import GivenUp, StepResult, experience_metrics
 from ppomax.recipe.moments import RunningMoments
+from ppomax.recipe.outside import Outside, Wanted
 from ppomax.recipe.reward_sources import ModelOrFunction, SumReward, Weighed, model_path, reward_source
 from ppomax.recipe.rewards import (
     KLController,
@@ -56,7 +57,6 @@ from ppomax.rollout.sampler import Sampler
 from ppomax.rollout.vllm_sampler import VllmSampler
 from ppomax.saving.background import BackgroundWriter, PendingSave
 from ppomax.saving.engine_state import Parts, contents, read_state, restore_state, save_state, saved_parts
-from ppomax.saving.export_policy import weights_to_hand_over
 from ppomax.sharding import Trained, freeze_model, is_sharded, sharded_reads, train_model
 
 log = logging.getLogger(__name__)
@@ -67,19 +67,6 @@ Prompt = Sequence[int] | str | Sequence[Mapping[str, str]]
 """Token ids, text, or a chat: messages with `role` and `content`."""
 Columns = Mapping[str, Sequence[Any]] | None
 """Lists of one entry for each prompt, by the names that a reward function asks for."""
-
-
-class GivenUp(Exception):
-    """A step that ended before its update, as its caller wished."""
-
-
-class StepResult(NamedTuple):
-    """What one step of an engine gives."""
-
-    metrics: dict[str, float]
-    """By name; see recipe/measures.py and recipe/update.py."""
-    scores: Tensor
-    """(S,) float32 raw scores of the step's responses."""
 
 
 class _Models(NamedTuple):
@@ -132,12 +119,14 @@ class Engine:
                 f"Engine: ptx.coef is {self.config.ptx.coef} but there are no texts for it; pass texts=, or set "
                 "ptx.coef: 0"
             )
-        self.sampler, self._handed = sampler, -1
+        self.outside = None if sampler is None else Outside(sampler)
         models = self._read(policy, reference, critic, reward, tokenizer)
         self._set_up(models)
         self._shard(models)
-        if self.sampler is None and self.config.rollout.sampler == "vllm":
-            self.sampler = VllmSampler(models.policy, self.config.rollout)
+        if self.outside is None and self.config.rollout.sampler == "vllm":
+            self.outside = Outside(VllmSampler(models.policy, self.config.rollout))
+        if self.outside is None and self.config.rollout.ahead:
+            raise ValueError("Engine: rollout.ahead needs a sampler of its own; pass sampler=, or set rollout.sampler")
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
         self.units = RAW if self.critic.module.raw else None
         """Of the critic's values; None: a new head's, which are the first ones that rewards have."""
@@ -194,18 +183,21 @@ class Engine:
         if self._read_by is not None and self.reward_model is not None:
             self._read_by.model = freeze_model(self.reward_model, config.sharding)
 
-    def rollout(self, prompts: Sequence[Prompt], columns: Columns = None) -> Rollout:
+    def rollout(
+        self, prompts: Sequence[Prompt], columns: Columns = None, *, following: Sequence[Prompt] | None = None
+    ) -> Rollout:
         """One scored response to each prompt (token ids; text or a chat with a tokenizer). Counts the buffer and its
-        episodes, which name the random streams of the next ones."""
+        episodes, which name the random streams of the next ones. following: the prompts of the next buffer, which a
+        sampler of its own then draws while this one is trained on."""
         known = check_columns(columns or {}, len(prompts))
-        ids = check_prompts(
-            [prompt_ids(p, self.tokenizer) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens
-        )
+        ids = self._ids(prompts)
         uids = range(self.episodes, self.episodes + len(ids))
         self.episodes += len(ids)
         self.buffers += 1
         shuffle = stream(self.config.run.seed, Purpose.MINIBATCHES, self.buffers)
-        return replace(self._generate(ids, uids, shuffle), columns=known)
+        more = None if following is None else self._ids(following)
+        after = None if more is None else (more, list(range(self.episodes, self.episodes + len(more))))
+        return replace(self._generate(ids, uids, shuffle, after), columns=known)
 
     def experience(self, roll: Rollout) -> Experience:
         """Raw scores -> running moments -> shaped scores, values in their units -> token rewards -> advantages and
@@ -262,12 +254,17 @@ class Engine:
         return metrics
 
     def step(
-        self, prompts: Sequence[Prompt], columns: Columns = None, *, go_on: Callable[[], bool] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        columns: Columns = None,
+        *,
+        following: Sequence[Prompt] | None = None,
+        go_on: Callable[[], bool] | None = None,
     ) -> StepResult:
-        """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too. go_on:
-        asked before the update; GivenUp if it says no, and only counters have moved."""
+        """Rollout, experience and update: one PPO-max iteration. The metrics hold phase times in seconds too.
+        following: see `rollout`. go_on: asked before the update; GivenUp if it says no: only counters have moved."""
         times = [time.perf_counter()]
-        roll = self.rollout(prompts, columns)
+        roll = self.rollout(prompts, columns, following=following)
         times.append(time.perf_counter())
         experience = self.experience(roll)
         metrics = experience_metrics(experience, self.config.impl, self.config.advantage.gamma) | roll.stats
@@ -277,42 +274,39 @@ class Engine:
         metrics.update(self.update(experience))
         times.append(time.perf_counter())
         names = ("time/rollout", "time/experience", "time/update")
-        metrics.update({n: b - a for n, a, b in zip(names, times[:-1], times[1:], strict=True)})
-        metrics.update(
-            {
-                "time/step": times[-1] - times[0],
-                "episode": float(self.episodes),
-                "val/skipped_total": float(self.health.skipped),
-                "perf/tokens_per_second": float(len(roll.states)) / (times[1] - times[0]),
-            }
-        )
+        metrics |= {n: b - a for n, a, b in zip(names, times[:-1], times[1:], strict=True)}
+        metrics |= {
+            "time/step": times[-1] - times[0],
+            "episode": float(self.episodes),
+            "val/skipped_total": float(self.health.skipped),
+            "perf/tokens_per_second": float(len(roll.states)) / (times[1] - times[0]),
+        }
         return StepResult(metrics, experience.scores)
 
     def preview(self, prompts: Sequence[Prompt], columns: Columns = None) -> tuple[Rollout, Tensor]:
         """Responses and raw scores without leaving a trace: own random streams (the same ones each time), nothing
         counted."""
         known = check_columns(columns or {}, len(prompts))
-        ids = check_prompts(
-            [prompt_ids(p, self.tokenizer) for p in prompts], self.policy.module, self.config.rollout.max_new_tokens
-        )
+        ids = self._ids(prompts)
         roll = replace(self._generate(ids, range(-1, -1 - len(ids), -1), None), columns=known)
         return roll, self.reward(roll).total
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the whole state to the folder `path`, atomically; `extra` (plain data) is given back by `restore`."""
-        return save_state(Path(path), self._parts, self.state(), extra or {})
+        return save_state(Path(path), self._parts, self._whole_state(), extra or {})
 
     def start_save(self, path: str | Path, extra: dict[str, Any] | None = None) -> PendingSave:
         """The same while training goes on: the state is copied to the host now, and the folder is there after
         `PendingSave.finish`. One at a time."""
-        return self._writer.start(Path(path), *contents(self._parts, self.state(), extra or {}))
+        return self._writer.start(Path(path), *contents(self._parts, self._whole_state(), extra or {}))
 
     def restore(self, path: str | Path) -> dict[str, Any]:
         """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other
         models, unless config.run.accept_changes."""
         state, extra = restore_state(Path(path), self._parts, self.fingerprints, self.config.run.accept_changes)
         self.set_state(state)
-        self._handed = -1
+        if self.outside is not None:
+            self.outside.restore(state.get("ahead"))
         return extra
 
     @classmethod
@@ -352,6 +346,9 @@ class Engine:
         self.controller.coef = state["kl_coef"]
         self.health.skipped, self.health.in_a_row = state["skipped"], state["skipped_in_a_row"]
 
+    def _whole_state(self) -> dict[str, Any]:
+        return self.state() | {"ahead": None if self.outside is None else self.outside.saved()}
+
     @property
     def _parts(self) -> Parts:
         moving = {"reference": module_of(self.reference)} if self.config.kl.refresh_every else {}
@@ -361,18 +358,22 @@ class Engine:
         ids = [prompt_ids(p, self.tokenizer) for p in prompts]
         return check_prompts(ids, self.policy.module, self.config.rollout.max_new_tokens)
 
-    def _generate(self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None) -> Rollout:
-        began = time.perf_counter()
-        if self.sampler is not None and self._handed != self.policy.steps:
-            self.sampler.take(weights_to_hand_over(self.policy))
-            self._handed = self.policy.steps
-        cost = {} if self.sampler is None else {"time/hand_over": time.perf_counter() - began}
+    def _generate(
+        self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None, following: Any = None
+    ) -> Rollout:
+        sampling = Sampling.of(self.config.rollout, seed=self.config.run.seed, impl=self.config.impl)
+        drawn, began = None, time.perf_counter()
+        if self.outside is not None:
+            now, ends = (ids, list(uids)), list(self.eos_ids)
+            both = [x and Wanted(x[0], x[1], sampling, ends) for x in (now, following)]
+            drawn = self.outside.draw(self.policy, *both)
+        cost = {} if drawn is None else {"time/drawing": time.perf_counter() - began}
         with self.policy.gathered() as policy:
             roll = rollout(
-                Scorers(policy, self.reference, self.critic, self.trunk_layers, self.sampler),
+                Scorers(policy, self.reference, self.critic, self.trunk_layers, drawn),
                 ids,
                 uids,
-                Sampling.of(self.config.rollout, seed=self.config.run.seed, impl=self.config.impl),
+                sampling,
                 self.config.batch,
                 eos_ids=self.eos_ids,
                 generator=generator,

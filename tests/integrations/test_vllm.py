@@ -87,8 +87,21 @@ def test_a_run_goes_on_as_ours_would(knobs, heads) -> None:
         assert metrics["rollout/logprob_gap_mean"] < GAP
         assert metrics["val/first_ratio_gap"] == 0
         assert metrics["val/skipped"] == 0
-    assert engine.sampler is not None
-    engine.sampler.close()
+    assert engine.outside is not None
+    engine.outside.sampler.close()
+
+
+def test_the_next_buffer_is_drawn_while_this_one_is_trained_on(heads) -> None:
+    config = small_config(rollout__sampler="vllm", rollout__ahead=1, loss__sampler_is_cap=2.0, impl="auto")
+    engine = Engine(load_policy(shipped("policy")), None, None, str(shipped("reward_model")), config)
+    gaps = []
+    for step in range(4):
+        gaps.append(
+            engine.step(heads * 2, following=heads * 2 if step < 3 else None).metrics["rollout/logprob_gap_mean"]
+        )
+    assert gaps[0] < GAP < min(gaps[1:])
+    assert engine.outside is not None
+    engine.outside.sampler.close()
 
 
 def test_sampling_that_is_cut_has_the_logprobs_of_what_was_left(sampler, policy, heads) -> None:
@@ -126,4 +139,5 @@ def test_what_vllm_refuses_is_told_in_its_words() -> None:
 def test_the_engine_makes_it_from_its_configuration() -> None:
     config: TrainConfig = small_config(rollout__sampler="vllm")
     engine: Engine = tiny_engine(config)
-    assert isinstance(engine.sampler, VllmSampler)
+    assert engine.outside is not None
+    assert isinstance(engine.outside.sampler, VllmSampler)

@@ -147,6 +147,9 @@ class RolloutConfig:
     sampler: Literal["builtin", "vllm"] = "builtin"
     """Who draws. `vllm`: vLLM in a process of its own beside each rank, on the same device, handed the weights before
     each rollout; scores, ratio and KL stay those of the training forward. Give loss.sampler_is_cap with it."""
+    ahead: Literal[0, 1] = 0
+    """1: the sampler draws the next buffer while the models train on this one, with the weights of before that update.
+    Needs a sampler of its own, and loss.sampler_is_cap, which weighs tokens by how far the policy has moved since."""
     sampler_timeout: float = 600.0
     """Seconds that it may take to start, to take the weights, or to draw a buffer."""
     sampler_memory: float = 0.3
@@ -700,6 +703,11 @@ class TrainConfig:
             raise ConfigError(
                 "config: reward.tokenizer gives the reward model a vocabulary of its own, and a critic reads the "
                 "policy's tokens; set model.critic to policy, or to a path"
+            )
+        if self.rollout.ahead and (self.loss.sampler_is_cap is None or self.run.grace is not None):
+            raise ConfigError(
+                "config: rollout.ahead=1 trains on responses of the policy before the last update: set "
+                "loss.sampler_is_cap (2, say), and leave run.grace null"
             )
         if self.kl.refresh_every is not None and self.model.train == "lora":
             raise ConfigError(

@@ -5,12 +5,28 @@ cannot be negative; TRL's `objective/kl` (k1, summed over a response) is kept be
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import ppomax_kernels as K
 import torch
 from torch import Tensor
 
 from ppomax.recipe.batch import Experience, Rollout
 from ppomax.recipe.rewards import sequence_sums
+
+
+class GivenUp(Exception):
+    """A step that ended before its update, as its caller wished."""
+
+
+class StepResult(NamedTuple):
+    """What one step of an engine gives."""
+
+    metrics: dict[str, float]
+    """By name; see recipe/measures.py and recipe/update.py."""
+    scores: Tensor
+    """(S,) float32 raw scores of the step's responses."""
+
 
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
 

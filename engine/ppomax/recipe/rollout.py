@@ -39,7 +39,6 @@ from ppomax.recipe.batch import (
 from ppomax.recipe.scoring import Against, lm_head_of, score_states, state_values
 from ppomax.rollout import Responses, RolloutSizes, Sampling, decode
 from ppomax.rollout.joined import joined
-from ppomax.rollout.sampler import Sampler, checked
 from ppomax.rollout.sizes import RolloutError
 from ppomax.sharding import Trained, call, ranks
 
@@ -48,7 +47,7 @@ FAR = 1.0
 
 
 class Scorers(NamedTuple):
-    """The models that a rollout is scored by, the first of which also samples if there is no sampler."""
+    """The models that a rollout is scored by, the first of which also samples where nothing is drawn yet."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel | Branch | None
@@ -56,8 +55,8 @@ class Scorers(NamedTuple):
     critic: AnyCritic | Trained[Any]
     trunk_layers: int | None = None
     """b: of the policy all but the blocks from b on is frozen, and no scorer runs the blocks below."""
-    sampler: Sampler | None = None
-    """Who draws, with the policy's weights handed to it before. None: our decoder, on the policy."""
+    drawn: Responses | None = None
+    """This rank's responses, by another sampler. None: our decoder draws them."""
 
 
 @torch.no_grad()
@@ -77,7 +76,10 @@ def rollout(
     """One response to each prompt (token ids), scored. `generator` shuffles sequences into minibatches; `announce` is
     told the sizes of decoding, memory included, before it starts. last_values, whole_kl: see `score`."""
     mine = ranks.part_of(len(prompts))
-    own = _drawn(models, [prompts[i] for i in mine], [uids[i] for i in mine], sampling, eos_ids, announce)
+    own = models.drawn
+    if own is None:
+        given = (models.policy, [prompts[i] for i in mine], [uids[i] for i in mine], sampling)
+        own = decode(*given, eos_ids=eos_ids, trunk_layers=models.trunk_layers, announce=announce)
     responses = joined(own, models.policy)
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses.tokens, strict=True)])
     size, budget = batch.minibatch_size, batch.micro_tokens
@@ -87,32 +89,10 @@ def rollout(
     how: dict[str, Any] = {"temperature": sampling.temperature, "impl": sampling.impl}
     how |= {"last_values": last_values, "whole_kl": whole_kl}
     roll = score(models, prompts, responses, micro_batches, **how)
-    if models.sampler is not None:
+    if models.drawn is not None:
         _check_sampler(roll)
     scored = {"perf/scoring_tokens_per_second": float(lengths.sum()) / (time.perf_counter() - began)}
     return dataclasses.replace(roll, stats=own.stats.metrics() | scored)
-
-
-def _drawn(
-    models: Scorers,
-    prompts: list[Sequence[int]],
-    uids: list[int],
-    sampling: Sampling,
-    eos_ids: Sequence[int],
-    announce: Callable[[RolloutSizes], None] | None,
-) -> Responses:
-    """This rank's responses, by the sampler or by our decoder."""
-    policy = models.policy
-    if models.sampler is None:
-        layers = models.trunk_layers
-        return decode(policy, prompts, uids, sampling, eos_ids=eos_ids, trunk_layers=layers, announce=announce)
-    began = time.perf_counter()
-    given = models.sampler.sample(prompts, uids, sampling, eos_ids=eos_ids)
-    vocabulary = int(embedding_weight(policy).shape[0])
-    found = checked(given, prompts, sampling, eos_ids=eos_ids, vocabulary=vocabulary)
-    found.stats.decode_tokens = sum(map(len, found.tokens))
-    found.stats.decode_seconds = time.perf_counter() - began
-    return found
 
 
 def _check_sampler(roll: Rollout) -> None:

@@ -217,7 +217,8 @@ class PpoLoop:
     def _step(self, stop: StopRequest) -> StepResult:
         """One step of the engine. GivenUp: there is no time for its update, and nothing is left of it."""
         if self.config.run.grace is None:
-            return self.engine.step(*self.next_prompts())
+            prompts, columns = self.next_prompts()
+            return self.engine.step(prompts, columns, following=self._following())
         state, drawn = self.engine.state(), self.progress.prompts_drawn
         generators = random_state(), python_random_state()
         try:
@@ -229,6 +230,15 @@ class PpoLoop:
             raise
         self.update_seconds = done.metrics["time/update"]
         return done
+
+    def _following(self) -> list[list[int]] | None:
+        """The prompts of the next buffer, if it is to be drawn while this one is trained on."""
+        if not self.config.rollout.ahead or self.progress.step + 1 >= self.config.run.steps:
+            return None
+        drawn = self.progress.prompts_drawn
+        prompts, _ = self.next_prompts()
+        self.progress.prompts_drawn = drawn
+        return prompts
 
     def _too_late(self, stop: StopRequest) -> bool:
         """Whether, after a signal, an update and a checkpoint as long as the last ones would overrun `run.grace` on any
