@@ -381,9 +381,14 @@ MORE = tuple(f"{name} {stage}" for name in VARIANTS for stage in STAGES.get(name
 """Every variant, under each ZeRO stage that it is about."""
 
 
+RESUMED = ("resumed 2", "resumed 3", "resumed hpz", "followed 2", "followed 3", "ahead 2", "ahead 3")
+"""Cases of `more` that tell of a resume."""
+
+
 def more(folder: Path) -> dict[str, Kept]:
     """And 16-bit weights resumed beside their float32 copies, and hpZ's second copies."""
     out = {case: tried(variant, folder, case[:-2], int(case[-1])) for case in MORE}
+    out |= {f"ahead {stage}": tried(resumed_ahead, folder, stage) for stage in (2, 3)}
     out |= {f"followed {stage}": tried(resumed_reference, folder, stage) for stage in (2, 3)}
     out |= {f"resumed {stage}": tried(resumed_bfloat16, folder, stage) for stage in (2, 3)}
     return out | {"resumed hpz": tried(resumed_hpz, folder)}
@@ -399,6 +404,26 @@ def resumed_reference(folder: Path, stage: int) -> bool:
     engine = engine_of(config_of(folder, stage, **FOLLOWED))
     steps(engine, (8,))
     return bool(resumed(engine, folder / f"followed-{stage}")["equal"])
+
+
+def resumed_ahead(folder: Path, stage: int) -> bool:
+    """With a buffer under way in the checkpoint."""
+    config = config_of(folder, stage, rollout__ahead=1, loss__sampler_is_cap=2.0)
+    engine = engine_of(config, sampler=Copy())
+
+    def go_on(count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            at = engine.buffers
+            done = engine.step(prompts(8, seed=at), following=prompts(8, seed=at + 1))
+            found += [done.metrics["loss/policy_avg"], done.metrics["rollout/logprob_gap_mean"]]
+        return found
+
+    go_on(1)
+    engine.save(folder / f"ahead-{stage}")
+    first, state = go_on(2), state_of(engine)
+    engine.restore(folder / f"ahead-{stage}")
+    return first[1] > 1e-4 and (first, state) == (go_on(2), state_of(engine))
 
 
 def resumed_hpz(folder: Path) -> bool:

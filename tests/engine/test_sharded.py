@@ -249,8 +249,12 @@ def test_bfloat16_is_one_process_to_its_own_rounding(on_two_more, folder, case: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["resumed 2", "resumed 3", "resumed hpz", "followed 2", "followed 3"])
-def test_16_bit_weights_second_copies_and_references_resume_to_the_bit(on_two_more, case: str) -> None:
+@pytest.mark.parametrize(
+    "case", ["resumed 2", "resumed 3", "resumed hpz", "followed 2", "followed 3", "ahead 2", "ahead 3"]
+)
+def test_16_bit_weights_second_copies_references_and_buffers_under_way_resume_to_the_bit(
+    on_two_more, case: str
+) -> None:
     assert on_two_more.on_all(case) == [True, True]
 
 

@@ -13,6 +13,7 @@ from ppomax.rollout import Responses, Sampling
 from ppomax.rollout.sampler import Sampler, checked
 from ppomax.saving.export_policy import weights_to_hand_over
 from ppomax.sharding import Trained, ranks
+from ppomax.sharding.weights import shape_of
 
 
 class Wanted(NamedTuple):
@@ -46,7 +47,7 @@ class Outside:
         if given is None:
             self._hand_over(policy)
             given = self._sample(wanted)
-        vocabulary = int(embedding_weight(policy.module).shape[0])
+        vocabulary = shape_of(embedding_weight(policy.module))[0]
         found = checked(given, wanted.own()[0], wanted.sampling, eos_ids=wanted.eos_ids, vocabulary=vocabulary)
         if following is not None:
             self._hand_over(policy)
