@@ -126,7 +126,7 @@ def job_of(
         critic = shape_of(model.critic)
     if model.critic == "reward_model" and critic is None:
         raise ConfigError("config: model.critic is reward_model, but no reward model scores; set model.critic")
-    lengths = _prompt_lengths(config)
+    lengths = _prompt_lengths(config, config.model.tokenizer or policy)
     return (
         Job(
             policy=policy_shape,
@@ -173,9 +173,9 @@ PROMPTS = 64 << 20
 """Bytes of a file of prompts that the plan still reads."""
 
 
-def _prompt_lengths(config: TrainConfig) -> tuple[int, ...]:
+def _prompt_lengths(config: TrainConfig, tokenizer: str | None) -> tuple[int, ...]:
     """Tokens of the prompts, where their file and the tokenizer are at hand; else ()."""
-    source, tokenizer = config.data.prompts, config.model.tokenizer or config.model.policy
+    source = config.data.prompts
     if not (source and Path(source).is_file() and tokenizer and Path(tokenizer).is_dir()):
         return ()
     if Path(source).stat().st_size > PROMPTS:
@@ -184,11 +184,12 @@ def _prompt_lengths(config: TrainConfig) -> tuple[int, ...]:
     from ppomax.data.rows import DataError, read_rows
     from ppomax.models import load_tokenizer
 
-    made, limit = load_tokenizer(tokenizer), config.data.max_prompt_tokens
+    limit = config.data.max_prompt_tokens
     try:
+        made = load_tokenizer(tokenizer, trust_remote_code=config.model.trust_remote_code)
         texts = [row[config.data.prompt_column] for _, row in read_rows(Path(source))]
         lengths = sorted(len(encode_prompt(text, made)) for text in texts)
-    except (DataError, KeyError, TypeError, ValueError):  # who loads them says what is wrong
+    except (DataError, OSError, KeyError, TypeError, ValueError):  # who loads them says what is wrong
         return ()
     if config.data.overlong == "drop":
         lengths = [n for n in lengths if n <= limit]
