@@ -5,12 +5,11 @@ Before each rollout it is handed the policy's weights through shared memory; on 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
-import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import shared_memory
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ppomax.rollout.responses import Responses
 from ppomax.rollout.sampling import Sampling
 from ppomax.rollout.sizes import RolloutError
 from ppomax.rollout.streams import stream_seeds
-from ppomax.rollout.vllm_worker import KEY, Piece, add_to
+from ppomax.rollout.vllm_worker import Piece, add_to
 from ppomax.sharding import Lazy
 
 log = logging.getLogger(__name__)
@@ -118,21 +117,17 @@ class VllmSampler:
             self._stop()  # type: ignore[misc]
 
     def _start(self) -> Connection:
-        """The process, and a connection to it that no one else can open."""
-        key = secrets.token_hex(32)
+        """The process, and a connection to it that no one else has an end of."""
         folder, began = Path(self.folder.name), time.monotonic()
-        said = open(folder / "log", "wb")  # noqa: SIM115
-        with Listener(str(folder / "socket"), authkey=bytes.fromhex(key)) as listener:
-            command = [sys.executable, "-m", "ppomax.rollout.vllm_worker", str(listener.address)]
-            child = subprocess.Popen(command, env=self._environment(key), stdout=said, stderr=subprocess.STDOUT)
-            self._child = child
-            self._stop = weakref.finalize(self, _stop, child)
-            listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    connection = listener.accept()
-                    break
-                self._check_alive(time.monotonic() - began)
+        here, there = socket.socketpair()
+        with there, open(folder / "log", "wb") as said:
+            command = [sys.executable, "-m", "ppomax.rollout.vllm_worker", str(there.fileno())]
+            child = subprocess.Popen(
+                command, env=self._environment(), stdout=said, stderr=said, pass_fds=[there.fileno()]
+            )
+        self._child = child
+        self._stop = weakref.finalize(self, _stop, child)
+        connection = Connection(here.detach())
         self._connection = connection
         cuda = self.device.type == "cuda"
         setting = {
@@ -156,9 +151,9 @@ class VllmSampler:
         log.info("sampler: vLLM, in a process of its own (%d), started in %.0f s", child.pid, time.monotonic() - began)
         return connection
 
-    def _environment(self, key: str) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         found = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-        found |= {KEY: key, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         found.pop("OMP_WAIT_POLICY", None)
         if self.device.type == "cuda":
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -1,24 +1,21 @@
 """The process that vLLM lives in: started by vllm_sampler.py, serves it over one connection, and ends with it.
 
-    python -m ppomax.rollout.vllm_worker ADDRESS     the connection's key is in the environment
+    python -m ppomax.rollout.vllm_worker FD     the file descriptor of its end of a socket pair
 
 Weights come through a block of shared memory, some at a time, and go straight into vLLM's reload: no file is made."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import traceback
 from collections.abc import Iterator
 from multiprocessing import shared_memory
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-KEY = "PPOMAX_SAMPLER_KEY"
 
 
 class Piece(NamedTuple):
@@ -110,8 +107,8 @@ class Worker:
             self.model.sleep(level=1)
 
 
-def main(address: str) -> int:
-    connection = Client(address, authkey=bytes.fromhex(os.environ.pop(KEY)))
+def main(descriptor: str) -> int:
+    connection = Connection(int(descriptor))
     worker: Worker | None = None
     try:
         while True:
