@@ -88,8 +88,9 @@ def weights_as_reference(policy: Trained[PreTrainedModel], reference: Any) -> nn
 
 def refresh(policy: Trained[PreTrainedModel], reference: Any) -> None:
     """Make the policy as it is now the reference, whole or its top blocks, however either is sharded."""
-    now = LazyTensors(lazy_weights(weights_as_reference(policy, reference)))
-    overwrite(module_of(reference), now)
+    with policy.gathered():
+        now = LazyTensors(lazy_weights(weights_as_reference(policy, reference)))
+        overwrite(module_of(reference), now)
 
 
 def module_of(reference: Any) -> nn.Module:

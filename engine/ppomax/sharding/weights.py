@@ -57,6 +57,8 @@ def lazy_weight(x: Tensor) -> Lazy:
     def get() -> Tensor:
         import deepspeed
 
+        if x.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]  # all are, or this small one is kept
+            return x.detach().clone()
         with deepspeed.zero.GatheredParameters([x]):
             return x.detach().clone()
 
