@@ -13,16 +13,19 @@ import json
 import random
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
-from ppomax.config import ConfigError, load_config
+from ppomax.config import ConfigError, TrainConfig, load_config
 from ppomax.engine import Engine
 from ppomax.models import make_reward_model
 from ppomax.planning import memory
+from ppomax.planning.job import Job
 from ppomax.planning.plan import job_of
 from ppomax.planning.trace import live_bytes
 from ppomax.saving.jsonl import append_row, read_rows
@@ -32,7 +35,6 @@ from bench import machine
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "GPT2", "OPT")
 GIB = 1 << 30
-memory.SCRATCH = 0
 
 
 def model_config(draw: random.Random, family: str) -> Any:
@@ -91,6 +93,34 @@ def draw_job(seed: int) -> tuple[dict[str, Any], Any, list[int]]:
     return knobs, shape, lengths
 
 
+def planned_peaks(job: Job) -> dict[str, int]:
+    """Bytes that the plan of `job` has, by what `live_peaks` can tell apart."""
+    plan = {phase: sum(kinds.values()) - kinds["overhead"] for phase, kinds in memory.device_bytes(job).items()}
+    return {
+        "load": plan["load"],
+        "rollout": max(plan["rollout"], plan["scoring"]),
+        "update": max(plan["update"], plan["step"]),
+    }
+
+
+def live_peaks(policy: Callable[[], Any], config: TrainConfig, prompts: list[list[int]]) -> dict[str, int]:
+    """Bytes of live storages once an engine on this policy is there, and at the peaks of its second step."""
+    with live_bytes() as live:
+        model = policy()
+        engine = Engine(model, None, None, make_reward_model(model), config)
+        del model
+        got = {"load": live.now}
+        for _ in range(2):  # the optimiser's moments are there from the second step on
+            live.peak = live.now
+            roll = engine.rollout(prompts)
+            got["rollout"] = live.peak
+            live.peak = live.now
+            engine.update(engine.experience(roll))
+            got["update"] = live.peak
+            del roll
+    return got
+
+
 def run(seed: int) -> dict[str, Any]:
     """A job's row: planned and live bytes by phase."""
     knobs, shape, lengths = draw_job(seed)
@@ -103,29 +133,16 @@ def run(seed: int) -> dict[str, Any]:
         job, _ = job_of(replace(config, model=replace(config.model, policy=folder)), ranks=1, memory=GIB,
                         host_memory=GIB, cpu=True)  # fmt: skip
     job = replace(job, prompt_tokens=max(lengths), prompt_lengths=tuple(sorted(lengths)))
-    plan = {phase: sum(k.values()) - k["overhead"] for phase, k in memory.device_bytes(job).items()}
+    with patch.object(memory, "SCRATCH", 0):
+        planned = planned_peaks(job)
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(4, 900, (n,), generator=generator).tolist() for n in lengths]
     torch.manual_seed(seed)
-    with live_bytes() as live:
-        policy = transformers.AutoModelForCausalLM.from_config(shape).to(getattr(torch, config.model.dtype))
-        reward = make_reward_model(policy)
-        engine = Engine(policy, None, None, reward, config)
-        del policy, reward
-        got = {"load": live.now}
-        for _ in range(2):  # the optimiser's moments are there from the second step on
-            live.peak = live.now
-            roll = engine.rollout(prompts)
-            got["rollout"] = live.peak
-            live.peak = live.now
-            engine.update(engine.experience(roll))
-            got["update"] = live.peak
-            del roll
-    planned = {
-        "load": plan["load"],
-        "rollout": max(plan["rollout"], plan["scoring"]),
-        "update": max(plan["update"], plan["step"]),
-    }
+
+    def policy() -> Any:
+        return transformers.AutoModelForCausalLM.from_config(shape).to(getattr(torch, config.model.dtype))
+
+    got = live_peaks(policy, config, prompts)
     return {
         "seed": seed,
         "commit": machine.commit(),

@@ -14,8 +14,7 @@ from ppomax.command.options import Options
 from ppomax.config import ConfigError, RunConfig, config_names, load_config
 from ppomax.config.stages import RewardModelConfig, SftConfig
 from ppomax.data import Text
-from ppomax.engine import Engine
-from ppomax.models import load_policy, make_reward_model
+from ppomax.models import load_policy
 from ppomax.models.adapters import add_adapters
 from ppomax.models.recompute import recompute, recompute_blocks
 from ppomax.planning.job import GiB, Job, roles
@@ -36,6 +35,8 @@ from ppomax.rollout import Sampling, decode
 from ppomax.stages.sft import batch_nll
 from ppomax.stages.supervised_loop import Task, run_loop
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
+
+from bench.planned import live_peaks, planned_peaks
 
 from .families import FAMILIES, family
 from .tiny import tiny_assets
@@ -90,7 +91,7 @@ def measured(
     known = () if isinstance(prompt, int) else tuple(sorted(lengths))
     config = load_config(knobs, overrides={k.replace("__", "."): v for k, v in others.items()})
     hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[size])
-    plan = device_bytes(
+    planned = planned_peaks(
         job(size, dtype=dtype, cpu=True, prompt_tokens=max(lengths), prompt_lengths=known, padded=True,
             response_tokens=response, rollout_size=sequences, minibatch_size=minibatch, micro_tokens=micro,
             slots=config.rollout.slots, gradient_checkpointing=again,
@@ -99,26 +100,7 @@ def measured(
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(4, 4000, (n,), generator=generator).tolist() for n in lengths]
-    with live_bytes() as live:
-        policy = LlamaForCausalLM(hf).to(getattr(torch, dtype))
-        reward = make_reward_model(policy)
-        engine = Engine(policy, None, None, reward, config)
-        del policy, reward
-        got = {"load": live.now}
-        for _ in range(2):  # AdamW's moments are there from the second step on
-            live.peak = live.now
-            roll = engine.rollout(prompts)
-            got["rollout"] = live.peak
-            live.peak = live.now
-            engine.update(engine.experience(roll))
-            got["update"] = live.peak
-            del roll
-    planned = {phase: sum(kinds.values()) - kinds["overhead"] for phase, kinds in plan.items()}
-    return got, {
-        "load": planned["load"],
-        "rollout": max(planned["rollout"], planned["scoring"]),
-        "update": max(planned["update"], planned["step"]),
-    }
+    return live_peaks(lambda: LlamaForCausalLM(hf).to(getattr(torch, dtype)), config, prompts), planned
 
 
 @pytest.mark.parametrize(
