@@ -38,11 +38,9 @@ GPU_OVERHEAD = int(1.5 * GiB)
 """CUDA context, NCCL and workspaces of a rank: an assumption."""
 FRAGMENTATION = 0.05
 """Share of a GPU's allocations lost between blocks: an assumption."""
-TORCH_CHUNK = 1 << 26
-"""Bytes of a chunk's float32 logits where they are worked on in plain torch (recipe/cut.py, vocabulary_kl.py)."""
 COPIES_AS_BITS, COPIES_AS_IDS, COPIES_FOR_KL = 6, 2, 5
-"""Tensors of its size that live at once there: where what a token was drawn from is recorded as bits or as ids, and for
-the KL over all tokens."""
+"""Tensors of a chunk's size that live at once where its logits are worked on in plain torch (recipe/cut.py): with what
+a token was drawn from recorded as bits or as ids, and for the KL over all tokens."""
 CPU_OVERHEAD = int(0.55 * GiB)
 """Resident memory of Python with torch, transformers and the kernels loaded."""
 SCRATCH = 4
@@ -287,7 +285,9 @@ def step(job: Job) -> dict[str, int]:
 def torch_chunk(vocab: int, job: Job, rows: int, copies: int) -> int:
     """Copies of one chunk of float32 logits of so many responses that is worked on in plain torch: where sampling is
     cut or the KL is over all tokens."""
-    return copies * 4 * vocab * min(max(1, TORCH_CHUNK // (4 * vocab)), rows * job.response_tokens)
+    from ppomax.recipe.cut import CHUNK_BYTES
+
+    return copies * 4 * vocab * min(max(1, CHUNK_BYTES // (4 * vocab)), rows * job.response_tokens)
 
 
 def chunk_bytes(vocab: int, job: Job, rows: int, *, backward: bool = False) -> int:

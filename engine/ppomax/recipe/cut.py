@@ -23,7 +23,7 @@ CHUNK_BYTES = 2**26
 def cut_logprobs(hidden: Tensor, head: Head, labels: Tensor, kept: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`log_softmax(head.logits(hidden) / temperature, over the kept tokens)[labels]` and its entropy, (N,) float32
     each. A label outside its set has -inf."""
-    rows = _rows(head)
+    rows = chunk_rows(head)
     parts = [
         _chunk(h, head.weight, head.bias, head, y, k, temperature)
         for h, y, k in zip(hidden.split(rows), labels.split(rows), kept.split(rows), strict=True)
@@ -44,7 +44,7 @@ def cut_ppo_loss(
 ) -> tuple[Tensor, K.Metrics]:
     """`K.ppo_loss(cut_logprobs(...), **tokens, **terms)` with gradients of hidden and head made on the way, a chunk at
     a time. tokens: (N,) arguments of ppo_loss, by name. terms: the others, `normalizer` among them."""
-    rows = _rows(head)
+    rows = chunk_rows(head)
 
     def compute(*need: bool) -> tuple[Tensor, ...]:
         wanted = [i for i, x in enumerate(need) if x]
@@ -96,5 +96,6 @@ def _together(figures: Tensor) -> Tensor:
     return out
 
 
-def _rows(head: Head) -> int:
+def chunk_rows(head: Head) -> int:
+    """Rows of a chunk."""
     return max(1, CHUNK_BYTES // (4 * len(head.weight)))

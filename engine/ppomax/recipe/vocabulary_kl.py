@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from ppomax.models import Head
+from ppomax.recipe.cut import chunk_rows
 from ppomax.rollout.kept import only_kept
-
-CHUNK_BYTES = 2**26
-"""Of a chunk's float32 logits, of each of the two."""
 
 
 def vocabulary_kl(
@@ -25,7 +23,7 @@ def vocabulary_kl(
     """`(p * (p.log() - r.log())).sum(-1)` (N,) float32, nats, of `p = softmax(head.logits(hidden) / temperature)` and
     `r` of the reference's likewise; hidden: (N, D) each. kept: both over these tokens alone (rollout/kept.py). 0 to the
     bit where both have the same logits; never below 0 by more than rounding."""
-    rows = max(1, CHUNK_BYTES // (4 * len(head.weight)))
+    rows = chunk_rows(head)
     parts = [hidden.new_zeros(0, dtype=torch.float32)]
     for at in torch.arange(len(hidden), device=hidden.device).split(rows):
         one, two = (
