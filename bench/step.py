@@ -11,9 +11,9 @@ Each side has a process of its own, since how OpenMP's threads wait is chosen on
 has it; TRL's spin for a while (libgomp's default) in one process and sleep in another, and the faster counts. Turns
 alternate; a turn of TRL's is a step of its own `train`, told by its callbacks. `TRL on our ops` is that trainer after
 `ppomax.integrations.trl.patch_ppo()`.
-`products` are the matrix products of our step, by their shapes as they occur in it, done by torch.mm, those of
-attention by torch.bmm, alone in the same turns: what no step can be faster than without better products. Prints
-medians, the median ratio in a turn, and the share, without attention and with it."""
+`products` are the matrix products of our step, by their shapes as they occur in it, done alone in the same turns by
+torch.mm and by our own; those of attention by torch.bmm. Prints medians, the median ratio in a turn, and the shares:
+above 100 % by torch.mm where our products are the faster ones."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from ppomax.models import (
     make_critic,
     make_reward_model,
 )
-from ppomax.rollout import forward, packed_weights
+from ppomax_kernels.internal import packed_linear
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,22 +69,19 @@ class Products(TorchDispatchMode):
         self.attention: Shapes = collections.Counter()
 
     def __enter__(self) -> Products:
-        """packed_linear is a plain function, which no dispatch sees."""
-        self.homes = packed_weights, forward
-        self.real = packed_weights.packed_linear
+        """Ours are plain functions, which no dispatch sees."""
+        self.real = packed_linear._run
 
-        def counted(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-            self.seen[x.numel() // x.shape[-1], x.shape[-1], outputs] += 1
-            return self.real(x, panels, bias, outputs)
+        def counted(x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> Tensor:
+            self.seen[*x.shape, y.shape[1]] += 1
+            return self.real(x, panels, bias, y, add)  # type: ignore[no-any-return]
 
-        for home in self.homes:
-            home.packed_linear = counted  # type: ignore[assignment]
+        packed_linear._run = counted
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for home in self.homes:
-            home.packed_linear = self.real
+        packed_linear._run = self.real
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,22 +89,9 @@ class Products(TorchDispatchMode):
         if name in ("aten::mm", "aten::addmm"):
             a, b = args if name == "aten::mm" else args[1:3]
             self.seen[a.shape[0], a.shape[1], b.shape[1]] += 1
-        elif name.startswith("ppomax::linear_"):
-            self._fused(name, args)
         elif "flash_attention_for_cpu" in name:
             self._attend(*args[1:3] if "backward" in name else args[:2], back="backward" in name)
         return func(*args, **(kwargs or {}))
-
-    def _fused(self, name: str, args: Any) -> None:
-        """A loss with its gradients is three products: logits, and the gradients of hidden and weight, those that are
-        needed."""
-        hidden, weight = args[0], args[1]
-        (n, d), v = hidden.shape, weight.shape[0]
-        self.seen[n, d, v] += 1
-        if name.endswith(("_loss_fwd", "_nll_fwd")):
-            of_hidden, of_weight, _ = args[-4:-1]
-            self.seen[n, v, d] += int(of_hidden)
-            self.seen[v, n, d] += int(of_weight)
 
     def _attend(self, query: Tensor, key: Tensor, *, back: bool) -> None:
         """Scores and mixture; backward the scores again, and the gradients of both factors of each. Half of the scores
@@ -117,8 +101,8 @@ class Products(TorchDispatchMode):
         self.attention[b * h, -(-t // 2), s, d] += 2 if back else 1
 
 
-def replay(shapes: Shapes) -> Callable[[], None]:
-    """Does them all, on operands that are made before."""
+def replay(shapes: Shapes, times: Callable[..., Tensor]) -> Callable[[], None]:
+    """Does them all by `times(a, b, out=)`, on operands that are made before."""
     made = {}
     for *outer, m, k, n in shapes:
         made[*outer, m, k, n] = torch.randn(*outer, m, k), torch.randn(*outer, k, n), torch.empty(*outer, m, n)
@@ -126,9 +110,8 @@ def replay(shapes: Shapes) -> Callable[[], None]:
     def run() -> None:
         for shape, count in shapes.items():
             a, b, out = made[shape]
-            product = torch.mm if len(shape) == 3 else torch.bmm
             for _ in range(count):
-                product(a, b, out=out)
+                times(a, b, out=out)
 
     return run
 
@@ -216,19 +199,20 @@ def serve(connection: Connection, side: str, args: argparse.Namespace) -> None:
         engine, prompts = ours(side, args.prompts, args.tokens, args.model)
         with Products() as counted:
             engine.step(prompts)
-        products, attention = replay(counted.seen), replay(counted.attention)
+        alone = {
+            "products": replay(counted.seen, torch.mm),
+            "own": replay(counted.seen, lambda a, b, out: packed_linear.product(a, b.t(), out=out)),
+            "attention": replay(counted.attention, torch.bmm),
+        }
         while True:
             connection.recv()
             times = [time.perf_counter()]
             metrics, _ = engine.step(prompts)
             times.append(time.perf_counter())
-            products()
-            times.append(time.perf_counter())
-            attention()
-            times.append(time.perf_counter())
-            found = dict(
-                zip(("step", "products", "attention"), (b - a for a, b in itertools.pairwise(times)), strict=True)
-            )
+            for run in alone.values():
+                run()
+                times.append(time.perf_counter())
+            found = dict(zip(("step", *alone), (b - a for a, b in itertools.pairwise(times)), strict=True))
             connection.send(found | {"peak": peak()} | {phase: metrics[f"time/{phase}"] for phase in PHASES})
 
 
@@ -297,10 +281,12 @@ def report(rivals: dict[str, Side], sides: dict[str, Side]) -> None:
         held = f"{side.median('peak'):5.0f} MiB in all"
         print(f"ppomax, {mode:24} {side.median('step') * 1e3:6.0f} ms   {split}   {held}")
         shares = [
-            statistics.median(sum(t[name] for name in parts) / t["step"] for t in side.turns[1:])
-            for parts in (("products",), ("products", "attention"))
+            100 * statistics.median(t[name] / t["step"] for t in side.turns[1:])
+            for name in ("products", "own", "attention")
         ]
-        print(f"    products {100 * shares[0]:.0f} % of it, {100 * shares[1]:.0f} % with those of attention")
+        print(
+            "    its products by torch.mm alone {:.0f} % of it, by ours {:.0f} %, attention's {:.0f} %".format(*shares)
+        )
         if best is not None:
             pairs = zip(best.turns[1:], side.turns[1:], strict=True)
             print(f"    TRL takes {statistics.median(a['step'] / b['step'] for a, b in pairs):.2f} times as long")

@@ -199,16 +199,20 @@ PPOMAX_API int ppomax_paged_attention_cpu(const void *query, int64_t query_token
 /* Output columns of a panel below. */
 #define PPOMAX_PANEL 32
 
-/* y = x W^T + bias, rows x outputs, contiguous; sums in fp32. x: rows x inputs, contiguous. panels: ceil(outputs /
- * PPOMAX_PANEL) x inputs x PPOMAX_PANEL, W packed so that panel p holds W[p * PPOMAX_PANEL + c, i] at [i][c], and in
- * bf16 at [i / 2][c][i % 2] with an even number of inputs; columns past `outputs` are not used. bias: `outputs`
- * elements, or NULL. All of `dtype`: fp32 or bf16. */
-PPOMAX_API int ppomax_packed_linear_cpu(const void *x, int dtype, int64_t rows, int64_t inputs, const void *panels,
-                                        const void *bias, int64_t outputs, void *y, int threads);
+/* y = x W^T + bias, rows x outputs, contiguous; sums in fp32, one input after the other, so that a row of y does not
+ * depend on the others to the bit. x[r, i] lies at r * x_row_stride + i * x_input_stride, one of the two being 1 (bf16:
+ * the second). panels: ceil(outputs / PPOMAX_PANEL) x inputs x PPOMAX_PANEL, W packed so that panel p holds
+ * W[p * PPOMAX_PANEL + c, i] at [i][c], and in bf16 at [i / 2][c][i % 2] with an even number of inputs; columns past
+ * `outputs` are not used. bias: `outputs` elements, or NULL. All of `dtype`: fp32 or bf16. add: the sums go on from
+ * what y holds (fp32). */
+PPOMAX_API int ppomax_packed_linear_cpu(const void *x, int dtype, int64_t rows, int64_t inputs, int64_t x_row_stride,
+                                        int64_t x_input_stride, const void *panels, const void *bias, int64_t outputs,
+                                        int add, void *y, int threads);
 
-/* W (outputs x inputs, contiguous) as such panels; zeros in the columns past `outputs`. */
-PPOMAX_API int ppomax_pack_linear_cpu(const void *weight, int dtype, int64_t outputs, int64_t inputs, void *panels,
-                                      int threads);
+/* W (outputs x inputs) as such panels; zeros in the columns past `outputs`. W[o, i] lies at o * output_stride + i *
+ * input_stride (bf16: the second is 1). */
+PPOMAX_API int ppomax_pack_linear_cpu(const void *weight, int dtype, int64_t outputs, int64_t inputs,
+                                      int64_t output_stride, int64_t input_stride, void *panels, int threads);
 
 /* y = x / sqrt(mean(x^2) + eps) * (weight + offset), row by row, in fp32 and rounded once to `dtype`, that of x and y:
  * rows x width, contiguous; weight: `width` elements. */

@@ -14,34 +14,47 @@ constexpr int MOST_ROWS = WIDTH == 16  ? 12
                           : WIDTH == 8 ? 3
                                        : 1;  // rows x SPANS sums, and some room, fill the registers
 
-template <int ROWS>
-static void linear_block(const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
-                         int64_t y_stride, int64_t columns) {
+// Where a block's results go: `columns` of each row of y, from `bias` and, with `add`, what is there.
+struct Target {
+    float *y;
+    int64_t stride, columns;
+    const float *bias;
+    int add;
+};
+
+// ALONG: the inputs of a row lie side by side; else the rows of an input do.
+template <int ROWS, bool ALONG>
+static void linear_block(const float *x, int64_t stride, int64_t inputs, const float *panel, const Target &to) {
     Vec sum[ROWS][SPANS] = {};
+    float out[PANEL] = {};
+    if (to.add)
+        for (int r = 0; r < ROWS; ++r) {
+            memcpy(out, to.y + r * to.stride, (size_t)to.columns * sizeof(float));
+            for (int s = 0; s < SPANS; ++s) sum[r][s] = load(out + s * WIDTH);
+        }
     for (int64_t i = 0; i < inputs; ++i) {
         Vec weight[SPANS];
         for (int s = 0; s < SPANS; ++s) weight[s] = load(panel + i * PANEL + s * WIDTH);
         for (int r = 0; r < ROWS; ++r) {
-            const Vec value = all(x[r * inputs + i]);
+            const Vec value = all(ALONG ? x[r * stride + i] : x[i * stride + r]);
             for (int s = 0; s < SPANS; ++s) sum[r][s] += value * weight[s];
         }
     }
     for (int r = 0; r < ROWS; ++r) {
-        float out[PANEL];
         for (int s = 0; s < SPANS; ++s) store(out + s * WIDTH, sum[r][s]);
-        if (bias)
-            for (int64_t c = 0; c < columns; ++c) out[c] += bias[c];
-        memcpy(y + r * y_stride, out, (size_t)columns * sizeof(float));
+        if (to.bias)
+            for (int64_t c = 0; c < to.columns; ++c) out[c] += to.bias[c];
+        memcpy(to.y + r * to.stride, out, (size_t)to.columns * sizeof(float));
     }
 }
 
-template <int ROWS>
-static void linear_rows(int rows, const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
-                        int64_t y_stride, int64_t columns) {
+template <int ROWS, bool ALONG>
+static void linear_rows(int rows, const float *x, int64_t stride, int64_t inputs, const float *panel,
+                        const Target &to) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return linear_rows<ROWS - 1>(rows, x, inputs, panel, bias, y, y_stride, columns);
+        if (rows < ROWS) return linear_rows<ROWS - 1, ALONG>(rows, x, stride, inputs, panel, to);
     }
-    linear_block<ROWS>(x, inputs, panel, bias, y, y_stride, columns);
+    linear_block<ROWS, ALONG>(x, stride, inputs, panel, to);
 }
 
 // fn(first row, rows) for all rows in blocks of like height, at most MOST_ROWS.
@@ -54,13 +67,22 @@ PPOMAX_INLINE void for_row_blocks(int64_t rows, Fn fn) {
     }
 }
 
-// All rows against one panel.
-static void linear_panel(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y,
-                         int64_t y_stride, int64_t columns) {
-    for_row_blocks(rows, [&](int64_t first, int count) {
-        const float *from = x + first * inputs;
-        linear_rows<MOST_ROWS>(count, from, inputs, panel, bias, y + first * y_stride, y_stride, columns);
-    });
+// All rows against one panel, some inputs at a time, so that what is read of the panel stays near.
+static void linear_panel(const LeftSide &x, int64_t rows, int64_t inputs, const float *panel, const float *bias,
+                         int add, float *y, int64_t y_stride, int64_t columns) {
+    const bool along = x.input == 1;
+    for (int64_t at = 0; at < inputs; at += LINEAR_NEAR) {
+        const int64_t some = inputs - at < LINEAR_NEAR ? inputs - at : LINEAR_NEAR;
+        const float *weights = panel + at * PANEL, *offset = at + some == inputs ? bias : nullptr;
+        for_row_blocks(rows, [&](int64_t first, int count) {
+            const float *from = x.data + first * x.row + at * x.input;
+            const Target to = {y + first * y_stride, y_stride, columns, offset, add || at > 0};
+            if (along)
+                linear_rows<MOST_ROWS, true>(count, from, x.row, some, weights, to);
+            else
+                linear_rows<MOST_ROWS, false>(count, from, x.input, some, weights, to);
+        });
+    }
 }
 
 // ---- bf16: x rows x inputs (even), panel [inputs / 2][PANEL][2]
@@ -75,7 +97,7 @@ struct WidenedPairs {
 };
 
 template <class Pairs, int ROWS>
-PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
+PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t x_stride, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
                               uint16_t *y, int64_t y_stride, int64_t columns) {
     Vec sum[ROWS][SPANS] = {};
     for (int64_t i = 0; i < inputs; i += 2) {
@@ -83,7 +105,7 @@ PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t inputs, const uint16_t 
         for (int s = 0; s < SPANS; ++s) memcpy(&weight[s], panel + i * PANEL + 2 * s * WIDTH, sizeof(IntVec));
         for (int r = 0; r < ROWS; ++r) {
             int32_t pair;
-            memcpy(&pair, x + r * inputs + i, 4);
+            memcpy(&pair, x + r * x_stride + i, 4);
             for (int s = 0; s < SPANS; ++s) sum[r][s] = Pairs::add(sum[r][s], weight[s], pair);
         }
     }
@@ -107,22 +129,22 @@ struct MultipliedPairs {
 #endif
 
 template <class Pairs, int ROWS>
-static void bf16_rows(int rows, const uint16_t *x, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
+static void bf16_rows(int rows, const uint16_t *x, int64_t x_stride, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
                       uint16_t *y, int64_t y_stride, int64_t columns) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return bf16_rows<Pairs, ROWS - 1>(rows, x, inputs, panel, bias, y, y_stride, columns);
+        if (rows < ROWS) return bf16_rows<Pairs, ROWS - 1>(rows, x, x_stride, inputs, panel, bias, y, y_stride, columns);
     }
-    bf16_block<Pairs, ROWS>(x, inputs, panel, bias, y, y_stride, columns);
+    bf16_block<Pairs, ROWS>(x, x_stride, inputs, panel, bias, y, y_stride, columns);
 }
 
-static void linear_panel_bf16(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel,
+static void linear_panel_bf16(const uint16_t *x, int64_t x_stride, int64_t rows, int64_t inputs, const uint16_t *panel,
                               const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns) {
     auto run = bf16_rows<WidenedPairs, MOST_ROWS>;
 #if defined(__AVX512F__)
     if (__builtin_cpu_supports("avx512bf16")) run = bf16_rows<MultipliedPairs, MOST_ROWS>;
 #endif
     for_row_blocks(rows, [&](int64_t first, int count) {
-        run(count, x + first * inputs, inputs, panel, bias, y + first * y_stride, y_stride, columns);
+        run(count, x + first * x_stride, x_stride, inputs, panel, bias, y + first * y_stride, y_stride, columns);
     });
 }
 

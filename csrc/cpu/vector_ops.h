@@ -77,6 +77,7 @@ struct SampleResult {
 };
 
 constexpr int LINEAR_PANEL = 32;    // output columns that packed weights hold side by side
+constexpr int64_t LINEAR_NEAR = 1024;  // inputs of a panel that the second cache holds beside x
 constexpr int ATTENTION_PAGE = 16;  // tokens of a page of the KV cache
 
 // One token and one key head: `heads` query heads against positions first .. end of the token's sequence.
@@ -87,6 +88,12 @@ struct AttentionRow {
     int64_t first, end, heads, key_dim, value_dim;
     float scale, softcap;
     float *query, *scores, *out;  // scratch: heads x key_dim, 4 x the tokens of the pages, heads x value_dim
+};
+
+// x[r, i] at data[r * row + i * input]; one of the two strides is 1.
+struct LeftSide {
+    const float *data;
+    int64_t row, input;
 };
 
 struct VectorOps {
@@ -103,9 +110,9 @@ struct VectorOps {
     void (*value)(const ValueArrays &, int64_t at, int64_t n, ValueSums *out);
     void (*sample)(const SampleRow &, SampleResult *out);
     void (*attend)(const AttentionRow &, const void *query, int64_t query_stride, int dtype, void *out);
-    void (*linear_panel)(const float *x, int64_t rows, int64_t inputs, const float *panel, const float *bias, float *y,
-                         int64_t y_stride, int64_t columns);
-    void (*linear_panel_bf16)(const uint16_t *x, int64_t rows, int64_t inputs, const uint16_t *panel,
+    void (*linear_panel)(const LeftSide &x, int64_t rows, int64_t inputs, const float *panel, const float *bias,
+                         int add, float *y, int64_t y_stride, int64_t columns);
+    void (*linear_panel_bf16)(const uint16_t *x, int64_t x_stride, int64_t rows, int64_t inputs, const uint16_t *panel,
                               const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns);
     void (*rms_norm)(TypedArray x, int64_t first, int64_t rows, int64_t width, TypedArray weight, float offset,
                      double eps, void *y);

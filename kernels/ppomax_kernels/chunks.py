@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .internal.packed_linear import product, serves
 from .terms import Head, LinearInputs, Need, Walk
 from .vocab_shard import FOREIGN, VocabShard, combine
 
 NONE_IGNORED = FOREIGN + 1  # an ignore_index for rows that all count: no label has this value
 TILE_TOKENS = 2048  # rows of a chunk whose logits are made tile by tile
+TILE_ELEMENTS = 2**21  # logits of a tile: 8 MiB, which stay in a shared cache
+WIDEST_WHOLE = 8192  # a vocabulary that is not cut into tiles
 
-# Logits of a chunk: 40 MiB in float32, more than the last-level cache holds: smaller chunks pass over the weight's
-# gradient so often that this costs more (bench/LOG.md).
-CPU_ELEMENTS = 5 * 2**21
+# Logits of a chunk on a CPU: at most 128 MiB in float32. The weight is packed anew and its gradient passed over once a
+# chunk, which fewer than some hundred tokens do not pay for; more than 1,024 gain nothing (bench/LOG.md).
+CPU_ELEMENTS = 2**25
+CPU_TOKENS = 1024
 # On a GPU each chunk after the first reads and writes the float32 gradient of the weight, 5 GB at 151936 x 4096.
 GPU_ELEMENTS = 2**30  # 2 GiB in bfloat16
 GPU_TOKENS = 4096
@@ -31,7 +35,7 @@ GPU_TOKENS = 4096
 def default_chunk(vocab: int, device_type: str) -> int:
     """Tokens per GEMM: a multiple of 64 that fits CPU_ELEMENTS, or a power of two that fits GPU_ELEMENTS."""
     if device_type == "cpu":
-        return min(4096, max(64, CPU_ELEMENTS // vocab // 64 * 64))
+        return min(CPU_TOKENS, max(64, CPU_ELEMENTS // vocab // 64 * 64))
     return min(GPU_TOKENS, max(256, 1 << (GPU_ELEMENTS // vocab).bit_length() - 1))
 
 
@@ -47,12 +51,13 @@ def blocks(chunk: int, n: int, weight: Tensor, invariant: bool) -> tuple[int, in
     vocab = weight.shape[0]
     if chunk < 0:
         raise ValueError(f"chunk must be 0 (the default) or more, got {chunk}")
-    if chunk or invariant or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    whole = vocab <= WIDEST_WHOLE or weight.device.type != "cpu" or weight.dtype != torch.float32
+    if chunk or invariant or whole:
         return even_chunk(chunk or default_chunk(vocab, weight.device.type), n, invariant), vocab
     tokens = even_chunk(TILE_TOKENS, n, False)
-    # To the nearest number of tiles, none small: malloc keeps blocks below 32 MiB for itself once one was freed.
-    # Whole cache lines: GEMMs on columns that begin anywhere took half as long again.
-    size = -(-vocab // max(1, round(vocab * tokens / CPU_ELEMENTS)))
+    # To the nearest number of tiles, none small. Whole cache lines: products on columns that begin anywhere took half
+    # as long again.
+    size = -(-vocab // max(1, round(vocab * tokens / TILE_ELEMENTS)))
     return tokens, min(vocab, -(-size // 64) * 64)
 
 
@@ -132,11 +137,11 @@ class Logits:
     """`hidden @ weight.T + bias` of one chunk after another, in one buffer. With `invariant` every GEMM has the same
     shape, so that a row's logits do not depend, to the bit, on how many rows come with it."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, size: int, n: int, invariant: bool, tile: int | None = None
-    ) -> None:
-        self.weight, self.bias = weight, bias
-        rows = size if invariant else min(size, n)
+    def __init__(self, weight: Tensor, bias: Tensor | None, n: int, walk: Walk, impl: str, tile: int | None = None):
+        """walk: with the chunk that is taken."""
+        self.weight, self.bias, self.ours = weight, bias, impl == "cpu" and serves(weight)
+        invariant = walk.invariant and not self.ours  # ours is, whatever the shape
+        rows = walk.chunk if invariant else min(walk.chunk, n)
         self.tiles = tiles(weight.shape[0], tile or weight.shape[0])
         self.buffer = weight.new_empty(rows * (self.tiles[0].stop - self.tiles[0].start))
         self.padded = weight.new_zeros((rows, weight.shape[1])) if invariant else None
@@ -151,7 +156,9 @@ class Logits:
         if tile is not None:
             weight, bias = tile.of(weight), None if bias is None else tile.of(bias)
         out = self.buffer[: hidden.shape[0] * weight.shape[0]].view(-1, weight.shape[0])
-        if bias is None:
+        if self.ours:
+            product(hidden, weight, bias, out=out)
+        elif bias is None:
             torch.mm(hidden, weight.t(), out=out)
         else:
             torch.addmm(bias, hidden, weight.t(), out=out)
@@ -166,9 +173,8 @@ class Gradients:
     """dhidden, dweight (float32) and dbias (float32), each only if wanted, gathered chunk by chunk from the `n` rows
     that count."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, need: Need, n: int) -> None:
-        self.weight = weight
-        self.need = need
+    def __init__(self, hidden: Tensor, weight: Tensor, need: Need, n: int, impl: str) -> None:
+        self.weight, self.need, self.ours = weight, need, impl == "cpu" and serves(weight, hidden)
         empty = hidden.new_empty(0)
         every_row = n == hidden.shape[0]
         self.dhidden = (
@@ -184,7 +190,10 @@ class Gradients:
     def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows, logits: Logits) -> None:
         """Of a chunk of whole rows, each chunk once."""
         if self.need.need_hidden:
-            rows.put(self.dhidden, torch.mm(logits.full(dlogits), self.weight)[: dlogits.shape[0]])
+            if logits.ours:
+                rows.put(self.dhidden, product(dlogits, self.weight.t()))
+            else:
+                rows.put(self.dhidden, torch.mm(logits.full(dlogits), self.weight)[: dlogits.shape[0]])
         self._add_weight(dlogits, hidden, slice(None))
         self.first = False
 
@@ -192,7 +201,9 @@ class Gradients:
         """Of a chunk in tiles of float32, each chunk once."""
         dhidden = torch.zeros_like(hidden) if self.need.need_hidden else None
         for tile, part in dlogits:
-            if dhidden is not None:
+            if dhidden is not None and self.ours:
+                product(part, tile.of(self.weight).t(), out=dhidden, add=True)
+            elif dhidden is not None:
                 dhidden.addmm_(part, tile.of(self.weight))
             self._add_weight(part, hidden, slice(tile.start, tile.stop))
         if dhidden is not None:
@@ -200,7 +211,9 @@ class Gradients:
         self.first = False
 
     def _add_weight(self, dlogits: Tensor, hidden: Tensor, entries: slice) -> None:
-        if self.need.need_weight:
+        if self.need.need_weight and self.ours:
+            product(dlogits.t(), hidden.t(), out=self.dweight[entries], add=not self.first)
+        elif self.need.need_weight:
             add_product(self.dweight[entries], dlogits, hidden, self.first)
         if self.need.need_bias:
             self.dbias[entries] += dlogits.sum(0, dtype=torch.float32)

@@ -44,9 +44,9 @@ def loss_and_gradients(
     and how many, as kept_rows gives them."""
     hidden, weight, labels, bias = inputs
     index, n = kept
-    grads = Gradients(hidden, weight, need, n)
+    grads = Gradients(hidden, weight, need, n, impl)
     chunk = chunks.even_chunk(walk.chunk, n, walk.invariant)
-    logits = Logits(weight, bias, chunk, n, walk.invariant)
+    logits = Logits(weight, bias, n, walk._replace(chunk=chunk), impl)
     local = labels if shard is None else shard.local_labels(labels, head.ignore_index)
     numbers = head.temperature, head.softcap
     losses, figures = [], []

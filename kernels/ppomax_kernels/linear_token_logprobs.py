@@ -32,7 +32,7 @@ def rows_forward(
     raw.linear("linear_token_logprobs", impl, inputs)
     index, n = chunks.kept_rows(labels != head.ignore_index, walk.kept)
     chunk, tile = chunks.blocks(walk.chunk, n, weight, walk.invariant)
-    logits = Logits(weight, bias, chunk, n, walk.invariant, tile)
+    logits = Logits(weight, bias, n, walk._replace(chunk=chunk), impl, tile)
     want = entropy or shard is not None
     logprobs, ent, lse = (hidden.new_zeros(n, dtype=f32) for n in (n_all, n_all if want else 0, n_all))
     local = labels if shard is None else shard.local_labels(labels, head.ignore_index)
@@ -72,8 +72,8 @@ def rows_backward(
         raise ValueError(f"{op}: lse, entropy and gradients must have the shape {tuple(labels.shape)} of labels")
     index, n = chunks.kept_rows(labels != head.ignore_index, walk.kept)
     chunk, tile = chunks.blocks(walk.chunk, n, weight, walk.invariant)
-    grads = Gradients(hidden, weight, need, n)
-    logits = Logits(weight, bias, chunk, n, walk.invariant, tile)
+    grads = Gradients(hidden, weight, need, n, impl)
+    logits = Logits(weight, bias, n, walk._replace(chunk=chunk), impl, tile)
     local = labels if shard is None else shard.local_labels(labels, head.ignore_index)
     numbers = head.temperature, head.softcap
 

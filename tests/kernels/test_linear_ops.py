@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import ppomax_kernels as K
 import pytest
 import torch
 from ppomax_kernels import chunks
 from ppomax_kernels.chunks import default_chunk
+from ppomax_kernels.internal.packed_linear import packed_bytes, product
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -85,7 +87,8 @@ def test_tiles_oracle(monkeypatch: pytest.MonkeyPatch, case: Linear) -> None:
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "TILE_TOKENS", 5)
-    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 5 * 44)
+    monkeypatch.setattr(chunks, "TILE_ELEMENTS", 5 * 44)
+    monkeypatch.setattr(chunks, "WIDEST_WHOLE", 1)
 
 
 def test_no_label_of_a_tile_is_taken_for_the_ignored_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +112,8 @@ def test_blocks_cover_a_cpu_chunk_and_no_more(n: int) -> None:
     for vocab in (10, 32000, 151936):
         tokens, tile = chunks.blocks(0, n, torch.empty(vocab, 1), False)
         assert tokens <= n
-        assert tokens * tile <= 1.5 * chunks.CPU_ELEMENTS + 64 * tokens
+        most = max(chunks.CPU_TOKENS * chunks.WIDEST_WHOLE, 1.5 * chunks.TILE_ELEMENTS + 64 * tokens)
+        assert tokens * tile <= most
         assert [(t.start, t.stop) for t in chunks.tiles(vocab, tile)][-1][1] == vocab
 
 
@@ -123,17 +127,26 @@ def test_default_chunk_is_a_pure_function_of_shapes() -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What the profiler saw: multiplications in matrix products, and the largest piece of memory asked for, in
-    bytes."""
+    """Multiplications in matrix products, torch's that the profiler saw and our own; and the largest piece of memory
+    asked for, in bytes."""
 
     products: int
     largest: int
 
 
 def work_of(run: Callable[[], Any]) -> tuple[Any, Work]:
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as seen:
-        result = run()
     products = 0
+
+    def counted(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        nonlocal products
+        products += len(x) * weight.numel()
+        return product(x, weight, *rest, **named)
+
+    with (
+        patch.object(chunks, "product", counted),
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as seen,
+    ):
+        result = run()
     for event in seen.events():
         if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
             (n, k), (_, m) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
@@ -194,6 +207,7 @@ def test_no_buffer_of_tokens_by_vocabulary(impl: Backend, op: str) -> None:
     x = Linear(64, V, D, bias=False).draw(impl.device)
     for p in walk(op, impl, x, ("hidden", "weight"), chunk_tokens=8):
         most = 512 * -(-4 * 8 * V // 512)  # torch's GPU allocator hands out whole blocks of 512
+        most = max(most, packed_bytes(x["weight"]), packed_bytes(x["weight"].t()))  # on a CPU
         assert p.largest <= most, f"{p.largest} bytes at once; a chunk has {4 * 8 * V}, N x V {4 * 64 * V}"
 
 

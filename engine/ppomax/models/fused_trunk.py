@@ -1,10 +1,10 @@
-"""A trunk's forward and backward on our own kernels, on a CPU in float32, while a phase lasts: RMS norms, SwiGLU blocks
-and rotary embeddings in one pass each; query, key and value, and gate and up, as one product on joined weights. Scoring
-and update run under it alike, so that the first minibatch's ratio stays 1 to the bit.
+"""A trunk's forward and backward on our own kernels, on a CPU in float32, while a phase lasts: every linear layer by
+our product; RMS norms, SwiGLU blocks and rotary embeddings in one pass each; query, key and value, and gate and up, as
+one product on weights that are joined while it runs. Scoring and update run under it alike, so that the first
+minibatch's ratio stays 1 to the bit, and so do a model and its frozen copy, so that the first KL is 0 to the bit.
 
 Families name and write their parts each in its own way, so a part's answer to a probe decides whether it computes what
-we would put in its place. Only where the weights are few enough to be joined anew in each forward; beside larger
-products the rest costs nothing. A model and its frozen copy are run alike, so that the first KL is 0 to the bit."""
+we would put in its place."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
+from ppomax_kernels.internal.linear import linear
 from ppomax_kernels.internal.packed_linear import DTYPES
 from ppomax_kernels.internal.rms_norm import rms_norm
 from ppomax_kernels.internal.rotate import rotate, rotate_pair
 from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
 
-MOST_BYTES = 256 * 2**20
-"""Weights that are joined in each forward: above this they are not worth a second copy."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}
 """Between a module's answer to the probe and ours; bfloat16 keeps 8 bits, float16 11, and modules round more than
 once."""
@@ -43,7 +42,7 @@ def fused_trunk(*owners: Any, impl: str = "auto") -> Iterator[None]:
     if impl in ("auto", "cpu"):
         for owner in owners:
             model = owner if isinstance(owner, nn.Module) else getattr(owner, "module", None)
-            runs |= {} if model is None or not _suits(model) else runs_of(model, _joined)
+            runs |= {} if model is None or not _suits(model) else all_runs(model, _product)
     with in_place(runs), fused_rotary(runs):
         yield
 
@@ -58,6 +57,13 @@ def in_place(runs: dict[nn.Module, Run]) -> Iterator[None]:
     finally:
         for module in runs:
             module.__dict__.pop("forward", None)
+
+
+def all_runs(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
+    """What `runs_of` gives, and of each linear layer that no part of it holds."""
+    runs = runs_of(model, join)
+    inside = {layer for block in runs for layer in swiglu_layers(block) or ()}
+    return runs | {m: join([m]) for m in model.modules() if _plain(m) and m not in runs and m not in inside}
 
 
 def runs_of(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
@@ -75,24 +81,15 @@ def runs_of(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
 
 
 def _suits(model: nn.Module) -> bool:
-    """In float32 on a CPU, not cut over ranks, and few weights to join. Of a policy whose upper blocks alone are
-    trained the others are not run here, so that it and its reference, which is those blocks, are of one size."""
-    plain = all(p.is_cpu and p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in model.parameters())
-    if not plain:
-        return False
-    parts = [p for m in model.modules() if (p := swiglu_layers(m) or query_key_value(m)) is not None]
-    trained = [p for p in parts if p[0].weight.requires_grad]
-    return sum(layer.weight.nbytes for part in trained or parts for layer in part) <= MOST_BYTES
+    """In float32 on a CPU, and not cut over ranks."""
+    return all(p.is_cpu and p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in model.parameters())
 
 
-def _joined(layers: list[nn.Linear]) -> Run:
+def _product(layers: list[nn.Linear]) -> Run:
     """One product on the layers' weights side by side; each call joins them anew, since they are trained."""
-    if len(layers) == 1:
-        return partial(nn.functional.linear, weight=layers[0].weight, bias=layers[0].bias)
 
     def run(x: Tensor) -> Tensor:
-        bias = None if layers[0].bias is None else torch.cat([m.bias for m in layers])
-        return nn.functional.linear(x, torch.cat([m.weight for m in layers]), bias)
+        return linear(x, [m.weight for m in layers], [m.bias for m in layers if m.bias is not None])
 
     return run
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppomax.models import base_of, head_of
-from ppomax.models.fused_trunk import Run, fused_rotary, in_place, runs_of, swiglu_layers
+from ppomax.models.fused_trunk import Run, all_runs, fused_rotary, in_place
 
 MOST_BYTES = 2 * 2**30
 """Weights above this are not packed: the second copy would take more of a machine's memory than its rollouts save in
@@ -46,9 +46,7 @@ def packed_trunk(model: PreTrainedModel, attention: str) -> Iterator[Tensor | No
     runs: dict[nn.Module, Run] = {}
     if layers:
         with torch.no_grad():
-            runs = runs_of(base_of(model), _packed)
-        inside = {m for block in runs for m in swiglu_layers(block) or ()}
-        runs |= {m: _packed([m]) for m in layers if m not in runs and m not in inside}
+            runs = all_runs(base_of(model), _packed)
     with in_place(runs), fused_rotary(runs):
         yield pack(head_of(model).weight) if runs else None
 

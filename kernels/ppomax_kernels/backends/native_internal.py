@@ -47,11 +47,10 @@ def paged_attention_cpu(
     return out
 
 
-def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    inputs = x.shape[-1]
-    y = empty(*x.shape[:-1], outputs, dtype=x.dtype)
+def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> Tensor:
+    """x (N, D) with strides, y (N, outputs)."""
     status = library().ppomax_packed_linear_cpu(
-        x.data_ptr(), DTYPES[x.dtype], x.numel() // inputs, inputs, panels.data_ptr(), at(bias), outputs,
+        x.data_ptr(), DTYPES[x.dtype], *x.shape, *x.stride(), panels.data_ptr(), at(bias), y.shape[1], add,
         y.data_ptr(), get_num_threads(),
     )  # fmt: skip
     if status:
@@ -60,9 +59,8 @@ def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: i
 
 
 def pack_linear_cpu(weight: Tensor, panels: Tensor) -> Tensor:
-    outputs, inputs = weight.shape
     status = library().ppomax_pack_linear_cpu(
-        weight.data_ptr(), DTYPES[weight.dtype], outputs, inputs, panels.data_ptr(), get_num_threads()
+        weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, *weight.stride(), panels.data_ptr(), get_num_threads()
     )
     if status:
         refuse("pack_linear", status)

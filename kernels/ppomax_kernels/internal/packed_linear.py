@@ -1,8 +1,8 @@
-"""y = x W^T + b on a CPU for the tens to hundreds of rows that decoding has, with weights packed once for many calls:
-panels of PANEL output columns, each [input][column], which stay in the first cache while the rows pass. A general GEMM
-packs the weights anew in every call: 5 to 20 % of the time at 64 rows. In bfloat16 two inputs lie side by side in each
-column, as the processors that multiply such pairs want them; sums are float32. A row's result does not depend on the
-other rows, to the bit. Internal to the engine's rollout: no gradient; the packed copy goes stale when the weight
+"""y = x W^T + b on a CPU, with W packed: panels of PANEL output columns, each [input][column], which stay in the near
+caches while the rows pass. Sums go on from one input to the next in float32, so a row's result does not depend on the
+other rows, to the bit, nor on threads. For weights packed once for many calls, as decoding has them; `product` packs
+what it is given. In bfloat16 two inputs lie side by side in each column, as the processors that multiply such pairs
+want them. Internal to the engine and the linear ops: no gradient (linear.py has); panels go stale when the weight
 changes."""
 
 import torch
@@ -40,7 +40,7 @@ def pack(weight: Tensor) -> Tensor:
         raise ValueError(f"packed_linear: a bfloat16 weight must have an even number of inputs, got {inputs}")
     count = panel_count(outputs)
     shape = (count, inputs // 2, PANEL, 2) if half else (count, inputs, PANEL)
-    return _pack(weight.detach().contiguous(), weight.new_empty(shape))  # type: ignore[no-any-return]
+    return _pack(_strided(weight.detach()), weight.new_empty(shape))  # type: ignore[no-any-return]
 
 
 def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
@@ -62,4 +62,30 @@ def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) 
         raise ValueError(
             f"packed_linear: bias must be {x.dtype} of shape ({outputs},), got {bias.dtype} {tuple(bias.shape)}"
         )
-    return _run(x if x.is_contiguous() else x.contiguous(), panels, bias, outputs)  # type: ignore[no-any-return]
+    rows = (x if x.is_contiguous() else x.contiguous()).view(-1, inputs)
+    y = x.new_empty(*x.shape[:-1], outputs)
+    _run(rows, panels, bias, y.view(-1, outputs), False)
+    return y
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """`x @ weight.T + bias` (N, out), or with `add` that and what `out` holds: x (N, D), weight (out, D), bias (out,)
+    or None, in float32 on a CPU, and `out` contiguous. x and weight may be transposed views, of which no copy is made;
+    any other view is copied."""
+    y = x.new_empty(len(x), len(weight)) if out is None else out
+    if not x.shape[1] or not y.numel():
+        return y if add else y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    return _run(_strided(x), pack(weight), bias, y, add)  # type: ignore[no-any-return]
+
+
+def serves(*xs: Tensor | None) -> bool:
+    """Whether `product` takes them, by where they are and their dtype."""
+    return all(x is None or (x.dtype == torch.float32 and x.is_cpu) for x in xs)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """x, or a contiguous copy unless its rows or (in float32) its columns lie side by side."""
+    rows, columns = x.stride()
+    return x if columns == 1 or (rows == 1 and x.dtype == torch.float32) else x.contiguous()
