@@ -31,6 +31,7 @@ from ppomax.models import (
 from ppomax.models.adapter_critic import AnyCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.models.critic_choice import critic_of
+from ppomax.models.exact import check_exact
 from ppomax.models.fingerprints import fingerprints
 from ppomax.models.modes import module_of, refresh, set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
@@ -108,10 +109,10 @@ class Engine:
         self.device = pick_device(self.config.run.device)
         self.dtype = DTYPES[self.config.model.dtype]
         self.sources = {
-            "policy": _path(policy),
-            "reference": _path(reference) or _path(policy),
+            "policy": model_path(policy),
+            "reference": model_path(reference) or model_path(policy),
             "reward": model_path(reward),
-            "tokenizer": self.config.model.tokenizer or _path(policy),
+            "tokenizer": self.config.model.tokenizer or model_path(policy),
         }
         self.texts = texts
         if self.config.ptx.coef and texts is None:
@@ -392,9 +393,7 @@ class Engine:
 
     def _language_model(self, source: ModelSource, zero: dict[str, Any] | None) -> PreTrainedModel:
         model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, zero=zero)
-        set_attention(model.to(self.device), self.config.model.attention)  # type: ignore[arg-type]
+        set_attention(model.to(self.device), self.config.attention)  # type: ignore[arg-type]
+        if self.config.rollout.exact:
+            check_exact(model)
         return model
-
-
-def _path(source: Any) -> str | None:
-    return str(source) if isinstance(source, (str, Path)) else None

@@ -133,10 +133,11 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, Any]]] = {
     "own sampler": ({}, {"sampler": Copy}),
     "own sampler, lora": ({"model__train": "lora"}, {"sampler": Copy}),
     "our kernels": ({"impl": "auto", "advantage__bootstrap_truncated": True}, {}),
+    "exact": ({"impl": "auto", "rollout__exact": True, "rollout__temperature": 0.8}, {}),
 }
 STAGES = {"optimiser offloaded": (1, 2), "frozen offloaded": (2,), "bfloat16": (0, 1, 2, 3),
           "our kernels": (0, 3), "adapter critic": (0, 1), "reference refreshed": (1, 2, 3),
-          "own sampler": (2, 3)}  # fmt: skip
+          "own sampler": (2, 3), "exact": (0, 1, 2)}  # fmt: skip
 """Of ZeRO in which a variant is tried by `more`; the others under 3."""
 
 
@@ -178,7 +179,7 @@ def two(folder: Path) -> dict[str, Kept]:
     out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra", "text reward")}
     out["trunk"] = tried(trunk_states, folder)
     out["doctor"] = tried(doctor.examine, folder / "doctor")
-    out |= {name: tried(variant, folder, name, 2) for name in ("our kernels", "adapter critic")}
+    out |= {name: tried(variant, folder, name, 2) for name in ("our kernels", "adapter critic", "exact")}
     out |= {f"refused: {name}": tried(words_of, attempt) for name, attempt in attempts(folder).items()}
     out["alone"] = tried(job_alone, folder)
     return out

@@ -116,7 +116,7 @@ def test_a_fused_trunk_is_as_it_was_afterwards() -> None:
     before = getattr(file, ROTARY)
     with fused_trunk(model):
         assert getattr(file, ROTARY) is not before
-        parts = 7 + 3 + 3 * 4 + 1  # norms, blocks, q, k, v and o, head
+        parts = 7 + 1 + 3 + 3 * 4 + 1  # norms, rotary embedding, blocks, q, k, v and o, head
         assert sum("forward" in vars(m) for m in model.modules()) == parts
         with pytest.raises(RuntimeError), fused_trunk(model):
             raise RuntimeError

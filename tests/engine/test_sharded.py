@@ -125,7 +125,10 @@ def test_two_ranks_are_one_process(on_two, plain, stage: int) -> None:
     assert_same_run(on_two[f"zero {stage}"], plain)
 
 
-@pytest.mark.parametrize("name", ["tied", "recomputed", "hydra", "text reward", "our kernels", "adapter critic"])
+SHARDED = ["tied", "recomputed", "hydra", "text reward", "our kernels", "adapter critic", "exact"]
+
+
+@pytest.mark.parametrize("name", SHARDED)
 def test_two_ranks_are_one_process_in_every_mode(on_two, folder, name: str) -> None:
     """And where they run blocks again in the backward, one that does not is still the same."""
     assert_same_run(on_two[name], alone(folder, name))

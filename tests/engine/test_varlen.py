@@ -51,6 +51,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """torch's kernel as of 2.13 and as of 2.11, and every model fit for it."""
     monkeypatch.setattr(varlen, "torch_varlen", lambda: (plain_varlen, request.param))
     monkeypatch.setattr(varlen, "why_not_varlen", lambda model: "")
+    monkeypatch.setattr(varlen, "by_ours", lambda device: False)
 
 
 def states_and_gradients(model: PreTrainedModel) -> list[Tensor]:

@@ -144,6 +144,10 @@ class RolloutConfig:
     cache_tokens: int | None = None
     """Most tokens that the KV cache holds; sequences wait for room. None: what `slots` sequences of the longest kind
     need. The tokens do not depend on it."""
+    exact: bool = False
+    """Record while decoding the logprobs and entropies that scoring would give, to the bit, and do not score the policy
+    again. On a CPU in float32, for models of linear layers, RMS norms, SwiGLU and rotary embeddings (Llama, Qwen,
+    Mistral); attention of scoring and update is then `varlen`."""
     sampler: Literal["builtin", "vllm"] = "builtin"
     """Who draws. `vllm`: vLLM in a process of its own beside each rank, on the same device, handed the weights before
     each rollout; scores, ratio and KL stay those of the training forward. Give loss.sampler_is_cap with it."""
@@ -188,6 +192,14 @@ class RolloutConfig:
             "rollout.allow_biased_sampling: true",
             self.sampler,
         )
+        require(
+            not self.exact or not cut or self.allow_biased_sampling,
+            "rollout.exact",
+            "false with top_k, top_p or min_new_tokens, whose sets are scored by other kernels; or set "
+            "rollout.allow_biased_sampling: true",
+            self.exact,
+        )
+        require(not self.exact or self.sampler == "builtin", "rollout.exact", "false with another sampler", self.exact)
         require(
             self.sampler == "builtin" or penalty == 1,
             "rollout.repetition_penalty",
@@ -709,6 +721,13 @@ class TrainConfig:
                 "config: rollout.ahead=1 trains on responses of the policy before the last update: set "
                 "loss.sampler_is_cap (2, say), and leave run.grace null"
             )
+        serves = self.model.dtype == "float32" and self.model.train != "lora" and self.sharding.zero_stage != 3
+        own = self.impl in ("auto", "cpu") and self.model.attention in ("auto", "varlen")
+        if self.rollout.exact and not (serves and own):
+            raise ConfigError(
+                "config: rollout.exact needs model.dtype=float32, model.train=full or hydra, model.attention=auto or "
+                "varlen, impl=auto or cpu, and no sharding.zero_stage=3; change these, or leave it off"
+            )
         if self.kl.refresh_every is not None and self.model.train == "lora":
             raise ConfigError(
                 "config: kl.refresh_every is set, but with model.train=lora the reference is the frozen weights under "
@@ -719,6 +738,11 @@ class TrainConfig:
                 "config: advantage.bootstrap_truncated needs the value at each response's last token, whose trunk "
                 "states model.critic=trunk has not; set model.critic to reward_model, policy or a path, or leave it off"
             )
+
+    @property
+    def attention(self) -> str:
+        """How policy and reference attend in scoring and update."""
+        return "varlen" if self.rollout.exact else self.model.attention
 
     @property
     def optimizer_steps(self) -> int:

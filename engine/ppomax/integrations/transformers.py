@@ -24,7 +24,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ppomax.integrations import IntegrationError
 from ppomax.models import head_of
 from ppomax.models.head import check_head
-from ppomax.recipe.scoring import scaled
 
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """What a Trainer says of the loss beside the labels."""
@@ -84,7 +83,7 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     head = head_of(model)
-    flat, bias = scaled(hidden.flatten(0, -2), head)
+    flat, bias = head.scaled(hidden.flatten(0, -2))
     count = num_items_in_batch.float() if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     loss, _ = K.linear_nll(
         flat,

@@ -4,6 +4,7 @@ depend on each other, and all that is left to torch is copies, sums and products
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from ppomax.models.fused_trunk import fused_trunk
 from ppomax.models.packed import packed_hidden
 from ppomax.models.trunk import base_of
 
-SINGLE = frozenset(
-    "add mul sub neg embedding index index_select gather view _unsafe_view reshape unsqueeze squeeze slice select split "
-    "split_with_sizes transpose permute t expand cat stack clone copy _to_copy empty new_empty empty_like zeros "
-    "new_zeros zero detach alias as_strided index_copy".split()
-)
+MOVES = """embedding index index_select gather view _unsafe_view reshape unsqueeze squeeze slice select split
+split_with_sizes transpose permute t expand cat stack clone copy _to_copy empty new_empty empty_like zeros new_zeros
+zero detach alias as_strided index_copy"""
+SINGLE = frozenset(["add", "mul", "sub", "neg", *MOVES.split()])
 """torch's ops that make each number of the result from single numbers by one IEEE operation, or only move them."""
 
 
@@ -54,10 +54,10 @@ def check_exact(model: PreTrainedModel) -> None:
         raise ValueError(f"rollout.exact: {what} does not attend by our kernel; set model.attention: varlen or auto")
     tokens, ends = torch.arange(23) % model.config.get_text_config().vocab_size, (0, 18, 23)
     with fused_trunk(model):
-        with _Watch() as watch:
-            together = packed_hidden(model, tokens, torch.tensor(ends, dtype=torch.int32))
-        parts = [tokens[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [tokens[a:b] for a, b in pairwise(ends)]
         alone = [packed_hidden(model, part, torch.tensor([0, len(part)], dtype=torch.int32)) for part in parts]
+        with _Watch() as watch:  # now, when what is looked up has been made
+            together = packed_hidden(model, tokens, torch.tensor(ends, dtype=torch.int32))
     if watch.others:
         raise ValueError(
             f"rollout.exact: {what} runs {', '.join(sorted(watch.others))}, whose rows may depend on their neighbours "

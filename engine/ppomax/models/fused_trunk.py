@@ -23,6 +23,8 @@ from ppomax_kernels.internal.rotate import rotate, rotate_pair
 from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
 
+from ppomax.models.rotary_table import rotary_table
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}
 """Between a module's answer to the probe and ours; bfloat16 keeps 8 bits, float16 11, and modules round more than
 once."""
@@ -67,11 +69,13 @@ def all_runs(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
 
 
 def runs_of(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
-    """What is put in place of the model's norms, SwiGLU blocks, and query, key and value layers."""
+    """What is put in place of the model's norms, rotary embeddings, SwiGLU blocks, and query, key and value layers."""
     runs: dict[nn.Module, Run] = {}
     for module in model.modules():
         if (norm := norm_of(module)) is not None:
             runs[module] = norm
+        elif (table := rotary_table(module)) is not None:
+            runs[module] = table
         elif (inside := swiglu_layers(module)) is not None:
             gate, up, down = inside
             runs[module] = partial(_swiglu, join([gate, up]), join([down]))

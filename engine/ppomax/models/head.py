@@ -32,6 +32,12 @@ class Head:
         """(N, D) -> (N, V); the readable form, for tests and sampling. Losses go straight from hidden."""
         return self.capped(nn.functional.linear(hidden, self.weight, self.bias))
 
+    def scaled(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and bias with the scale put into them, as the linear kernels take them."""
+        if self.scale == 1.0:
+            return hidden, self.bias
+        return hidden * self.scale, None if self.bias is None else self.bias * self.scale
+
     def capped(self, z: Tensor) -> Tensor:
         """Scale and softcap over a product `hidden @ weight.T + bias` that was made elsewhere."""
         if self.scale != 1.0:

@@ -55,7 +55,8 @@ class RotaryTable:
         while len(self.cosine) <= int(position_ids.max()):
             block = torch.arange(len(self.cosine), len(self.cosine) + BLOCK, device=x.device)[None]
             cosine, sine = type(module).forward(module, x[:1, :1], block)
-            self.cosine, self.sine = torch.cat([self.cosine.view(-1, cosine.shape[-1]), cosine[0]]), torch.cat(
-                [self.sine.view(-1, sine.shape[-1]), sine[0]]
+            self.cosine, self.sine = (
+                torch.cat([self.cosine.view(-1, cosine.shape[-1]), cosine[0]]),
+                torch.cat([self.sine.view(-1, sine.shape[-1]), sine[0]]),
             )
         return self.cosine[position_ids], self.sine[position_ids]

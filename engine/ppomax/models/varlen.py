@@ -1,5 +1,6 @@
-"""Attention of scoring and update over packed sequences, by torch's variable-length kernel: no padding, no mask. On a
-CUDA device, in bfloat16 or float16, for heads of up to 256, without a cap on the scores.
+"""Attention of scoring and update over packed sequences: no padding, no mask, no cap on the scores. By torch's
+variable-length kernel on a CUDA device, in bfloat16 or float16, for heads of up to 256; by our own on a CPU in float32,
+where a token's result is to the bit what decoding gives.
 
     set_attention(model, "auto")       from here on the model attends by the best there is; returns its name
 
@@ -16,6 +17,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
+from ppomax_kernels.internal.packed_attention import packed_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -33,9 +35,9 @@ _PACKED: ContextVar[bool] = ContextVar("ppomax_packed", default=False)
 def set_attention(model: nn.Module, wanted: str = "auto") -> str:
     """Let a transformers model, or what holds one, attend by `wanted`; returns what that is.
 
-    auto: varlen where it serves; else what the model has, but eager for a model that caps its scores, since torch's
-    attention has no cap and transformers below 5.18 leaves it out in silence. ValueError for varlen where it does not
-    serve."""
+    auto: varlen on a CUDA device where it serves; else what the model has, but eager for a model that caps its scores,
+    since torch's attention has no cap and transformers below 5.18 leaves it out in silence. ValueError for varlen where
+    it does not serve."""
     if wanted not in get_args(Attention):
         raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {wanted!r}")
     inner = inner_model(model)
@@ -47,7 +49,8 @@ def set_attention(model: nn.Module, wanted: str = "auto") -> str:
     if wanted == "auto":
         present = str(inner.config._attn_implementation)
         capped = bool(getattr(inner.config.get_text_config(), "attn_logit_softcapping", None))
-        wanted = "varlen" if not why_not else "eager" if capped and present == "sdpa" else present
+        ours = not why_not and not by_ours(inner.device)
+        wanted = "varlen" if ours else "eager" if capped and present == "sdpa" else present
     if wanted == "varlen":
         AttentionInterface.register(NAME, _attend)
         AttentionInterface.register(PACKED, _attend)
@@ -70,16 +73,29 @@ def serves(dim: int, dtype: torch.dtype) -> bool:
     return half and dim % 8 == 0 and dim <= WIDEST_HEAD and torch_varlen() is not None
 
 
+def by_ours(device: torch.device) -> bool:
+    """Whether varlen is our own kernel there, and not torch's."""
+    return device.type == "cpu"
+
+
 def why_not_varlen(model: PreTrainedModel) -> str:
     """Why this model cannot attend by varlen; empty if it can."""
     config = model.config.get_text_config()
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cpu, half = model.device.type == "cpu", model.dtype in (torch.bfloat16, torch.float16)
     for bad, reason in (
-        (model.device.type != "cuda", f"it is on {model.device}, not on a CUDA device"),
-        (model.dtype not in (torch.bfloat16, torch.float16), f"its weights are {model.dtype}, not 16 bits wide"),
-        (dim % 8 or dim > WIDEST_HEAD, f"its heads are {dim} wide, not a multiple of 8 up to {WIDEST_HEAD}"),
+        (model.device.type not in ("cpu", "cuda"), f"it is on {model.device}, not on a CPU or a CUDA device"),
+        (cpu and model.dtype != torch.float32, f"its weights are {model.dtype}, not float32 as on a CPU they must be"),
+        (not cpu and not half, f"its weights are {model.dtype}, not 16 bits wide"),
+        (
+            not cpu and (dim % 8 or dim > WIDEST_HEAD),
+            f"its heads are {dim} wide, not a multiple of 8 up to {WIDEST_HEAD}",
+        ),
         (getattr(config, "attn_logit_softcapping", None), "it caps its attention scores"),
-        (torch_varlen() is None, f"torch {torch.__version__} has no variable-length attention; 2.11 has"),
+        (
+            not cpu and torch_varlen() is None,
+            f"torch {torch.__version__} has no variable-length attention; 2.11 has",
+        ),
         (not getattr(model, "_supports_attention_backend", False), "its attention is no backend of transformers"),
     ):
         if bad:
@@ -159,5 +175,8 @@ def _attend(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window or 0)
+    if by_ours(q.device):
+        out = packed_attention(q, k, v, cu_seq_lens_q, scale=scale, window=sliding_window or 0)
+    else:
+        out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window or 0)
     return out[None], None

@@ -292,7 +292,7 @@ def torch_chunk(vocab: int, job: Job, rows: int, copies: int) -> int:
 
 def chunk_bytes(vocab: int, job: Job, rows: int, *, backward: bool = False) -> int:
     """One chunk of the logits of so many responses in the fused losses; 16-bit chunks on a CPU have an fp32 copy beside
-    them. In plain torch, where sampling is cut."""
+    them, float32 ones the head's weight, packed. In plain torch, where sampling is cut."""
     import torch
     from ppomax_kernels.chunks import blocks, default_chunk, even_chunk
 
@@ -304,7 +304,8 @@ def chunk_bytes(vocab: int, job: Job, rows: int, *, backward: bool = False) -> i
         tokens, columns = blocks(0, tokens, torch.empty(vocab, 0, dtype=getattr(torch, job.dtype)), False)
     else:
         tokens = even_chunk(default_chunk(vocab, "cuda"), tokens, False)
-    return tokens * columns * (job.width + (SCRATCH if job.cpu and job.width == 2 else 0))
+    packed = columns * sizes_of(job.policy, "causal_lm").hidden * job.width if job.cpu and job.width == 4 else 0
+    return tokens * columns * (job.width + (SCRATCH if job.cpu and job.width == 2 else 0)) + packed
 
 
 def _kept_sets(job: Job, sequences: int) -> int:

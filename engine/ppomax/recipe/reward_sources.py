@@ -127,6 +127,6 @@ def named_rewards(config: RewardConfig, model: str) -> tuple[Any, list[Callable[
 
 
 def model_path(reward: Any) -> str | None:
-    """The path of the reward model in an engine's `reward`, if it is one."""
+    """The path of the model in what an engine is given, alone or among other rewards, if it is one."""
     given = [x for _, x in reward] if isinstance(reward, (list, tuple)) else [reward]
     return next((str(x) for x in given if isinstance(x, (str, Path))), None)

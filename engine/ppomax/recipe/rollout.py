@@ -122,16 +122,14 @@ def score(
     tokens at each state (`Rollout.kl`), for which the policy's (N, D) states are held until the reference has run.
 
     What enters the lowest trained block is taken from the responses, or computed once if the sampler did not record
-    it."""
+    it; logprobs and entropies too, where it gave what scoring would: then the policy is not run."""
     device = models.policy.device
     tokens, host_cu = pack([list(p) + list(r) for p, r in zip(prompts, responses.tokens, strict=True)])
     host_response_cu = cumulative(torch.tensor([len(r) for r in responses.tokens]))
     tokens, cu, response_cu = tokens.to(device), host_cu.to(device), host_response_cu.to(device)
     sampled = torch.tensor([x for row in responses.logprobs for x in row], dtype=torch.float32, device=device)
     kept = None if responses.kept is None else torch.cat(responses.kept)
-    trunk = None
-    if models.trunk_layers is not None:
-        trunk = _trunk(models.policy, responses, tokens, host_cu, micro_batches, models.trunk_layers)
+    trunk: Trunk | None = None
 
     def micros() -> Iterator[_Micro]:
         """Packed when its turn comes, so that no two are held at once."""
@@ -139,10 +137,17 @@ def score(
         return (_micro(micro, tokens, *cu, trunk, kept) for each in micro_batches for micro in each)
 
     with fused_trunk(models.policy, models.reference, models.critic, impl=impl):
+        if models.trunk_layers is not None:
+            trunk = _trunk(models.policy, responses, tokens, host_cu, micro_batches, models.trunk_layers)
         count = int(host_response_cu[-1])
-        fields = _fields(models, micros, count, temperature=temperature, impl=impl, whole_kl=whole_kl)
+        how: dict[str, Any] = {"temperature": temperature, "impl": impl}
+        run_policy = responses.scored is None or whole_kl
+        fields = _fields(models, micros, count, whole_kl=whole_kl, run_policy=run_policy, **how)
         last = ranks.sum(_last_values(models, micros, len(host_cu) - 1)) if last_values else None
     logprobs, entropy, ref_logprobs, values, kl, *untempered = ranks.sum(fields)
+    if responses.scored is not None:
+        logprobs, entropy, *own = torch.cat(responses.scored).T.contiguous().to(device)
+        untempered[:1] = own or untempered[:1]
     return Rollout(
         tokens=tokens,
         cu_seqlens=cu,
@@ -199,6 +204,7 @@ def _fields(
     temperature: float,
     impl: str,
     whole_kl: bool,
+    run_policy: bool,
 ) -> Tensor:
     """(7, N) logprobs, entropy, ref_logprobs, values, KL over all tokens (0 unless `whole_kl`), and logprobs and
     ref_logprobs at temperature 1 (0 where it is 1). Each token is scored on one rank and is 0 on the others, so the sum
@@ -210,12 +216,12 @@ def _fields(
     how: dict[str, Any] = {"temperature": temperature, "impl": impl}
     hidden: list[Tensor] = []
     for micro in micros():
-        own = score_states(policy, *micro.packed, entropy=True, kept=micro.kept, **how)
-        if whole_kl:
-            hidden.append(own.hidden)
-        read = call(models.critic, state_values, *micro.packed)
-        found = ((logprobs, own.logprobs), (entropy, own.entropy), (untempered, own.untempered), (values, read))
-        _put_tokens(micro, found)
+        if run_policy:
+            own = score_states(policy, *micro.packed, entropy=True, kept=micro.kept, **how)
+            _put_tokens(micro, ((logprobs, own.logprobs), (entropy, own.entropy), (untempered, own.untempered)))
+            if whole_kl:
+                hidden.append(own.hidden)
+        _put_tokens(micro, [(values, call(models.critic, state_values, *micro.packed))])
     with adapters_off(policy) if models.reference is None else nullcontext():
         for i, micro in enumerate(micros()):
             against = Against(hidden[i], lm_head_of(policy)) if whole_kl else None

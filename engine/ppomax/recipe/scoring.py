@@ -48,7 +48,7 @@ def head_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """`log_softmax(head.logits(hidden) / temperature)[labels]` (N,) fp32, and the entropy (N,) or None;
     differentiable."""
-    hidden, bias = scaled(hidden, head)
+    hidden, bias = head.scaled(hidden)
     out = K.linear_token_logprobs(
         hidden,
         head.weight,
@@ -61,13 +61,6 @@ def head_logprobs(
         impl=impl,
     )
     return out if isinstance(out, tuple) else (out, None)
-
-
-def scaled(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Hidden states and bias with the head's logit scale put into them, as the linear kernels take them."""
-    if head.scale == 1.0:
-        return hidden, head.bias
-    return hidden * head.scale, None if head.bias is None else head.bias * head.scale
 
 
 class Against(NamedTuple):

@@ -42,7 +42,7 @@ from ppomax.recipe.batch import (
 )
 from ppomax.recipe.cut import cut_ppo_loss
 from ppomax.recipe.rewards import whitened_and_clipped
-from ppomax.recipe.scoring import scaled, state_hidden, state_values
+from ppomax.recipe.scoring import state_hidden, state_values
 from ppomax.sharding import Trained, ranks
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def _surrogate(policy: PreTrainedModel, micro: Minibatch, tokens: Tensor, config
     if micro.kept is not None:
         cut = cut_ppo_loss(hidden, head, micro.labels, per_token, micro.kept, temperature=temperature, **terms)
         return cut[0], cut[1].tensor
-    hidden, bias = scaled(hidden, head)
+    hidden, bias = head.scaled(hidden)
     how: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": head.softcap, "kept": len(micro.labels)}
     pg_loss, figures = K.linear_ppo_loss(hidden, head.weight, micro.labels, **per_token, **terms, **how)
     return pg_loss, figures.tensor
@@ -291,7 +291,7 @@ def ptx_backward(
 
 def _nll(policy: PreTrainedModel, tokens: Tensor, cu: Tensor, at: Tensor, targets: Tensor, impl: str) -> Tensor:
     head = head_of(policy)
-    hidden, bias = scaled(state_hidden(policy, tokens, cu, at), head)
+    hidden, bias = head.scaled(state_hidden(policy, tokens, cu, at))
     labels, cap = tokens[at + 1], head.softcap
     nll, _ = K.linear_nll(
         hidden, head.weight, labels, bias=bias, softcap=cap, normalizer=targets, kept=len(labels), impl=impl

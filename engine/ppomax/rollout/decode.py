@@ -28,7 +28,7 @@ from ppomax.rollout.attention import arena_attention, choose
 from ppomax.rollout.forward import Draws, Extras, Forward
 from ppomax.rollout.gpu_trunk import gpu_trunk
 from ppomax.rollout.graphs import capture_for
-from ppomax.rollout.packed_weights import packed_trunk
+from ppomax.rollout.packed_weights import MOST_BYTES, packed_trunk
 from ppomax.rollout.recorder import KeptRecorder, Recorder
 from ppomax.rollout.repetition import Repetition
 from ppomax.rollout.responses import Responses, RolloutStats
@@ -92,7 +92,13 @@ def decode(
         repetition = None
         if sampling.repetition_penalty != 1:
             repetition = Repetition(sampling.repetition_penalty, sizes.slots, sampling.max_new_tokens, model.device)
-        draws = Draws(sampling, stream_seeds(sampling.seed, uids).to(model.device), eos, kept, repetition)
+        seeds = stream_seeds(sampling.seed, uids).to(model.device)
+        draws = Draws(sampling, seeds, eos, kept, repetition, sampling.exact)
+        if sampling.exact and panels is None:
+            raise RolloutError(
+                f"rollout: exact needs a model in float32 on a CPU whose weights are few enough to be packed, "
+                f"{MOST_BYTES / 2**30:.0f} GiB; this one is in {model.dtype} on {model.device}. Leave exact off"
+            )
         forward = Forward(model, attention, slots, draws, Extras(panels, capture, recorder))
         loop = _Loop(forward, len(prompts), ends, texts, on_token)
         try:
@@ -104,7 +110,13 @@ def decode(
     loop.stats.most_pages = sizes.pages - arena.least_free
     recorded = None if recorder is None else recorder.done
     return Responses(
-        loop.tokens, loop.logprobs, loop.finished, recorded, None if kept is None else kept.done, loop.stats
+        loop.tokens,
+        loop.logprobs,
+        loop.finished,
+        recorded,
+        None if kept is None else kept.done,
+        loop.scored if sampling.exact else None,
+        loop.stats,
     )
 
 
@@ -121,6 +133,7 @@ class _Loop:
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.finished = [False] * count
+        self.scored = [torch.empty(0)] * count
         self.stats = RolloutStats()
 
     def step(self) -> None:
@@ -142,11 +155,11 @@ class _Loop:
         self.stats.note(living, len(before), prefill, time.perf_counter() - began)
 
     def _draw(self, living: list[slotting.Sequence], came: Admission) -> None:
-        token, logprob = self.forward.tokens(living, came)
+        drawn = self.forward.tokens(living, came)
         drawers = [*living, *came.sequences]
         for sequence in drawers:
             sequence.drawn += 1
-        self.coming.append((drawers, Arriving(token, logprob)))
+        self.coming.append((drawers, Arriving(drawn.token, drawn.logprob, *drawn.scored)))
 
     def _read(self) -> None:
         """The oldest step that was not read: give each sequence its token, and release those that end with it."""
@@ -162,11 +175,11 @@ class _Loop:
             self.slots.living = [s for s in self.slots.living if not s.ended]
 
     def _take(
-        self, drawers: list[slotting.Sequence], tokens: list[int], logprobs: list[float]
+        self, drawers: list[slotting.Sequence], tokens: list[int], logprobs: list[float], *scored: list[float]
     ) -> list[slotting.Sequence]:
         """Give each sequence its token; returns those that end with it."""
         sampling, ended = self.sampling, []
-        for sequence, token, logprob in zip(drawers, tokens, logprobs, strict=True):
+        for sequence, token, logprob, *more in zip(drawers, tokens, logprobs, *scored, strict=True):
             if sequence.ended:
                 continue
             if token < 0:
@@ -176,6 +189,7 @@ class _Loop:
                 )
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
+            sequence.scored.append(tuple(more))
             stopped = token in self.ends
             if self.texts and not stopped:
                 text = self.texts[sequence.index]
@@ -188,6 +202,7 @@ class _Loop:
                 i = sequence.index
                 self.tokens[i], self.logprobs[i] = sequence.tokens, sequence.logprobs
                 self.finished[i] = stopped
+                self.scored[i] = torch.tensor(sequence.scored)
                 ended.append(sequence)
         return ended
 

@@ -5,7 +5,7 @@ a step needs nothing of the one before it from the host. Steps without newcomers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ppomax_kernels as K
 import torch
@@ -38,6 +38,19 @@ class Draws(NamedTuple):
     """Keeps what each token is drawn from."""
     repetition: Repetition | None = None
     """Makes tokens that were drawn before less likely."""
+    exact: bool = False
+    """Gives what scoring would of each token, to the bit: `Drawn.scored`."""
+
+
+class Drawn(NamedTuple):
+    """The tokens of a step."""
+
+    token: Tensor
+    """(B,); -1: the logits were no numbers."""
+    logprob: Tensor
+    """(B,) under the distribution drawn from."""
+    scored: tuple[Tensor, ...] = ()
+    """(B,) each, with `Draws.exact`: as `Exact` has them."""
 
 
 class Extras(NamedTuple):
@@ -64,11 +77,10 @@ class Forward:
         self.graphs: DecodeGraphs | None = None
         if extras.capture is not None:
             page = None if attention.name == "triton" else self.arena.page
-            self.graphs = DecodeGraphs(self._next, extras.capture, self.newest, self.tables, slots.count, page)
+            self.graphs = DecodeGraphs(self._pair, extras.capture, self.newest, self.tables, slots.count, page)
 
-    def tokens(self, living: Sequence[slotting.Sequence], came: Admission) -> tuple[Tensor, Tensor]:
-        """A token and its logprob, (B,) each, for those that were `living` and those that came; valid until the next
-        call."""
+    def tokens(self, living: Sequence[slotting.Sequence], came: Admission) -> Drawn:
+        """A token for each of those that were `living` and those that came; valid until the next call."""
         if self.slots.changed and self.tables is not self.slots.tables:
             self.tables.copy_(self.slots.tables.pin_memory(), non_blocking=True)
         self.slots.changed = False
@@ -77,15 +89,14 @@ class Forward:
         where += [[s.index for s in everyone], [s.drawn for s in everyone]]
         longest = max((s.position for s in living), default=-1) + 1
         there, drawn = upload(where, self.device), None
-        if self.graphs is not None and not came.sequences:
-            drawn = self.graphs.step(there, longest)
+        if self.graphs is not None and not came.sequences and (pair := self.graphs.step(there, longest)) is not None:
+            drawn = Drawn(pair[0], pair[1])
         if drawn is None and came.sequences:
             drawn = self._with_newcomers(there, living, came, longest)
         elif drawn is None:
             drawn = self._next(self.newest[there[1]], there, longest)
-        token, logprob = drawn
-        self.newest[there[1]] = token.clamp(min=0)
-        return token, logprob
+        self.newest[there[1]] = drawn.token.clamp(min=0)
+        return drawn
 
     def close(self) -> None:
         """Leave the model as it was, and give back what the phase's graphs hold."""
@@ -94,7 +105,11 @@ class Forward:
         if self.graphs is not None:
             self.graphs.close()
 
-    def _next(self, ids: Tensor, where: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def _pair(self, ids: Tensor, where: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """`_next` as graphs take it."""
+        return self._next(ids, where, longest)[:2]
+
+    def _next(self, ids: Tensor, where: Tensor, longest: int) -> Drawn:
         """For sequences whose newest tokens are `ids` (B,): where (4, B) holds their positions, slots, numbers and how
         many tokens are out. `longest`: no position is at or above it."""
         rows, positions = where[1].int(), where[0].int()
@@ -106,7 +121,7 @@ class Forward:
 
     def _with_newcomers(
         self, where: Tensor, living: Sequence[slotting.Sequence], came: Admission, longest: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Drawn:
         n, prompts = len(living), [p for p, _ in came.starting]
         ids, positions, rows = self.newest[where[1, :n]], where[0, :n], where[1, :n]
         states = None
@@ -158,9 +173,8 @@ class Forward:
         self.attention.check_all_served()
         return states
 
-    def _draw(self, hidden: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        """A token and its logprob for each state (B, D) of the sequences in `where`. Token -1: the logits were no
-        numbers."""
+    def _draw(self, hidden: Tensor, where: Tensor) -> Drawn:
+        """A token for each state (B, D) of the sequences in `where`."""
         (_, slot, _, drawn), repetition = where, self.draws.repetition
         logits = self._logits(hidden)
         if repetition is not None:
@@ -168,7 +182,19 @@ class Forward:
         token, logprob = self._sample(logits, where)
         if repetition is not None:
             repetition.note(slot, drawn, token)
-        return token, logprob
+        return Drawn(token, logprob, self._scored(hidden, token) if self.draws.exact else ())
+
+    def _scored(self, hidden: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+        """What scoring gives of these tokens: the same product, and the row kernel of the linear ops."""
+        assert self.panels is not None
+        states, bias = self.head.scaled(hidden)
+        logits = packed_linear(states, self.panels, bias, len(self.head.weight))
+        how: dict[str, Any] = {"softcap": self.head.softcap, "impl": self.draws.sampling.impl}
+        temperature, label = float(self.draws.sampling.temperature), token.clamp(min=0)
+        found: list[Tensor] = [*K.token_logprobs(logits, label, temperature=temperature, return_entropy=True, **how)]
+        if temperature != 1.0:
+            found.append(K.token_logprobs(logits, label, **how))  # type: ignore[arg-type]
+        return tuple(found)
 
     def _sample(self, logits: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         (_, slot, index, drawn), sampling = where, self.draws.sampling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.rollout.responses import Responses
@@ -24,5 +25,11 @@ def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
         [part.tolist() for part in ranks.gather(logprobs).split(lengths)],
         [bool(x) for x in ranks.gather(finished).tolist()],
         responses.trunk,
-        None if responses.kept is None else list(ranks.gather(torch.cat(responses.kept)).split(lengths)),
+        _rows(responses.kept, lengths),
+        _rows(responses.scored, lengths),
     )
+
+
+def _rows(parts: list[Tensor] | None, lengths: list[int]) -> list[Tensor] | None:
+    """A row of numbers a token, of all ranks."""
+    return None if parts is None else list(ranks.gather(torch.cat(parts)).split(lengths))

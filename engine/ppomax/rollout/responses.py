@@ -63,4 +63,7 @@ class Responses:
     """For `trunk_layers=b`: what enters block b at each token but the last, (len(prompt) + len(response) - 1, D)."""
     kept: list[Tensor] | None = None
     """For `record_kept`: what each token was drawn from, (len(response), W) as kept.py has it."""
+    scored: list[Tensor] | None = None
+    """For `exact`: what scoring gives of each token, (len(response), 2 or 3) float32: logprob and entropy at
+    the sampling temperature, and the logprob at temperature 1 if that is another."""
     stats: RolloutStats = field(default_factory=RolloutStats)

@@ -38,6 +38,8 @@ class Sampling:
     on one and attention is ours."""
     record_kept: bool = False
     """Give back what top_k, top_p and min_new_tokens left each draw to choose from (`Responses.kept`)."""
+    exact: bool = False
+    """Give back what scoring would of each token, to the bit (`Responses.scored`)."""
     impl: str = "auto"
     """Back-end of the kernels."""
 
@@ -62,5 +64,6 @@ class Sampling:
             cache_tokens=config.cache_tokens,
             cuda_graphs=config.cuda_graphs,
             record_kept=not config.allow_biased_sampling,
+            exact=config.exact,
             impl=impl,
         )

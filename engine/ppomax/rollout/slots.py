@@ -53,6 +53,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     """Those that the host knows; the device may be some ahead."""
     logprobs: list[float] = field(default_factory=list)
+    scored: list[tuple[float, ...]] = field(default_factory=list)
+    """What scoring would give of each token; nothing unless it is asked for."""
     drawn: int = 0
     """Tokens drawn, or on their way."""
     ended: bool = False

@@ -39,13 +39,12 @@ def places_of(ends: Tensor) -> Places:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int) -> Tensor:
         ctx.save_for_backward(query, key, value, ends)
         ctx.scale, ctx.window = scale, window
         where = places_of(ends)
-        pages = empty_pages(where.pages, *key.shape[1:], value.shape[2], key.dtype)
+        groups, dim = key.shape[1:]
+        pages = empty_pages(where.pages, groups, dim, value.shape[2], key.dtype)
         return paged_attention(query, key, value, *pages, *where[:3], scale=scale, window=window, impl="cpu")
 
     @staticmethod
@@ -62,12 +61,12 @@ class _PackedAttention(torch.autograd.Function):
             return rows.unflatten(0, (count, longest)).transpose(1, 2)
 
         with torch.enable_grad():
-            leaves = [padded(x).requires_grad_() for x in parts]
+            leaves = q, k, v = [padded(x).requires_grad_() for x in parts]
             mask = None
             if ctx.window and longest > ctx.window:
                 mask = torch.ones(longest, longest, dtype=torch.bool).tril().triu(1 - ctx.window)
             out = torch.nn.functional.scaled_dot_product_attention(
-                *leaves, attn_mask=mask, is_causal=mask is None, scale=ctx.scale, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=ctx.scale, enable_gqa=True
             )
         grads = torch.autograd.grad(out, leaves, padded(dout))
         return *(g.transpose(1, 2).flatten(0, 1).index_select(0, slots) for g in grads), None, None, None

@@ -29,7 +29,7 @@ from torch import Tensor
 from ppomax.integrations import IntegrationError
 from ppomax.integrations.trl.batch import Batch, laid_out, plain, whitened
 from ppomax.models import head_of, packed_hidden
-from ppomax.recipe.scoring import head_logprobs, scaled
+from ppomax.recipe.scoring import head_logprobs
 from ppomax.rollout import Sampling, decode
 
 KNOWN_SOURCES = {
@@ -90,7 +90,7 @@ def _with_losses(forward: Any) -> Any:
 def _losses(wrapper: Any, batch: Batch, args: Any) -> Losses:
     policy = plain(wrapper.policy)
     head = head_of(policy)
-    hidden, bias = scaled(packed_hidden(policy, batch.tokens, batch.cu_seqlens)[batch.states], head)
+    hidden, bias = head.scaled(packed_hidden(policy, batch.tokens, batch.cu_seqlens)[batch.states])
     policy_loss, figures = K.linear_ppo_loss(
         hidden,
         head.weight,

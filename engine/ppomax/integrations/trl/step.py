@@ -31,7 +31,7 @@ from ppomax.integrations.trl.value_head import AutoModelForCausalLMWithValueHead
 from ppomax.models import head_of, packed_hidden
 from ppomax.recipe.moments import RunningMoments
 from ppomax.recipe.rewards import KLController
-from ppomax.recipe.scoring import head_logprobs, scaled
+from ppomax.recipe.scoring import head_logprobs
 from ppomax.rollout import Sampling, decode
 
 ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
@@ -332,7 +332,7 @@ def _losses(model: AutoModelForCausalLMWithValueHead, batch: Batch, config: PPOC
     """Policy loss, value loss, and FIGURES, of one forward."""
     lm = plain(model.pretrained_model)
     head, hidden = head_of(lm), _hidden(lm, batch)
-    for_head, bias = scaled(hidden, head)
+    for_head, bias = head.scaled(hidden)
     policy, figures = K.linear_ppo_loss(
         for_head, head.weight, batch.labels, batch.logprobs, batch.advantages, batch.sampled, bias=bias,
         softcap=head.softcap, clip_low=config.cliprange, clip_high=config.cliprange, impl=config.impl,
