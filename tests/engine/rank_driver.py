@@ -175,6 +175,8 @@ def two(folder: Path) -> dict[str, Kept]:
     out["lora export"] = tried(lora_exported, folder)
     out["gathered"] = tried(gathered, engine)
     out["one prompt"] = tried(steps, engine, (1,))
+    for name, knobs in {"exact": VARIANTS["exact"][0], "cut": {"rollout__top_k": 6}}.items():
+        out[f"one prompt, {name}"] = tried(steps, engine_of(config_of(folder, 0, **knobs)), (1,))
     out["nan"] = tried(nan_on_one_rank, engine)
     out |= {name: tried(variant, folder, name, 3) for name in ("tied", "recomputed", "hydra", "text reward")}
     out["trunk"] = tried(trunk_states, folder)

@@ -198,9 +198,10 @@ def test_cut_adapters_are_exported_layer_by_layer(on_two) -> None:
     assert found["whole"] < 2 * found["largest"] < found["all"] / 3
 
 
-def test_fewer_prompts_than_ranks(on_two) -> None:
-    assert all(row["rollout/length"] >= 1 for row in on_two["one prompt"])
-    assert on_two["one prompt"][0]["val/num_eos_tokens"] <= 1
+@pytest.mark.parametrize("case", ["one prompt", "one prompt, exact", "one prompt, cut"])
+def test_fewer_prompts_than_ranks(on_two, case) -> None:
+    assert all(row["rollout/length"] >= 1 for row in on_two[case])
+    assert on_two[case][0]["val/num_eos_tokens"] <= 1
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(on_two) -> None:

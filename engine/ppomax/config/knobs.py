@@ -192,14 +192,9 @@ class RolloutConfig:
             "rollout.allow_biased_sampling: true",
             self.sampler,
         )
-        require(
-            not self.exact or not cut or self.allow_biased_sampling,
-            "rollout.exact",
-            "false with top_k, top_p or min_new_tokens, whose sets are scored by other kernels; or set "
-            "rollout.allow_biased_sampling: true",
-            self.exact,
-        )
-        require(not self.exact or self.sampler == "builtin", "rollout.exact", "false with another sampler", self.exact)
+        apart = self.sampler != "builtin" or (cut and not self.allow_biased_sampling)
+        sorts = "another sampler, or top_k, top_p or min_new_tokens without rollout.allow_biased_sampling: true"
+        require(not self.exact or not apart, "rollout.exact", f"false with {sorts}", self.exact)
         require(
             self.sampler == "builtin" or penalty == 1,
             "rollout.repetition_penalty",

@@ -133,21 +133,17 @@ def score(
 
     def micros() -> Iterator[_Micro]:
         """Packed when its turn comes, so that no two are held at once."""
-        cu = (host_cu, host_response_cu)
-        return (_micro(micro, tokens, *cu, trunk, kept) for each in micro_batches for micro in each)
+        return (_micro(m, tokens, host_cu, host_response_cu, trunk, kept) for each in micro_batches for m in each)
 
     with fused_trunk(models.policy, models.reference, models.critic, impl=impl):
         if models.trunk_layers is not None:
             trunk = _trunk(models.policy, responses, tokens, host_cu, micro_batches, models.trunk_layers)
-        count = int(host_response_cu[-1])
-        how: dict[str, Any] = {"temperature": temperature, "impl": impl}
-        run_policy = responses.scored is None or whole_kl
-        fields = _fields(models, micros, count, whole_kl=whole_kl, run_policy=run_policy, **how)
+        how: dict[str, Any] = {"temperature": temperature, "impl": impl, "whole_kl": whole_kl}
+        fields = _fields(models, micros, len(sampled), run_policy=responses.scored is None or whole_kl, **how)
         last = ranks.sum(_last_values(models, micros, len(host_cu) - 1)) if last_values else None
     logprobs, entropy, ref_logprobs, values, kl, *untempered = ranks.sum(fields)
     if responses.scored is not None:
-        logprobs, entropy, *own = torch.cat(responses.scored).T.contiguous().to(device)
-        untempered[:1] = own or untempered[:1]
+        logprobs, entropy, *untempered[: temperature != 1.0] = torch.cat(responses.scored).T.contiguous().to(device)
     return Rollout(
         tokens=tokens,
         cu_seqlens=cu,

@@ -16,6 +16,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ from ppomax.rollout.attention import arena_attention, choose
 from ppomax.rollout.forward import Draws, Extras, Forward
 from ppomax.rollout.gpu_trunk import gpu_trunk
 from ppomax.rollout.graphs import capture_for
-from ppomax.rollout.packed_weights import MOST_BYTES, packed_trunk
+from ppomax.rollout.packed_weights import packed_trunk
 from ppomax.rollout.recorder import KeptRecorder, Recorder
 from ppomax.rollout.repetition import Repetition
 from ppomax.rollout.responses import Responses, RolloutStats
@@ -72,7 +73,8 @@ def decode(
     sampling = dataclasses.replace(sampling, cuda_graphs=graphs)
     capture = capture_for(model.device) if graphs else None
     if not prompts:
-        return Responses([], [], [], None if trunk_layers is None else [], None if sampling.cut is None else [])
+        nothing: list[Any] = [None if x is None else [] for x in (trunk_layers, sampling.cut, sampling.exact or None)]
+        return Responses([], [], [], *nothing)
     distinct = slotting.grouped(prompts)
     sizes = rollout_sizes(model, distinct, sampling, trunk=trunk_layers is not None)
     if announce is not None:
@@ -94,11 +96,6 @@ def decode(
             repetition = Repetition(sampling.repetition_penalty, sizes.slots, sampling.max_new_tokens, model.device)
         seeds = stream_seeds(sampling.seed, uids).to(model.device)
         draws = Draws(sampling, seeds, eos, kept, repetition, sampling.exact)
-        if sampling.exact and panels is None:
-            raise RolloutError(
-                f"rollout: exact needs a model in float32 on a CPU whose weights are few enough to be packed, "
-                f"{MOST_BYTES / 2**30:.0f} GiB; this one is in {model.dtype} on {model.device}. Leave exact off"
-            )
         forward = Forward(model, attention, slots, draws, Extras(panels, capture, recorder))
         loop = _Loop(forward, len(prompts), ends, texts, on_token)
         try:

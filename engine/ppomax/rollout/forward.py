@@ -20,9 +20,11 @@ from ppomax.rollout.arena import Step
 from ppomax.rollout.attention import Attention
 from ppomax.rollout.graphs import Capture, DecodeGraphs
 from ppomax.rollout.kept import kept_rows, only_kept, token_at
+from ppomax.rollout.packed_weights import MOST_BYTES
 from ppomax.rollout.recorder import KeptRecorder, Recorder
 from ppomax.rollout.repetition import Repetition
 from ppomax.rollout.sampling import Sampling
+from ppomax.rollout.sizes import RolloutError
 from ppomax.rollout.slots import Admission, Slots
 
 
@@ -71,6 +73,11 @@ class Forward:
         self.base, self.head, self.device = base_of(model), head_of(model), model.device
         self.attention, self.arena, self.slots, self.draws = attention, attention.arena, slots, draws
         self.panels, self.recorder = extras.panels, extras.recorder
+        if draws.exact and self.panels is None:
+            raise RolloutError(
+                f"rollout: exact needs a model in float32 on a CPU whose weights are few enough to be packed, "
+                f"{MOST_BYTES / 2**30:.0f} GiB; this one is in {model.dtype} on {model.device}. Leave exact off"
+            )
         self.tables = slots.tables if self.device.type == "cpu" else slots.tables.to(self.device)
         self.newest = torch.zeros(len(self.tables), dtype=torch.int64, device=self.device)
         """The newest token of each slot's sequence."""

@@ -25,11 +25,16 @@ def joined(responses: Responses, policy: PreTrainedModel) -> Responses:
         [part.tolist() for part in ranks.gather(logprobs).split(lengths)],
         [bool(x) for x in ranks.gather(finished).tolist()],
         responses.trunk,
-        _rows(responses.kept, lengths),
-        _rows(responses.scored, lengths),
+        _rows(responses.kept, lengths, device),
+        _rows(responses.scored, lengths, device),
     )
 
 
-def _rows(parts: list[Tensor] | None, lengths: list[int]) -> list[Tensor] | None:
-    """A row of numbers a token, of all ranks."""
-    return None if parts is None else list(ranks.gather(torch.cat(parts)).split(lengths))
+def _rows(parts: list[Tensor] | None, lengths: list[int], device: torch.device) -> list[Tensor] | None:
+    """A row of numbers a token, of all ranks, some of which may have no responses."""
+    if parts is None:
+        return None
+    kinds = ranks.gather_objects((parts[0].shape[1], parts[0].dtype) if parts else None)
+    width, dtype = next(kind for kind in kinds if kind is not None)
+    own = torch.cat(parts) if parts else torch.empty(0, width, dtype=dtype, device=device)
+    return list(ranks.gather(own).split(lengths))
