@@ -17,6 +17,7 @@ from ppomax.data import Text
 from ppomax.models import load_policy
 from ppomax.models.adapters import add_adapters
 from ppomax.models.recompute import recompute, recompute_blocks
+from ppomax.planning.advice import most_parameters
 from ppomax.planning.job import GiB, Job, roles
 from ppomax.planning.memory import device_bytes, host_bytes, optimiser, rollout, weights
 from ppomax.planning.plan import (
@@ -30,7 +31,7 @@ from ppomax.planning.plan import (
     stage_job_of,
 )
 from ppomax.planning.seconds import DEVICES, seconds
-from ppomax.planning.trace import held, live_bytes, sizes_of
+from ppomax.planning.trace import doubled, held, live_bytes, sizes_of
 from ppomax.rollout import Sampling, decode
 from ppomax.stages.sft import batch_nll
 from ppomax.stages.supervised_loop import Task, run_loop
@@ -219,6 +220,24 @@ def test_activations_of_a_real_forward_and_backward(kind, again):
 
 
 # ---- by formula -----------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_policy_that_decodes_whole_fills_the_memory():
+    """A policy of that many parameters takes what there is, and one of half as many fits."""
+    seven = shape(**LLAMA_7B)
+    job = Job(policy=seven, critic=seven, reward=seven, zero_stage=3, ranks=8, memory=80 * 2**30)
+    most = most_parameters(job)
+    one = sizes_of(seven, "causal_lm")
+    depth = one.layers + round((most - one.params) / one.block)
+    deeper = shape(**{**LLAMA_7B, "num_hidden_layers": depth})
+    rollout = sum(device_bytes(replace(job, policy=deeper, slots=1))["rollout"].values())
+    assert rollout == pytest.approx(job.memory, rel=0.02)
+    assert depth > one.layers
+    less = replace(job, memory=40 * 2**30)
+    assert most_parameters(less) < most
+    assert doubled(json.dumps({"num_hidden_layers": 2, "layer_types": ["a", "b"]})) == json.dumps(
+        {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"]}
+    )
 
 
 def test_partitions_are_the_published_arithmetic():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes
+from ppomax.planning.trace import doubled, sizes_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,18 @@ def advice_for(job: Job) -> tuple[Advice, ...]:
         if other < peak or (then_fits and not fits):
             found.append(Advice(flag.format(**vars(turned)), peak - other, then_fits))
     return tuple(sorted(found, key=lambda a: (not a.fits, -a.saves)))
+
+
+def most_parameters(job: Job) -> float:
+    """Parameters of the deepest policy of this shape that the rollout has room for on a rank, one sequence at a time:
+    decoding keeps the policy whole on each, so from there on it would have to be cut within its layers (tensor
+    parallelism), which our decoder cannot. Bytes grow in a straight line with the depth."""
+    one = replace(job, slots=1)
+    deep = replace(one, policy=doubled(one.policy))
+    small, large = (sizes_of(j.policy, "causal_lm") for j in (one, deep))
+    at, then = (sum(device_bytes(j)["rollout"].values()) for j in (one, deep))
+    more = (large.params - small.params) / max(1, then - at)
+    return small.params + (job.memory - at) * more
 
 
 def _looked_at(job: Job) -> tuple[int, bool]:

@@ -17,7 +17,7 @@ from ppomax.assets.sources import named_model, named_sources
 from ppomax.config import CONFIG_DIR, ConfigError, ShardingConfig, TrainConfig
 from ppomax.config.launcher import local_rank, ranks_on_node, started_ranks
 from ppomax.config.stages import RewardModelConfig, SftConfig
-from ppomax.planning.advice import Advice, advice_for
+from ppomax.planning.advice import Advice, advice_for, most_parameters
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes
 from ppomax.planning.seconds import Assumptions, Device, seconds, tokens_per_second
@@ -43,6 +43,8 @@ class Plan:
     device: Device | None = None
     assumptions: Assumptions = field(default_factory=Assumptions)
     advice: tuple[Advice, ...] = ()
+    most_parameters: float | None = None
+    """Of a policy that each GPU can hold whole while it decodes; none on a CPU and for a stage that draws nothing."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -79,10 +81,11 @@ def make_plan(
     assumed = assumed or Assumptions()
     phases, host = device_bytes(job), host_bytes(job)
     times = seconds(job, device, assumed) if device else {}
-    plan = Plan(job, phases, host, times, device, assumed, (), notes)
+    plan = Plan(job, phases, host, times, device, assumed, notes=notes)
     if not advise:
         return plan
-    return replace(plan, advice=advice_for(job))
+    whole = None if job.alone or job.cpu else most_parameters(job)
+    return replace(plan, advice=advice_for(job), most_parameters=whole)
 
 
 def refuse_if_too_large(plan: Plan) -> None:

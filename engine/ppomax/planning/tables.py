@@ -79,6 +79,12 @@ def fit_lines(plan: Plan) -> list[str]:
         parts = ", ".join(f"{kind} {gib(size)}" for kind, size in plan.host.items() if size)
         ok = "fits" if plan.host_fits else "does NOT fit"
         lines.append(f"host {ok}: {gib(sum(plan.host.values()))} of {gib(job.host_memory)} a node ({parts})")
+    if plan.most_parameters is not None:
+        lines.append(
+            f"decoding keeps the policy whole on each GPU: with the rest as here, up to some "
+            f"{plan.most_parameters / 1e9:.3g} billion parameters of this shape; beyond, it would need tensor "
+            "parallelism, which it has not"
+        )
     if plan.advice and (not plan.fits or plan.peak > TIGHT * job.memory):
         lines.append("what would lower the peak, each by itself:")
         lines += [
@@ -108,6 +114,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "seconds": plan.times,
         "tokens_per_second": plan.tokens_per_second,
         "advice": [asdict(a) for a in plan.advice],
+        "most_parameters": plan.most_parameters,
         "device": asdict(plan.device) if plan.device else None,
         "assumptions": asdict(plan.assumptions),
         "notes": list(plan.notes),

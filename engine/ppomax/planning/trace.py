@@ -256,6 +256,15 @@ def _trunk_only(config: str, most: int) -> str:
     return json.dumps(knobs)
 
 
+def doubled(config: str) -> str:
+    """The same model, twice as deep."""
+    knobs = json.loads(config)
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    depth = next(v for k in names if isinstance(v := knobs.get(k), int))
+    each = {k: v + v for k, v in knobs.items() if isinstance(v, list) and len(v) == depth}
+    return json.dumps(knobs | each | {k: 2 * depth for k in names if knobs.get(k) == depth})
+
+
 def _hf_config(config: str, depth: int | None) -> Any:
     """The HF configuration object of the JSON text `config`, cut to `depth` blocks."""
     from transformers import AutoConfig
