@@ -97,8 +97,8 @@ struct WidenedPairs {
 };
 
 template <class Pairs, int ROWS>
-PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t x_stride, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
-                              uint16_t *y, int64_t y_stride, int64_t columns) {
+PPOMAX_INLINE void bf16_block(const uint16_t *x, int64_t x_stride, int64_t inputs, const uint16_t *panel,
+                              const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns) {
     Vec sum[ROWS][SPANS] = {};
     for (int64_t i = 0; i < inputs; i += 2) {
         IntVec weight[SPANS];
@@ -129,10 +129,11 @@ struct MultipliedPairs {
 #endif
 
 template <class Pairs, int ROWS>
-static void bf16_rows(int rows, const uint16_t *x, int64_t x_stride, int64_t inputs, const uint16_t *panel, const uint16_t *bias,
-                      uint16_t *y, int64_t y_stride, int64_t columns) {
+static void bf16_rows(int rows, const uint16_t *x, int64_t x_stride, int64_t inputs, const uint16_t *panel,
+                      const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return bf16_rows<Pairs, ROWS - 1>(rows, x, x_stride, inputs, panel, bias, y, y_stride, columns);
+        if (rows < ROWS)
+            return bf16_rows<Pairs, ROWS - 1>(rows, x, x_stride, inputs, panel, bias, y, y_stride, columns);
     }
     bf16_block<Pairs, ROWS>(x, x_stride, inputs, panel, bias, y, y_stride, columns);
 }

@@ -25,8 +25,9 @@ constexpr int64_t PAGE = 1024, SHARED = 1 << 22;
 static void product_of_columns(const LeftSide &x, int64_t rows, int64_t inputs, const float *panels, const float *bias,
                                int64_t outputs, int add, float *y, int threads) {
     constexpr int64_t MOST = 48, LEAST = 12;
-    const int64_t even = rows / (4 * (threads > 1 ? threads : 1)) / LEAST * LEAST,
-                  stripe = even < LEAST ? LEAST : even > MOST ? MOST : even;
+    const int64_t even = rows / (4 * (threads > 1 ? threads : 1)) / LEAST * LEAST, stripe = even < LEAST  ? LEAST
+                                                                                            : even > MOST ? MOST
+                                                                                                          : even;
     const VectorOps &ops = vector_ops();
     auto body = [&](int64_t begin, int64_t end) {
         alignas(64) static thread_local float near[MOST * LINEAR_NEAR];

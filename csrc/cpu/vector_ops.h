@@ -76,9 +76,9 @@ struct SampleResult {
     float logprob, plain_logprob, entropy;
 };
 
-constexpr int LINEAR_PANEL = 32;    // output columns that packed weights hold side by side
+constexpr int LINEAR_PANEL = 32;       // output columns that packed weights hold side by side
 constexpr int64_t LINEAR_NEAR = 1024;  // inputs of a panel that the second cache holds beside x
-constexpr int ATTENTION_PAGE = 16;  // tokens of a page of the KV cache
+constexpr int ATTENTION_PAGE = 16;     // tokens of a page of the KV cache
 
 // One token and one key head: `heads` query heads against positions first .. end of the token's sequence.
 struct AttentionRow {

@@ -117,12 +117,15 @@ def main(root: Path) -> dict[str, list[object]]:
         child(lambda: (root / "names.json").write_text(json.dumps(tiny_assets(root)), encoding="utf-8") and None) == 0
     )
     names = json.loads((root / "names.json").read_text(encoding="utf-8"))
-    began = time.monotonic()
-    assert child(lambda: run(root / "alone", names, False)) == 0
-    whole = time.monotonic() - began
+    times = []
+    for folder in (root / "first", root / "alone"):  # the machine may have been busy, and caches cold
+        began = time.monotonic()
+        assert child(lambda: run(folder, names, False)) == 0  # noqa: B023
+        times.append(time.monotonic() - began)
+    whole = min(times)
     want, verdicts = digest(root / "alone"), {}
     jobs = [(name, prepare, None) for name, prepare in SCENARIOS.items()]
-    jobs += [(f"after {share:.0%} of the run's time", lambda: None, whole * share) for share in (0.35, 0.6, 0.85)]
+    jobs += [(f"after {share:.0%} of the run's time", lambda: None, whole * share) for share in (0.25, 0.5, 0.75)]
     for i, (name, prepare, delay) in enumerate(jobs):
         folder = root / f"killed-{i}"
         first = child(lambda: run(folder, names, False, prepare), delay)  # noqa: B023
