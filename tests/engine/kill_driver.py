@@ -118,9 +118,9 @@ def main(root: Path) -> dict[str, list[object]]:
     )
     names = json.loads((root / "names.json").read_text(encoding="utf-8"))
     times = []
-    for folder in (root / "first", root / "alone"):  # the machine may have been busy, and caches cold
+    for place in (root / "first", root / "alone"):  # the machine may have been busy, and caches cold
         began = time.monotonic()
-        assert child(lambda: run(folder, names, False)) == 0  # noqa: B023
+        assert child(lambda: run(place, names, False)) == 0  # noqa: B023
         times.append(time.monotonic() - began)
     whole = min(times)
     want, verdicts = digest(root / "alone"), {}

@@ -7,11 +7,20 @@ import torch
 from ppomax.models import base_of
 from ppomax.models.fused_trunk import ROTARY, fused_trunk, norm_of, swiglu_layers
 from ppomax.models.packed import packed_hidden
+from ppomax.rollout.arena import Arena
+from ppomax.rollout.attention import Attention
 from ppomax.rollout.packed_weights import packed_layers, packed_trunk
+from ppomax_kernels.internal.paged_attention import PAGE
+from transformers import PreTrainedModel
 
 from tests.engine.families import BOS, FAMILIES, family
 from tests.engine.sampled import decode
 from tests.engine.tiny import prompts, small_config, tiny_engine
+
+
+def native(model: PreTrainedModel) -> Attention:
+    """A rollout's attention on a CPU, with a small arena."""
+    return Attention(model, Arena(model.config, 4, model.dtype, model.device, PAGE), "native")
 
 
 @pytest.mark.parametrize(("name", "norms"), [("llama", 7), ("gemma2", 13), ("gemma3", 19), ("qwen3", 13)])
@@ -22,7 +31,7 @@ def test_norms_run_on_our_kernel_while_the_phase_lasts(name: str, norms: int) ->
     with torch.no_grad():
         for module in found:
             module.weight.uniform_(-1.0, 1.0)
-    with torch.no_grad(), packed_trunk(model, "native") as panels:
+    with torch.no_grad(), packed_trunk(model, native(model)) as panels:
         assert panels is not None
         for module in found:
             x = torch.randn(3, 5, len(module.weight))
@@ -51,7 +60,7 @@ def test_states_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
     ids = torch.randint(3, 60, (2, 9))
     with torch.no_grad():
         want = base_of(model)(input_ids=ids).last_hidden_state
-        with packed_trunk(model, "native"):
+        with packed_trunk(model, native(model)):
             got = base_of(model)(input_ids=ids).last_hidden_state
         exact = base_of(model.double())(input_ids=ids).last_hidden_state
     if dtype == torch.float32:

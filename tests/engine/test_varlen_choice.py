@@ -20,7 +20,9 @@ def test_a_cpu_keeps_what_it_has_and_capped_scores_are_not_left_out() -> None:
 
 
 def test_varlen_by_name_says_why_not() -> None:
-    with pytest.raises(ValueError, match="attention varlen does not serve LlamaForCausalLM: its weights are torch.bf"):
+    with pytest.raises(
+        ValueError, match=r"attention varlen does not serve LlamaForCausalLM: its weights are torch\.bf"
+    ):
         set_attention(family("llama").bfloat16(), "varlen")
     with pytest.raises(ValueError, match="attention must be one of auto, varlen, sdpa"):
         set_attention(family("llama"), "flash")

@@ -45,6 +45,8 @@ class Attention:
         self.model, self.arena, self.name = model, arena, name
         self.step: Step | None = None
         self.checked: set[int] = set()
+        self.terms: dict[int, tuple[float, int, float]] = {}
+        """Of each layer: scale, window and cap."""
 
     def check_all_served(self) -> None:
         """UnsupportedModel if a layer of the arena saw no attention in the forward just run (looked at once)."""
@@ -79,6 +81,10 @@ class Attention:
         if step.prompts:
             parts.append(attend_prompts(query[n:], key[n:], value[n:], step, terms))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def attend_as_before(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """`attend` of a layer that was checked, with the terms that it had then."""
+        return self.attend(query, key, value, layer, *self.terms[layer])
 
 
 _CURRENT: ContextVar[Attention] = ContextVar("ppomax_rollout_attention")
@@ -163,7 +169,8 @@ def rollout_attention(
     now.arena.waiting = None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    return now.attend(q, k, v, layer, scale, sliding_window or 0, softcap or 0.0)[None], None
+    now.terms[layer] = (scale, sliding_window or 0, softcap or 0.0)
+    return now.attend(q, k, v, layer, *now.terms[layer])[None], None
 
 
 def _refusal(

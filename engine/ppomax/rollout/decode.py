@@ -16,6 +16,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -81,8 +82,10 @@ def decode(
         announce(sizes)
     arena = Arena(model.config, sizes.pages, model.dtype, model.device, sizes.page, scratch=graphs)
     texts = [TextStream(tokenizer) for _ in prompts] if sampling.stop else []  # type: ignore[arg-type]
-    trunk = gpu_trunk(model) if sizes.attention == "triton" else packed_trunk(model, sizes.attention)
-    with arena_attention(model, arena, sizes.attention) as attention, trunk as panels:
+    with ExitStack() as phase:
+        attention = phase.enter_context(arena_attention(model, arena, sizes.attention))
+        ours = gpu_trunk(model) if sizes.attention == "triton" else packed_trunk(model, attention)
+        panels = phase.enter_context(ours)
         recorder = None
         if trunk_layers is not None:
             recorder = Recorder(model, trunk_layers, sizes.slots, sampling.max_new_tokens, len(prompts))

@@ -14,8 +14,10 @@ from ppomax_kernels.internal.packed_linear import packed_bytes as bytes_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppomax.models import base_of, head_of
+from ppomax.models import base_of, blocks_of, head_of
 from ppomax.models.fused_trunk import Run, all_runs, fused_rotary, in_place
+from ppomax.rollout.attention import Attention
+from ppomax.rollout.lean_blocks import lean_blocks
 
 MOST_BYTES = 2 * 2**30
 """Weights above this are not packed: the second copy would take more of a machine's memory than its rollouts save in
@@ -40,13 +42,21 @@ def packed_bytes(model: PreTrainedModel, attention: str) -> int:
 
 
 @contextmanager
-def packed_trunk(model: PreTrainedModel, attention: str) -> Iterator[Tensor | None]:
+def packed_trunk(model: PreTrainedModel, attention: Attention) -> Iterator[Tensor | None]:
     """Inside, the trunk runs on our kernels; gives the head's panels, or None if nothing is packed."""
-    layers = packed_layers(model, attention)
     runs: dict[nn.Module, Run] = {}
-    if layers:
+    if packed_layers(model, attention.name):
+        packed: dict[tuple[nn.Linear, ...], Run] = {}
+
+        def join(layers: list[nn.Linear]) -> Run:
+            key = tuple(layers)
+            if key not in packed:
+                packed[key] = _packed(layers)
+            return packed[key]
+
         with torch.no_grad():
-            runs = all_runs(base_of(model), _packed)
+            runs = all_runs(base_of(model), join)
+            runs |= lean_blocks(list(blocks_of(model)), join, attention)
     with in_place(runs), fused_rotary(runs):
         yield pack(head_of(model).weight) if runs else None
 
