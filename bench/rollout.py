@@ -1,6 +1,7 @@
 """The engine's rollout against `model.generate` of the installed transformers, in turns.
 
-    python -m bench.rollout [--threads 2] [--rounds 5] [--rows equal uneven samples bf16] [--cpu-time] [--model FOLDER]
+    python -m bench.rollout [--threads 2] [--rounds 5] [--rows equal uneven samples bf16] [--cpu-time]
+                            [--model FOLDER] [--continuous]
 
 Both sample from the shipped policy in float32 at temperature 1; the rollout also records each token's logprob. Rows:
     equal    64 prompts of 12 tokens, 48 new tokens each
@@ -12,7 +13,8 @@ Both sample from the shipped policy in float32 at temperature 1; the rollout als
 batch or all, OpenMP threads that spin for a while (libgomp's default) or sleep, found by one run of each. The rollout
 runs as `ppomax` does, with threads that sleep. Each has a process of its own, since that choice is made once a process
 and spinning threads take the other's cores; one works at a time. Tokens a second count response tokens alone. Medians
-and ratios; --cpu-time takes processor time instead of the clock, for one thread on a machine with other work."""
+and ratios; --continuous adds transformers' continuous batching, which takes a minute a row; --cpu-time takes processor
+time instead of the clock, for one thread on a machine with other work."""
 
 from __future__ import annotations
 
@@ -33,9 +35,10 @@ from ppomax.assets import FOLDER
 from ppomax.data import load_prompts
 from ppomax.models import load_policy, load_tokenizer
 from ppomax.rollout import Sampling, decode
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Rows = list[list[int]]
+CONTINUOUS = "continuous"
 Setting = tuple[str, str | None, int]
 """Of `generate`: attention, cache, sequences a batch."""
 
@@ -93,9 +96,15 @@ def ours(model: PreTrainedModel, job: Job, eos: int) -> tuple[int, object]:
 
 
 def theirs(model: PreTrainedModel, job: Job, eos: int, attention: str, cache: str | None, batch: int) -> int:
-    """Response tokens, EOS included, of one pass over the job by `generate`."""
+    """Response tokens, EOS included, of one pass over the job by `generate`, or by `generate_batch`, transformers'
+    continuous batching, which takes no least length."""
     model.set_attn_implementation(attention)
     tokens = 0
+    if cache == CONTINUOUS:
+        rows = [p for p in job.prompts for _ in range(job.samples)]
+        how = GenerationConfig(max_new_tokens=job.new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0)
+        found = model.generate_batch(rows, generation_config=how, progress_bar=False)  # type: ignore[operator]
+        return sum(len(x.generated_tokens) for x in found.values())
     step = max(1, batch // job.samples)
     for start in range(0, len(job.prompts), step):
         part = job.prompts[start : start + step]
@@ -184,7 +193,7 @@ def compare(runs: dict[str, Callable[[], Turn]], rounds: int) -> tuple[dict[str,
     return {name: statistics.median(x) for name, x in rates.items()}, said
 
 
-def row(job: Job, rollout: Side, rivals: Sequence[Side], rounds: int) -> None:
+def row(job: Job, rollout: Side, rivals: Sequence[Side], rounds: int, continuous: bool) -> None:
     """Print one job's medians and their ratio."""
     count = len(job.prompts) * job.samples
     rival, setting = fastest(rivals, job.name, sorted({min(64, count), count}))
@@ -198,6 +207,9 @@ def row(job: Job, rollout: Side, rivals: Sequence[Side], rounds: int) -> None:
         f"{rate['ours'] / rate['generate']:.2f} (goal {job.goal})\n    {said['ours']}",
         flush=True,
     )
+    if continuous:
+        best = max(rivals[0].run(job.name, ("eager", CONTINUOUS, 0)).rate for _ in range(2))
+        print(f"    continuous batching of transformers, the better of two runs: {best:.0f}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -209,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", choices=names, default=list(names))
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--continuous", action="store_true")
     parser.add_argument("--model", type=Path)
     args = parser.parse_args(arguments)
     path = args.model or FOLDER / "policy"
@@ -219,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"tokens a second, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
     )
     for name in (n for n in args.rows if n != "bf16"):
-        row(todo[name], rollout, (spins, sleeps), args.rounds)
+        row(todo[name], rollout, (spins, sleeps), args.rounds, args.continuous)
     if "bf16" in args.rows:
         half: dict[str, Callable[[], Turn]] = {
             "bfloat16": lambda: rollout.run("equal", "bfloat16"),
