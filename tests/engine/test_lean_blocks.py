@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from ppomax.models import blocks_of
+from ppomax.models.recompute import recompute_blocks
 from ppomax.rollout import Responses, Sampling, decode, packed_weights
 from ppomax.rollout.lean_blocks import LeanBlock
 
@@ -89,6 +91,22 @@ def test_somebody_who_looks_inside_sees_every_step(runs: list[int]) -> None:
     drawn(model)
     assert set(runs) == {0, 2}
     assert len(seen) > 10
+
+
+def test_what_was_put_around_a_block_stays(runs: list[int]) -> None:
+    """Recomputing blocks run lean and are recomputing ones afterwards; what we do not know is left alone."""
+    model = family("llama")
+    recompute_blocks(model)
+    before = [block.forward for block in blocks_of(model)]
+    drawn(model)
+    assert runs
+    assert [block.forward for block in blocks_of(model)] == before
+    block = blocks_of(model)[1]
+    block.forward = partial(type(block).forward, block)
+    runs.clear()
+    drawn(model)
+    assert set(runs) == {0, 2}
+    assert isinstance(block.forward, partial)
 
 
 def test_new_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,9 @@ def fused_trunk(*owners: Any, impl: str = "auto") -> Iterator[None]:
 
 @contextmanager
 def in_place(runs: dict[nn.Module, Run]) -> Iterator[None]:
-    """Inside, each of these modules' forward is the function beside it."""
+    """Inside, each of these modules' forward is the function beside it; afterwards what it was, which may be something
+    that was put around the module's own before."""
+    before = {module: module.__dict__["forward"] for module in runs if "forward" in module.__dict__}
     try:
         for module, run in runs.items():
             module.forward = run  # type: ignore[method-assign]
@@ -59,6 +61,8 @@ def in_place(runs: dict[nn.Module, Run]) -> Iterator[None]:
     finally:
         for module in runs:
             module.__dict__.pop("forward", None)
+        for module, forward in before.items():
+            module.forward = forward  # type: ignore[method-assign]
 
 
 def all_runs(model: nn.Module, join: Join) -> dict[nn.Module, Run]:

@@ -34,11 +34,11 @@ def recompute_blocks(model: PreTrainedModel | AnyCritic) -> None:
 def recompute(blocks: Iterable[nn.Module]) -> None:
     """The same for the modules `blocks`; those that do it already are left as they are."""
     for block in blocks:
-        if not isinstance(block.forward, _Recomputed):
-            block.forward = _Recomputed(block.forward)
+        if not isinstance(block.forward, Recomputed):
+            block.forward = Recomputed(block.forward)
 
 
-class _Recomputed:
+class Recomputed:
     """In the place of a module's `forward`, inside of its hooks: ZeRO-3 fetches the weights of the layers within anew
     as they run again. A class, since copying a model copies it too, with the method of the copied module."""
 

@@ -291,8 +291,9 @@ def torch_chunk(vocab: int, job: Job, rows: int, copies: int) -> int:
 
 
 def chunk_bytes(vocab: int, job: Job, rows: int, *, backward: bool = False) -> int:
-    """One chunk of the logits of so many responses in the fused losses; 16-bit chunks on a CPU have an fp32 copy beside
-    them, float32 ones the head's weight, packed. In plain torch, where sampling is cut."""
+    """One chunk of the logits of so many responses, in scoring (on a CPU in float32 a tile of it) or in the fused
+    losses; 16-bit chunks on a CPU have an fp32 copy beside them, float32 ones the head's weight, packed. In plain
+    torch, where sampling is cut."""
     import torch
     from ppomax_kernels.chunks import blocks, default_chunk, even_chunk
 
@@ -300,10 +301,10 @@ def chunk_bytes(vocab: int, job: Job, rows: int, *, backward: bool = False) -> i
         whole = job.kept_row == -(-vocab // 8)
         return torch_chunk(vocab, job, rows, COPIES_AS_BITS if whole else COPIES_AS_IDS + backward)
     tokens, columns = rows * job.response_tokens, vocab
-    if job.cpu:
+    if job.cpu and not backward:
         tokens, columns = blocks(0, tokens, torch.empty(vocab, 0, dtype=getattr(torch, job.dtype)), False)
     else:
-        tokens = even_chunk(default_chunk(vocab, "cuda"), tokens, False)
+        tokens = even_chunk(default_chunk(vocab, "cpu" if job.cpu else "cuda"), tokens, False)
     packed = columns * sizes_of(job.policy, "causal_lm").hidden * job.width if job.cpu and job.width == 4 else 0
     return tokens * columns * (job.width + (SCRATCH if job.cpu and job.width == 2 else 0)) + packed
 

@@ -18,6 +18,7 @@ from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
 
 from ppomax.models.fused_trunk import TOLERANCE, Join, Run, norm_of, query_key_value, swiglu_layers
+from ppomax.models.recompute import Recomputed
 from ppomax.rollout.attention import Attention
 
 _same: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -41,6 +42,8 @@ def _lean(block: nn.Module, index: int, join: Join, attention: Attention) -> Lea
     three, gated, out = query_key_value(inner), swiglu_layers(mlp), getattr(inner, "o_proj", None)
     if three is None or gated is None or type(out) is not nn.Linear or three[0].weight.dtype != torch.float32:
         return None
+    if not isinstance(block.__dict__.get("forward"), (Recomputed, type(None))):
+        return None  # something was put around it
     if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules() if m is not block):
         return None  # somebody looks inside
     return LeanBlock(block, index, attention, norms, three, out, gated, join)  # type: ignore[arg-type]
