@@ -47,6 +47,8 @@ class Attention:
         self.checked: set[int] = set()
         self.terms: dict[int, tuple[float, int, float]] = {}
         """Of each layer: scale, window and cap."""
+        self.witness: list[Tensor] | None = None
+        """Takes the queries, keys and values that are attended with, if somebody wants them."""
 
     def check_all_served(self) -> None:
         """UnsupportedModel if a layer of the arena saw no attention in the forward just run (looked at once)."""
@@ -63,6 +65,8 @@ class Attention:
         """query (N, H, D), key and value (N, G, D) of the step's tokens -> (N, H, D)."""
         step = self.step
         assert step is not None
+        if self.witness is not None:
+            self.witness += [query, key, value]
         pages, where = self.arena.stores[layer], (step.tables, step.slots, step.positions)
         terms = AttentionTerms(scale, window, softcap)
         if self.name in ("native", "ref"):

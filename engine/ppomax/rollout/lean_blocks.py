@@ -4,7 +4,8 @@
     x + o(attention(rotary(qkv(norm(x)))));  x + down(silu(gate(norm(x))) * up(norm(x)))
 
 with norms of query and key where there are any (Llama, Mistral, Qwen). A block's first forward of a phase is its own,
-which the arena's checks look at. The next is its own too until ours, on the same input, has given the same once."""
+which the arena's checks look at. The next is its own too until ours, on the same input, has given the same once: the
+queries, keys and values, too, since in the sum of a block an angle or a norm may hardly show."""
 
 from __future__ import annotations
 
@@ -77,20 +78,30 @@ class LeanBlock:
     def __call__(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         """What the block gives."""
         checked, known = self.index in self.attention.terms, _same.get(self.block)
+        angles = named.get("position_embeddings")
         if checked and known:
-            return self.run(hidden_states, *named["position_embeddings"])
-        theirs = type(self.block).forward(self.block, hidden_states, *args, **named)
-        if checked and known is None:
-            _same[self.block] = self.gives(theirs, hidden_states, named.get("position_embeddings"))
-        return theirs
+            return self.run(hidden_states, *angles)  # type: ignore[misc]
+        ask = checked and known is None
+        ours = self.seen(self.run, hidden_states, *angles) if ask and self.fits(angles) else []  # type: ignore[misc]
+        # Theirs after ours: the keys and values that stay in the arena are the block's.
+        theirs = self.seen(type(self.block).forward, self.block, hidden_states, *args, **named)
+        if ask:
+            _same[self.block] = _alike(ours, theirs)
+        return theirs[-1]
 
-    def gives(self, theirs: Any, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether ours is the block's answer, but for rounding."""
-        if not isinstance(theirs, Tensor) or angles is None:
-            return False
-        limit = 10 * TOLERANCE[torch.float32]
-        ours = self.run(hidden, *angles)
-        return torch.allclose(ours, theirs, rtol=limit, atol=limit * float(theirs.abs().max()))
+    def fits(self, angles: Any) -> bool:
+        """Whether these are cosines and sines of all that a head holds."""
+        return isinstance(angles, tuple) and len(angles) == 2 and all(a.shape[-1] == self.dim for a in angles)
+
+    def seen(self, forward: Run, *given: Any, **named: Any) -> list[Any]:
+        """The query, key and value that a forward attends with, and what it gives."""
+        witness: list[Any] = []
+        self.attention.witness = witness
+        try:
+            witness.append(forward(*given, **named))
+        finally:
+            self.attention.witness = None
+        return witness
 
     def run(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """hidden (1, N, D) of the step's tokens, cosine and sine (1, N, head width) -> the same shape."""
@@ -104,3 +115,12 @@ class LeanBlock:
         attended = self.attention.attend_as_before(turned[:, :heads], turned[:, heads:], value, self.index)
         x = x + self.out(attended.view(len(x), -1))
         return (x + self.down(silu_mul(self.gate_up(self.before_mlp(x)))))[None]
+
+
+def _alike(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether all are tensors of the same numbers, but for rounding."""
+    limit = TOLERANCE[torch.float32]
+    return len(ours) == len(theirs) and all(
+        isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b, limit, limit * float(b.abs().max()))
+        for a, b in zip(ours, theirs, strict=True)
+    )
