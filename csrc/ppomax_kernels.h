@@ -196,6 +196,26 @@ PPOMAX_API int ppomax_paged_attention_cpu(const void *query, int64_t query_token
                                           const int32_t *sequence_of, const int32_t *positions, double scale,
                                           int64_t window, double softcap, void *out, int threads);
 
+/* Causal attention within packed sequences, in fp32: token n of the sequence ends[s] .. ends[s + 1] - 1 attends to it
+ * from its start, or the last `window` tokens (0: all), up to n: out[n, h] = sum_t softmax_t(scale * query[n, h] .
+ * key_t) * value_t, to the bit what ppomax_paged_attention_cpu gives. ends: sequences + 1, from 0 to `tokens`, rising;
+ * strides as there; out: tokens x heads x value_dim, contiguous. */
+PPOMAX_API int ppomax_packed_attention_cpu(const float *query, int64_t query_token_stride, int64_t query_head_stride,
+                                           const float *key, int64_t key_token_stride, int64_t key_head_stride,
+                                           const float *value, int64_t value_token_stride, int64_t value_head_stride,
+                                           int64_t tokens, int64_t heads, int64_t kv_heads, int64_t key_dim,
+                                           int64_t value_dim, const int32_t *ends, int64_t sequences, double scale,
+                                           int64_t window, float *out, int threads);
+
+/* Its gradients from dout (tokens x heads x value_dim): dquery: tokens x heads x key_dim, dkey: tokens x kv_heads x
+ * key_dim, dvalue: tokens x kv_heads x value_dim; these four contiguous. Scores are computed again. */
+PPOMAX_API int ppomax_packed_attention_backward_cpu(
+    const float *query, int64_t query_token_stride, int64_t query_head_stride, const float *key,
+    int64_t key_token_stride, int64_t key_head_stride, const float *value, int64_t value_token_stride,
+    int64_t value_head_stride, const float *dout, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t key_dim,
+    int64_t value_dim, const int32_t *ends, int64_t sequences, double scale, int64_t window, float *dquery, float *dkey,
+    float *dvalue, int threads);
+
 /* Output columns of a panel below. */
 #define PPOMAX_PANEL 32
 

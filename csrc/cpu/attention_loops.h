@@ -46,41 +46,50 @@ PPOMAX_INLINE float one_as(const float *p) { return *p; }
 PPOMAX_INLINE float one_as(const Bf16 *p) { return from_bf16(p->bits); }
 PPOMAX_INLINE float one_as(const Fp16 *p) { return from_fp16(p->bits); }
 
-// scores[h][token] = query[h] . key[token] for the PAGE tokens of one page. Dimensions go round UNROLL sums, which
-// hides the latency of few heads.
-template <int HEADS, class T>
-static inline void page_scores(const float *query, int64_t dim, const T *keys, float *scores, int64_t stride) {
-    constexpr int UNROLL = HEADS * LANES >= 8 ? 1 : 8 / (HEADS * LANES) >= 4 ? 4 : 2;
-    Vec sum[UNROLL][HEADS][LANES] = {};
-    int64_t d = 0;
-    for (; d + UNROLL <= dim; d += UNROLL)
-        for (int u = 0; u < UNROLL; ++u)
+// scores[h][token] = query[h] . key[token] for the tokens of some pages, which hide the latency of few heads; keys[p]
+// are those of one page. Dimensions are added one after the other, as packed_attention adds them.
+template <int HEADS, int PAGES, class T>
+static inline void page_scores(const float *query, int64_t dim, const T *const *keys, float *scores, int64_t stride) {
+    Vec sum[PAGES][HEADS][LANES] = {};
+    for (int64_t d = 0; d < dim; ++d)
+        for (int p = 0; p < PAGES; ++p)
             for (int lane = 0; lane < LANES; ++lane) {
-                const Vec key = load_as(keys + (d + u) * PAGE + lane * WIDTH);
-                for (int h = 0; h < HEADS; ++h) sum[u][h][lane] += key * query[h * dim + d + u];
+                const Vec key = load_as(keys[p] + d * PAGE + lane * WIDTH);
+                for (int h = 0; h < HEADS; ++h) sum[p][h][lane] += key * query[h * dim + d];
             }
-    for (; d < dim; ++d)
-        for (int lane = 0; lane < LANES; ++lane) {
-            const Vec key = load_as(keys + d * PAGE + lane * WIDTH);
-            for (int h = 0; h < HEADS; ++h) sum[0][h][lane] += key * query[h * dim + d];
-        }
-    for (int h = 0; h < HEADS; ++h)
-        for (int lane = 0; lane < LANES; ++lane) {
-            Vec total = sum[0][h][lane];
-            for (int u = 1; u < UNROLL; ++u) total += sum[u][h][lane];
-            store(scores + h * stride + lane * WIDTH, total);
-        }
+    for (int p = 0; p < PAGES; ++p)
+        for (int h = 0; h < HEADS; ++h)
+            for (int lane = 0; lane < LANES; ++lane)
+                store(scores + h * stride + p * PAGE + lane * WIDTH, sum[p][h][lane]);
 }
 
-// All lanes joined by `join`, halving what is left.
+typedef float FourLanes __attribute__((vector_size(16)));
+
+// All lanes joined by `join`, which takes registers and numbers alike, halving what is left.
+template <class Join>
+PPOMAX_INLINE float across(FourLanes v, Join join) {
+    return join(join(v[0], v[2]), join(v[1], v[3]));
+}
+#if defined(__AVX2__)
+typedef float EightLanes __attribute__((vector_size(32)));
+
+template <class Half, class Whole, class Join>
+PPOMAX_INLINE Half joined_halves(Whole v, Join join) {
+    Half halves[2];
+    memcpy(halves, &v, sizeof v);
+    return join(halves[0], halves[1]);
+}
+template <class Join>
+PPOMAX_INLINE float across(EightLanes v, Join join) {
+    return across(joined_halves<FourLanes>(v, join), join);
+}
+#endif
+#if defined(__AVX512F__)
 template <class Join>
 PPOMAX_INLINE float across(Vec v, Join join) {
-    float lanes[WIDTH];
-    store(lanes, v);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int k = 0; k < half; ++k) lanes[k] = join(lanes[k], lanes[k + half]);
-    return lanes[0];
+    return across(joined_halves<EightLanes>(v, join), join);
 }
+#endif
 
 // Scores of `n` tokens (a multiple of PAGE) into weights e^(score - max); returns their sum. Tokens before `first` and
 // from `end` on weigh 0.
@@ -97,7 +106,7 @@ static inline float weights_of_scores(float *scores, int64_t n, int64_t first, i
     for (int64_t i = end; i < n; ++i) scores[i] = -INFINITY;
     Vec most = all(-INFINITY);
     for (int64_t i = 0; i < n; i += WIDTH) most = larger(load(scores + i), most);
-    const float max = across(most, [](float a, float b) { return a > b ? a : b; });
+    const float max = across(most, [](auto a, auto b) { return a > b ? a : b; });
     const float c = scale * 1.44269504f;
     Vec sum = {};
     for (int64_t i = 0; i < n; i += WIDTH) {
@@ -107,7 +116,48 @@ static inline float weights_of_scores(float *scores, int64_t n, int64_t first, i
         store(scores + i, w);
         sum += w;
     }
-    return across(sum, [](float a, float b) { return a + b; });
+    return across(sum, [](auto a, auto b) { return a + b; });
+}
+
+// The first and the end of what row r of a block sees: all keys up to its own, or the last `window` of them. `own`: the
+// key of row 0.
+struct Seen {
+    int64_t first, end;
+
+    Seen(int64_t r, int64_t own, int64_t window)
+        : first(window && own + r >= window ? own + r + 1 - window : 0), end(own + r + 1) {}
+    int64_t padded() const { return (end + PAGE - 1) / PAGE * PAGE; }
+};
+
+// Rows of scores into weights e^(score - max), 0 where a row does not see, and share[r] = 1 / their sum. stride is a
+// multiple of PAGE.
+static void attention_weights(float *scores, int64_t rows, int64_t stride, int64_t own, int64_t window, float scale,
+                              float *share) {
+    for (int64_t r = 0; r < rows; ++r, scores += stride) {
+        const Seen seen(r, own, window);
+        share[r] = 1.0f / weights_of_scores(scores, seen.padded(), seen.first, seen.end, scale, 0.0f);
+        for (int64_t i = seen.padded(); i < stride; ++i) scores[i] = 0.0f;
+    }
+}
+
+// Rows of scores into weights that sum to 1, and rows of their slopes dw, the gradient of each weight, into those of
+// the scores: scale * w * (dw - sum of w * dw).
+static void attention_gradient(float *scores, float *slopes, int64_t rows, int64_t stride, int64_t own, int64_t window,
+                               float scale) {
+    for (int64_t r = 0; r < rows; ++r, scores += stride, slopes += stride) {
+        const Seen seen(r, own, window);
+        const int64_t n = seen.padded();
+        const float share = 1.0f / weights_of_scores(scores, n, seen.first, seen.end, scale, 0.0f);
+        Vec sum = {};
+        for (int64_t i = 0; i < n; i += WIDTH) {
+            const Vec w = load(scores + i) * share;
+            store(scores + i, w);
+            sum += w * load(slopes + i);
+        }
+        const float mean = across(sum, [](auto a, auto b) { return a + b; });
+        for (int64_t i = 0; i < n; i += WIDTH) store(slopes + i, load(scores + i) * (load(slopes + i) - mean) * scale);
+        for (int64_t i = n; i < stride; ++i) scores[i] = slopes[i] = 0.0f;
+    }
 }
 
 // out[h][0 .. width) += sum of weight[h][t] * value[t] over tokens first .. end of one page; width = SPAN registers.
@@ -143,9 +193,18 @@ static void attend_heads(const AttentionRow &row, const float *query, float *out
                   stride = pages * PAGE;
     const T *key_pages = (const T *)row.key_pages, *value_pages = (const T *)row.value_pages;
     float *scores = row.scores, share[HEADS];
-    for (int64_t p = 0; p < pages; ++p)
-        page_scores<HEADS>(query, row.key_dim, key_pages + row.table[first_page + p] * row.key_page_stride,
-                           scores + p * PAGE, stride);
+    constexpr int FEW = HEADS * LANES, TOGETHER = FEW >= 8 ? 1 : FEW >= 3 ? 2 : 4;
+    const auto keys_of = [&](int64_t p) { return key_pages + row.table[first_page + p] * row.key_page_stride; };
+    int64_t p = 0;
+    for (; p + TOGETHER <= pages; p += TOGETHER) {
+        const T *keys[TOGETHER];
+        for (int k = 0; k < TOGETHER; ++k) keys[k] = keys_of(p + k);
+        page_scores<HEADS, TOGETHER>(query, row.key_dim, keys, scores + p * PAGE, stride);
+    }
+    for (; p < pages; ++p) {
+        const T *keys[] = {keys_of(p)};
+        page_scores<HEADS, 1>(query, row.key_dim, keys, scores + p * PAGE, stride);
+    }
     for (int h = 0; h < HEADS; ++h)
         share[h] = 1.0f / weights_of_scores(scores + h * stride, stride, row.first - first_page * PAGE,
                                             row.end - first_page * PAGE, row.scale, row.softcap);

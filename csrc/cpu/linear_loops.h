@@ -26,11 +26,13 @@ struct Target {
 template <int ROWS, bool ALONG>
 static void linear_block(const float *x, int64_t stride, int64_t inputs, const float *panel, const Target &to) {
     Vec sum[ROWS][SPANS] = {};
+    const bool whole = to.columns == PANEL;
     float out[PANEL] = {};
     if (to.add)
         for (int r = 0; r < ROWS; ++r) {
-            memcpy(out, to.y + r * to.stride, (size_t)to.columns * sizeof(float));
-            for (int s = 0; s < SPANS; ++s) sum[r][s] = load(out + s * WIDTH);
+            const float *from = to.y + r * to.stride;
+            if (!whole) from = (const float *)memcpy(out, from, (size_t)to.columns * sizeof(float));
+            for (int s = 0; s < SPANS; ++s) sum[r][s] = load(from + s * WIDTH);
         }
     for (int64_t i = 0; i < inputs; ++i) {
         Vec weight[SPANS];
@@ -41,10 +43,11 @@ static void linear_block(const float *x, int64_t stride, int64_t inputs, const f
         }
     }
     for (int r = 0; r < ROWS; ++r) {
-        for (int s = 0; s < SPANS; ++s) store(out + s * WIDTH, sum[r][s]);
+        float *y = whole ? to.y + r * to.stride : out;
+        for (int s = 0; s < SPANS; ++s) store(y + s * WIDTH, sum[r][s]);
         if (to.bias)
-            for (int64_t c = 0; c < to.columns; ++c) out[c] += to.bias[c];
-        memcpy(to.y + r * to.stride, out, (size_t)to.columns * sizeof(float));
+            for (int64_t c = 0; c < to.columns; ++c) y[c] += to.bias[c];
+        if (!whole) memcpy(to.y + r * to.stride, out, (size_t)to.columns * sizeof(float));
     }
 }
 

@@ -31,6 +31,8 @@ const VectorOps PPOMAX_TABLE = {
     PPOMAX_NS::value,
     PPOMAX_NS::sample,
     PPOMAX_NS::attend,
+    PPOMAX_NS::attention_weights,
+    PPOMAX_NS::attention_gradient,
     PPOMAX_NS::linear_panel,
     PPOMAX_NS::linear_panel_bf16,
     PPOMAX_NS::rms_norm,

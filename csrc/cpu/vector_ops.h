@@ -110,6 +110,10 @@ struct VectorOps {
     void (*value)(const ValueArrays &, int64_t at, int64_t n, ValueSums *out);
     void (*sample)(const SampleRow &, SampleResult *out);
     void (*attend)(const AttentionRow &, const void *query, int64_t query_stride, int dtype, void *out);
+    void (*attention_weights)(float *scores, int64_t rows, int64_t stride, int64_t own, int64_t window, float scale,
+                              float *share);
+    void (*attention_gradient)(float *scores, float *slopes, int64_t rows, int64_t stride, int64_t own, int64_t window,
+                               float scale);
     void (*linear_panel)(const LeftSide &x, int64_t rows, int64_t inputs, const float *panel, const float *bias,
                          int add, float *y, int64_t y_stride, int64_t columns);
     void (*linear_panel_bf16)(const uint16_t *x, int64_t x_stride, int64_t rows, int64_t inputs, const uint16_t *panel,

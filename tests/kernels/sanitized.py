@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TESTS = ("test_errors.py", "test_gae.py", "test_kl_penalty.py", "test_token_rewards.py", "test_whiten.py",
          "test_ppo_loss.py", "test_value_loss.py", "test_token_logprobs.py", "test_sample.py", "test_linear_ops.py",
-         "test_native.py", "test_packed_linear.py", "test_paged_attention.py", "test_rms_norm.py",
-         "test_rotate.py", "test_silu_mul.py", "test_transforms.py")  # fmt: skip
+         "test_native.py", "test_packed_attention.py", "test_packed_linear.py", "test_paged_attention.py",
+         "test_rms_norm.py", "test_rotate.py", "test_silu_mul.py", "test_transforms.py")  # fmt: skip
 """Those that run the library on a CPU in this process."""
 
 

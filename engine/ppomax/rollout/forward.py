@@ -183,19 +183,31 @@ class Forward:
     def _draw(self, hidden: Tensor, where: Tensor) -> Drawn:
         """A token for each state (B, D) of the sequences in `where`."""
         (_, slot, _, drawn), repetition = where, self.draws.repetition
-        logits = self._logits(hidden)
+        product = self._product(hidden)
+        logits = self.head.logits(hidden) if product is None else self.head.capped(product)
+        if self.draws.exact and logits is product and (repetition is not None or self.draws.sampling.min_new_tokens):
+            logits = logits.clone()  # the product is read again below
         if repetition is not None:
             logits = repetition.penalised(logits, slot, drawn)
         token, logprob = self._sample(logits, where)
         if repetition is not None:
             repetition.note(slot, drawn, token)
-        return Drawn(token, logprob, self._scored(hidden, token) if self.draws.exact else ())
+        return Drawn(token, logprob, self._scored(hidden, product, token) if self.draws.exact else ())
 
-    def _scored(self, hidden: Tensor, token: Tensor) -> tuple[Tensor, ...]:
-        """What scoring gives of these tokens: the same product, and the row kernel of the linear ops."""
-        assert self.panels is not None
-        states, bias = self.head.scaled(hidden)
-        logits = packed_linear(states, self.panels, bias, len(self.head.weight))
+    def _product(self, hidden: Tensor) -> Tensor | None:
+        """`hidden @ weight.T + bias` (B, V) of states (B, D), where the head's weight is packed."""
+        if self.panels is None:
+            return None
+        return packed_linear(hidden, self.panels, self.head.bias, len(self.head.weight))
+
+    def _scored(self, hidden: Tensor, product: Tensor | None, token: Tensor) -> tuple[Tensor, ...]:
+        """What scoring gives of these tokens: the row kernel of the linear ops on the product that they make, which is
+        another one where the head has a scale."""
+        logits = product
+        if self.head.scale != 1.0:
+            states, bias = self.head.scaled(hidden)
+            logits = packed_linear(states, self.panels, bias, len(self.head.weight))  # type: ignore[arg-type]
+        assert logits is not None
         how: dict[str, Any] = {"softcap": self.head.softcap, "impl": self.draws.sampling.impl}
         temperature, label = float(self.draws.sampling.temperature), token.clamp(min=0)
         found: list[Tensor] = [*K.token_logprobs(logits, label, temperature=temperature, return_entropy=True, **how)]
@@ -218,9 +230,3 @@ class Forward:
         left = only_kept(logits, kept)
         column, logprob, _, _ = K.sample(left, seeds, drawn, temperature=temperature, impl=sampling.impl)
         return token_at(column, kept), logprob
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """(B, V) of states (B, D)."""
-        if self.panels is None:
-            return self.head.logits(hidden)
-        return self.head.capped(packed_linear(hidden, self.panels, self.head.bias, len(self.head.weight)))

@@ -47,6 +47,40 @@ def paged_attention_cpu(
     return out
 
 
+def packed_attention_cpu(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int) -> Tensor:
+    out = empty(*query.shape[:2], value.shape[2])
+    status = library().ppomax_packed_attention_cpu(
+        *_heads(query, key, value), *_sizes(query, value), ends.data_ptr(), len(ends) - 1, scale, window,
+        out.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        refuse("packed_attention", status)
+    return out
+
+
+def packed_attention_backward_cpu(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (empty(x.shape) for x in (query, key, value))
+    status = library().ppomax_packed_attention_backward_cpu(
+        *_heads(query, key, value), dout.contiguous().data_ptr(), *_sizes(query, value), ends.data_ptr(),
+        len(ends) - 1, scale, window, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    if status:
+        refuse("packed_attention", status)
+    return dq, dk, dv
+
+
+def _heads(*parts: Tensor) -> list[int]:
+    """Data and strides of query, key and value."""
+    return [x for part in parts for x in (part.data_ptr(), *part.stride()[:2])]
+
+
+def _sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:
+    tokens, heads, dim = query.shape
+    return tokens, heads, value.shape[1], dim, value.shape[2]
+
+
 def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> Tensor:
     """x (N, D) with strides, y (N, outputs)."""
     status = library().ppomax_packed_linear_cpu(
