@@ -31,11 +31,11 @@ from ppomax.models import (
 from ppomax.models.adapter_critic import AnyCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.models.critic_choice import critic_of
-from ppomax.models.exact import check_exact
 from ppomax.models.fingerprints import fingerprints
 from ppomax.models.modes import module_of, refresh, set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import Experience, Rollout
+from ppomax.recipe.exact import exact_rollout
 from ppomax.recipe.measures import GivenUp, StepResult, experience_metrics
 from ppomax.recipe.moments import RunningMoments
 from ppomax.recipe.outside import Outside, Wanted
@@ -158,6 +158,7 @@ class Engine:
         value_model = critic_of(wanted, *parts, self.config, self.dtype, zero.critic).to(self.device).eval()
         attends = getattr(value_model, "base", value_model)
         log.info("attention of scoring and update: %s", set_attention(attends, self.config.model.attention))
+        self.exact = exact_rollout(lm, self.config)
         if reference is None and self.config.model.train == "full" and is_sharded(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
         given = None if reference is None else self._language_model(reference, zero.frozen)
@@ -362,7 +363,8 @@ class Engine:
     def _generate(
         self, ids: list[list[int]], uids: Sequence[int], generator: torch.Generator | None, following: Any = None
     ) -> Rollout:
-        sampling = Sampling.of(self.config.rollout, seed=self.config.run.seed, impl=self.config.impl)
+        seed, impl = self.config.run.seed, self.config.impl
+        sampling = Sampling.of(self.config.rollout, seed=seed, exact=self.exact, impl=impl)
         drawn, began = None, time.perf_counter()
         if self.outside is not None:
             now, ends = (ids, list(uids)), list(self.eos_ids)
@@ -394,6 +396,4 @@ class Engine:
     def _language_model(self, source: ModelSource, zero: dict[str, Any] | None) -> PreTrainedModel:
         model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, zero=zero)
         set_attention(model.to(self.device), self.config.attention)  # type: ignore[arg-type]
-        if self.config.rollout.exact:
-            check_exact(model)
         return model

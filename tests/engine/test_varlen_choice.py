@@ -11,8 +11,9 @@ from ppomax.models import set_attention, varlen
 from tests.engine.families import family
 
 
-def test_a_cpu_keeps_what_it_has_and_capped_scores_are_not_left_out() -> None:
-    assert set_attention(family("llama")) == "sdpa"
+def test_a_cpu_packs_in_float32_and_capped_scores_are_not_left_out() -> None:
+    assert set_attention(family("llama")) == "varlen"
+    assert set_attention(family("llama").bfloat16()) == "sdpa"
     model = family("gemma2")
     model.config._attn_implementation = "sdpa"  # as transformers below 5.18 loads it
     assert set_attention(model) == model.config._attn_implementation == "eager"
@@ -42,8 +43,9 @@ def test_varlen_by_name_says_why_not() -> None:
 def test_reasons(name: str, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = family(name)
     seen = SimpleNamespace(
-        config=model.config, device=torch.device("cuda"), dtype=dtype, _supports_attention_backend=True
-    )
+        config=model.config, device=torch.device("cuda"), dtype=dtype, _supports_attention_backend=True,
+        base_model=model.base_model,
+    )  # fmt: skip
     monkeypatch.setattr(varlen, "torch_varlen", lambda: (None, True))
     import re
 

@@ -144,10 +144,11 @@ class RolloutConfig:
     cache_tokens: int | None = None
     """Most tokens that the KV cache holds; sequences wait for room. None: what `slots` sequences of the longest kind
     need. The tokens do not depend on it."""
-    exact: bool = False
+    exact: bool | None = None
     """Record while decoding the logprobs and entropies that scoring would give, to the bit, and do not score the policy
     again. On a CPU in float32, for models of linear layers, RMS norms, SwiGLU and rotary embeddings (Llama, Qwen,
-    Mistral); attention of scoring and update is then `varlen`."""
+    Mistral); attention of scoring and update is then `varlen`. null: where the model, tried at the start, allows
+    it."""
     sampler: Literal["builtin", "vllm"] = "builtin"
     """Who draws. `vllm`: vLLM in a process of its own beside each rank, on the same device, handed the weights before
     each rollout; scores, ratio and KL stay those of the training forward. Give loss.sampler_is_cap with it."""
@@ -194,7 +195,7 @@ class RolloutConfig:
         )
         apart = self.sampler != "builtin" or (cut and not self.allow_biased_sampling)
         sorts = "another sampler, or top_k, top_p or min_new_tokens without rollout.allow_biased_sampling: true"
-        require(not self.exact or not apart, "rollout.exact", f"false with {sorts}", self.exact)
+        require(not self.exact or not apart, "rollout.exact", f"false or null with {sorts}", self.exact)
         require(
             self.sampler == "builtin" or penalty == 1,
             "rollout.repetition_penalty",
@@ -716,13 +717,8 @@ class TrainConfig:
                 "config: rollout.ahead=1 trains on responses of the policy before the last update: set "
                 "loss.sampler_is_cap (2, say), and leave run.grace null"
             )
-        serves = self.model.dtype == "float32" and self.model.train != "lora" and self.sharding.zero_stage != 3
-        own = self.impl in ("auto", "cpu") and self.model.attention in ("auto", "varlen")
-        if self.rollout.exact and not (serves and own):
-            raise ConfigError(
-                "config: rollout.exact needs model.dtype=float32, model.train=full or hydra, model.attention=auto or "
-                "varlen, impl=auto or cpu, and no sharding.zero_stage=3; change these, or leave it off"
-            )
+        if self.rollout.exact and self.why_not_exact:
+            raise ConfigError(f"config: rollout.exact {self.why_not_exact}; change these, or leave it off")
         if self.kl.refresh_every is not None and self.model.train == "lora":
             raise ConfigError(
                 "config: kl.refresh_every is set, but with model.train=lora the reference is the frozen weights under "
@@ -733,6 +729,21 @@ class TrainConfig:
                 "config: advantage.bootstrap_truncated needs the value at each response's last token, whose trunk "
                 "states model.critic=trunk has not; set model.critic to reward_model, policy or a path, or leave it off"
             )
+
+    @property
+    def why_not_exact(self) -> str:
+        """Why no rollout of this configuration is exact, whatever the model; empty if one may be."""
+        serves = self.model.dtype == "float32" and self.model.train != "lora" and self.sharding.zero_stage != 3
+        own = self.impl in ("auto", "cpu") and self.model.attention in ("auto", "varlen")
+        cut = self.rollout.top_k > 0 or self.rollout.top_p < 1 or self.rollout.min_new_tokens > 0
+        if self.rollout.sampler != "builtin" or (cut and not self.rollout.allow_biased_sampling):
+            return "needs sampler=builtin, and no top_k, top_p or min_new_tokens without allow_biased_sampling"
+        if serves and own:
+            return ""
+        return (
+            "needs model.dtype=float32, model.train=full or hydra, model.attention=auto or varlen, impl=auto or cpu, "
+            "and no sharding.zero_stage=3"
+        )
 
     @property
     def attention(self) -> str:

@@ -45,6 +45,8 @@ def check_exact(model: PreTrainedModel) -> None:
     """ValueError, naming what is in the way, unless the model's forwards are exact. Asks the model itself: which ops it
     runs on two short sequences, and whether each alone gives the same bits."""
     what = type(model).__name__
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(f"rollout.exact: the weights of {what} are cut over the ranks; leave rollout.exact off")
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise ValueError(
             f"rollout.exact: {what} is in {model.dtype} on {model.device}; it needs float32 on a CPU, set model.dtype: "

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from ppomax_kernels.internal.packed_attention import packed_attention
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ppomax.models.trunk import base_of, with_blocks
 
 NAME = "ppomax_varlen"
 PACKED = "ppomax_packed"
@@ -35,9 +38,9 @@ _PACKED: ContextVar[bool] = ContextVar("ppomax_packed", default=False)
 def set_attention(model: nn.Module, wanted: str = "auto") -> str:
     """Let a transformers model, or what holds one, attend by `wanted`; returns what that is.
 
-    auto: varlen on a CUDA device where it serves; else what the model has, but eager for a model that caps its scores,
-    since torch's attention has no cap and transformers below 5.18 leaves it out in silence. ValueError for varlen where
-    it does not serve."""
+    auto: varlen where it serves; else what the model has, but eager for a model that caps its scores, since torch's
+    attention has no cap and transformers below 5.18 leaves it out in silence. ValueError for varlen where it does not
+    serve."""
     if wanted not in get_args(Attention):
         raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {wanted!r}")
     inner = inner_model(model)
@@ -49,12 +52,9 @@ def set_attention(model: nn.Module, wanted: str = "auto") -> str:
     if wanted == "auto":
         present = str(inner.config._attn_implementation)
         capped = bool(getattr(inner.config.get_text_config(), "attn_logit_softcapping", None))
-        ours = not why_not and not by_ours(inner.device)
-        wanted = "varlen" if ours else "eager" if capped and present == "sdpa" else present
+        wanted = "varlen" if not why_not else "eager" if capped and present == "sdpa" else present
     if wanted == "varlen":
-        AttentionInterface.register(NAME, _attend)
-        AttentionInterface.register(PACKED, _attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        _register()
     name = NAME if wanted == "varlen" else wanted
     if name != inner.config._attn_implementation:
         inner.set_attn_implementation(name)
@@ -100,7 +100,44 @@ def why_not_varlen(model: PreTrainedModel) -> str:
     ):
         if bad:
             return reason
-    return ""
+    return _why_not_asked(model)
+
+
+def _why_not_asked(model: PreTrainedModel) -> str:
+    """The same of what only a forward tells: one block of the family runs on the meta device, up to its attention."""
+    base = base_of(model)
+    if type(base) not in _asked:
+        _register()
+        config = with_blocks(base.config, slice(0, 1))
+        config._attn_implementation_internal = PACKED
+        config.pad_token_id = None  # some models look for it among the tokens
+        ends = torch.zeros(2, dtype=torch.int32)
+        told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 2, "max_length_k": 2}
+        reason = "its first block attends by no backend of transformers"
+        try:
+            with torch.device("meta"), torch.no_grad():
+                ids = torch.zeros(1, 2, dtype=torch.int64)
+                type(base)(config).eval()(input_ids=ids, position_ids=ids, use_cache=False, **told)
+        except _Asked as asked:
+            reason = str(asked)
+        except Exception as error:  # whatever a family's own code raises is why it is not served
+            reason = f"a block of it does not run on its own, {type(error).__name__}: {error}"
+        _asked[type(base)] = reason
+    return _asked[type(base)]
+
+
+class _Asked(Exception):
+    """Raised by an attention on the meta device: why it is not served, empty if it is."""
+
+
+_asked: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+"""By class of trunk, so that each is asked once."""
+
+
+def _register() -> None:
+    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(PACKED, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def varlen(
@@ -161,21 +198,29 @@ def _attend(
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """One layer: query (1, H, N, D), key and value (1, G, N, D) -> (1, N, H, D)."""
-    if cu_seq_lens_q is None or max_length_q is None:
+    handed = cu_seq_lens_q is not None and max_length_q is not None
+    apart = dropout or attention_mask is not None or rest.get("softcap") or rest.get("s_aux") is not None
+    if query.is_meta:
+        unlike = "its attention has dropout, a mask, a cap or sinks" if apart else ""
+        raise _Asked(unlike if handed else "its attention does not hand on where packed sequences end")
+    if not handed:
         if _PACKED.get():
             raise ValueError(
                 f"{type(module).__name__} does not hand on where packed sequences end; set model.attention: sdpa"
             )
         named = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **rest}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **named)  # type: ignore[no-any-return]
-    if dropout or attention_mask is not None or rest.get("softcap") or rest.get("s_aux") is not None:
+    if apart:
         raise ValueError(
             f"{type(module).__name__} attends with dropout, a mask, a cap or sinks, which variable-length attention "
             "has not; set model.attention: sdpa"
         )
+    assert cu_seq_lens_q is not None
+    assert max_length_q is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if by_ours(q.device):
+    if by_ours(q.device):  # in float32 under autocast, too
+        q, k, v = q.float(), k.float(), v.float()
         out = packed_attention(q, k, v, cu_seq_lens_q, scale=scale, window=sliding_window or 0)
     else:
         out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window or 0)

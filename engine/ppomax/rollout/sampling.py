@@ -50,8 +50,8 @@ class Sampling:
         return Cut(self.top_k, self.top_p, self.temperature) if self.record_kept and cuts else None
 
     @classmethod
-    def of(cls, config: RolloutConfig, *, seed: int, impl: str) -> Sampling:
-        """As a run's configuration says."""
+    def of(cls, config: RolloutConfig, *, seed: int, impl: str, exact: bool = False) -> Sampling:
+        """As a run's configuration says; whether it is exact depends on the policy, too."""
         return cls(
             max_new_tokens=config.max_new_tokens,
             min_new_tokens=config.min_new_tokens,
@@ -64,6 +64,6 @@ class Sampling:
             cache_tokens=config.cache_tokens,
             cuda_graphs=config.cuda_graphs,
             record_kept=not config.allow_biased_sampling,
-            exact=config.exact,
+            exact=exact,
             impl=impl,
         )
