@@ -11,6 +11,9 @@ from ppomax.models import blocks_of
 from ppomax.models.recompute import recompute_blocks
 from ppomax.rollout import Responses, Sampling, decode, packed_weights
 from ppomax.rollout.lean_blocks import LeanBlock
+from ppomax_kernels.internal.decode_block import DecodeBlock, Parts
+from ppomax_kernels.internal.packed_linear import Packed, pack
+from ppomax_kernels.internal.rms_norm import NormTerms
 
 from .families import FAMILIES, family
 from .tiny import prompts
@@ -22,13 +25,16 @@ LEAN = ("llama", "qwen2", "qwen3", "mistral")
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Blocks that ran lean, by their index."""
     seen: list[int] = []
-    real = LeanBlock.run
 
-    def counted(self: LeanBlock, *given: Any) -> Any:
-        seen.append(self.index)
-        return real(self, *given)
+    def counted(real: Any) -> Any:
+        def call(self: LeanBlock, *given: Any) -> Any:
+            seen.append(self.index)
+            return real(self, *given)
 
-    monkeypatch.setattr(LeanBlock, "run", counted)
+        return call
+
+    for name in ("run", "at_once"):
+        monkeypatch.setattr(LeanBlock, name, counted(getattr(LeanBlock, name)))
     return seen
 
 
@@ -116,3 +122,34 @@ def test_new_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         for p in model.parameters():
             p.mul_(1.1)
     assert drawn(model).tokens == plain(model, monkeypatch).tokens
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_one_call_is_its_parts_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(LeanBlock, "at_once", LeanBlock.run)
+        want = drawn(model, exact=name != "mistral")
+    got = drawn(model, exact=name != "mistral")
+    assert got.logprobs == want.logprobs
+    for a, b in zip(got.scored or (), want.scored or (), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_block_whose_parts_do_not_fit_is_refused() -> None:
+    def packed(outputs: int, inputs: int) -> Packed:
+        return Packed(pack(torch.ones(outputs, inputs)), None, outputs)
+
+    norm = NormTerms(torch.ones(8), 0.0, 1e-6)
+    fits = Parts(norm, norm, None, packed(16, 8), packed(8, 8), packed(24, 8), packed(8, 12))
+    DecodeBlock(fits, 2, 1, 4)
+    for change in (
+        {"down": packed(8, 13)},
+        {"qkv": packed(20, 8)},
+        {"out": Packed(fits.out.panels.double(), None, 8)},
+        {"gate_up": Packed(fits.gate_up.panels, torch.ones(23), 24)},
+        {"before_mlp": NormTerms(torch.ones(7), 0.0, 1e-6)},
+        {"of_heads": (NormTerms(torch.ones(4), 0.0, 1e-6), norm)},
+    ):
+        with pytest.raises(ValueError, match="decode_block: "):
+            DecodeBlock(fits._replace(**change), 2, 1, 4)

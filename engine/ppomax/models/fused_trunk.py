@@ -8,6 +8,7 @@ we would put in its place."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from ppomax_kernels.internal.linear import linear
 from ppomax_kernels.internal.packed_linear import DTYPES
-from ppomax_kernels.internal.rms_norm import rms_norm
+from ppomax_kernels.internal.rms_norm import NormTerms, rms_norm
 from ppomax_kernels.internal.rotate import rotate, rotate_pair
 from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
@@ -65,6 +66,14 @@ def in_place(runs: dict[nn.Module, Run]) -> Iterator[None]:
             module.forward = forward  # type: ignore[method-assign]
 
 
+@contextmanager
+def fused_shapes(model: nn.Module) -> Iterator[None]:
+    """The same for a model on the meta device: inside, a forward and backward hold what they would on a CPU."""
+    runs = all_runs(model, _product)
+    with in_place(runs), fused_rotary(runs):
+        yield
+
+
 def all_runs(model: nn.Module, join: Join) -> dict[nn.Module, Run]:
     """What `runs_of` gives, and of each linear layer that no part of it holds."""
     runs = runs_of(model, join)
@@ -105,14 +114,6 @@ def _product(layers: list[nn.Linear]) -> Run:
 # ---- norms ----------------------------------------------------------------------------------------------------------
 
 
-class NormTerms(NamedTuple):
-    """`rms_norm(x, **terms)`."""
-
-    weight: Tensor
-    offset: float
-    eps: float
-
-
 def norm_terms(module: nn.Module, impl: str = "auto") -> NormTerms | None:
     """What the module is as an rms_norm; None for every other module."""
     weight = getattr(module, "weight", None)
@@ -123,7 +124,10 @@ def norm_terms(module: nn.Module, impl: str = "auto") -> NormTerms | None:
     def run(offset: float) -> Run:
         return partial(rms_norm, weight=weight, offset=offset, eps=eps, impl=impl)
 
-    if module not in _found:
+    if module not in _found and weight.is_meta:
+        terms = norm_terms(_twin(module), impl)
+        _found[module] = None if terms is None else terms.offset
+    elif module not in _found:
         _found[module] = next((o for o in (0.0, 1.0) if same(module, run(o), weight.shape[0], weight)), None)
     offset = _found[module]
     return None if offset is None else NormTerms(weight, offset, eps)
@@ -152,7 +156,9 @@ def swiglu_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | 
     def plain(x: Tensor) -> Tensor:
         return down(silu_mul(torch.cat([gate(x), up(x)], -1)))  # type: ignore[no-any-return]
 
-    if block not in _found:
+    if block not in _found and gate.weight.is_meta:
+        _found[block] = None if swiglu_layers(_twin(block)) is None else 0.0
+    elif block not in _found:
         _found[block] = 0.0 if same(block, plain, gate.in_features, gate.weight) else None
     return None if _found[block] is None else (gate, up, down)
 
@@ -224,7 +230,7 @@ def fused_rotary(modules: Iterable[nn.Module], impl: str = "cpu") -> Iterator[No
 def _rotary(real: Any, impl: str) -> Any:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **named: Any) -> Any:
         fits = q.dtype == k.dtype == cos.dtype and cos.shape[-1] == q.shape[-1]
-        fits = fits and (impl != "cpu" or (q.dtype == torch.float32 and q.is_cpu))
+        fits = fits and (impl != "cpu" or (q.dtype == torch.float32 and not q.is_cuda))
         if args or named or not fits or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
             return real(q, k, cos, sin, *args, **named)
         if impl == "cpu":
@@ -238,7 +244,7 @@ def _rotary(real: Any, impl: str) -> Any:
 @torch.no_grad()
 def _turns_halves(real: Any) -> bool:
     """Whether the function's answer to a probe is that of `rotate`."""
-    probe = torch.linspace(-1.0, 2.0, 2 * 3 * 4 * 8)
+    probe = torch.linspace(-1.0, 2.0, 2 * 3 * 4 * 8, device="cpu")
     q, angles = probe.view(2, 3, 4, 8), probe[:32].view(1, 4, 8)
     k = q[:, :1] + 1.0
     try:
@@ -255,6 +261,14 @@ def _turns_halves(real: Any) -> bool:
 
 _found: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 """What a module's answer to its probe was, which is asked for once: what of a formula it is, or None for another."""
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device that can be asked: on the CPU, with weights of its own."""
+    twin = copy.deepcopy(module).to_empty(device="cpu")
+    for parameter in twin.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return twin
 
 
 def _plain(layer: Any) -> TypeGuard[nn.Linear]:

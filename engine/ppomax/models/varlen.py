@@ -78,13 +78,13 @@ def by_ours(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def why_not_varlen(model: PreTrainedModel) -> str:
-    """Why this model cannot attend by varlen; empty if it can."""
-    config = model.config.get_text_config()
+def why_not_varlen(model: PreTrainedModel, device: torch.device | None = None) -> str:
+    """Why this model cannot attend by varlen on `device`, or where it is; empty if it can."""
+    config, device = model.config.get_text_config(), model.device if device is None else device
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cpu, half = model.device.type == "cpu", model.dtype in (torch.bfloat16, torch.float16)
+    cpu, half = device.type == "cpu", model.dtype in (torch.bfloat16, torch.float16)
     for bad, reason in (
-        (model.device.type not in ("cpu", "cuda"), f"it is on {model.device}, not on a CPU or a CUDA device"),
+        (device.type not in ("cpu", "cuda"), f"it is on {device}, not on a CPU or a CUDA device"),
         (cpu and model.dtype != torch.float32, f"its weights are {model.dtype}, not float32 as on a CPU they must be"),
         (not cpu and not half, f"its weights are {model.dtype}, not 16 bits wide"),
         (
@@ -219,9 +219,9 @@ def _attend(
     assert max_length_q is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if by_ours(q.device):  # in float32 under autocast, too
-        q, k, v = q.float(), k.float(), v.float()
-        out = packed_attention(q, k, v, cu_seq_lens_q, scale=scale, window=sliding_window or 0)
+    if by_ours(q.device):  # in float32 whatever autocast, or a model cast after the choice, hands over
+        whole = (q.float(), k.float(), v.float())
+        out = packed_attention(*whole, cu_seq_lens_q, scale=scale, window=sliding_window or 0).to(v.dtype)
     else:
         out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window or 0)
     return out[None], None

@@ -351,7 +351,8 @@ def _held(job: Job, config: str, rows: int, length: int, layers: int | None = No
     """`layers` None: all of them."""
     everything = 1 << 30 if layers is None else layers
     targets = job.lora_targets if adapted else None
-    return held(config, job.dtype, rows, length, everything, targets, job.gradient_checkpointing)
+    fused = job.cpu and job.dtype == "float32" and job.zero_stage != 3
+    return held(config, job.dtype, rows, length, everything, targets, job.gradient_checkpointing, fused)
 
 
 def _fullest(moments: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ppomax.assets.sources import named_model, named_sources
-from ppomax.config import CONFIG_DIR, ConfigError, ShardingConfig, TrainConfig
+from ppomax.config import CONFIG_DIR, ConfigError, ModelConfig, ShardingConfig, TrainConfig
 from ppomax.config.launcher import local_rank, ranks_on_node, started_ranks
 from ppomax.config.stages import RewardModelConfig, SftConfig
 from ppomax.planning.advice import Advice, advice_for, most_parameters
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes
 from ppomax.planning.seconds import Assumptions, Device, seconds, tokens_per_second
-from ppomax.planning.trace import sizes_of
+from ppomax.planning.trace import packs, sizes_of
 
 AnyConfig = TrainConfig | SftConfig | RewardModelConfig
 
@@ -151,7 +151,7 @@ def job_of(
             cpu=cpu,
             prompt_tokens=lengths[-1] if lengths else config.data.max_prompt_tokens,
             prompt_lengths=lengths,
-            padded=cpu or model.attention in ("sdpa", "eager"),
+            padded=_pads(model, cpu, policy_shape, critic),
             response_tokens=config.rollout.max_new_tokens,
             slots=config.rollout.slots,
             cache_tokens=config.rollout.cache_tokens,
@@ -221,6 +221,14 @@ def _sharded(config: ShardingConfig, ranks: int) -> dict[str, Any]:
         "bucket": int(zero.get("reduce_bucket_size", Job.bucket)),
         "live": int(zero.get("stage3_max_live_parameters", Job.live)),
     }
+
+
+def _pads(model: ModelConfig, cpu: bool, policy: str, critic: str | None) -> bool:
+    """Whether scoring and update pad micro-batches."""
+    if model.attention in ("sdpa", "eager") or not cpu:
+        return model.attention in ("sdpa", "eager")
+    shapes = [(policy, "causal_lm"), *([] if critic is None else [(critic, "scorer")])]
+    return not all(packs(shape, kind, model.dtype) for shape, kind in shapes)
 
 
 def _in_background(config: AnyConfig, cpu: bool) -> bool:

@@ -8,6 +8,7 @@ of logits (memory.py). Nothing is downloaded; imports torch on first use."""
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -100,16 +101,18 @@ def held(
     trained: int,
     targets: tuple[str, ...] | None,
     recomputed: bool = False,
+    fused: bool = False,
 ) -> Held:
     """Bytes that the trunk holds for a padded batch (sequences, length). `trained`: how many of the last blocks take
     gradients (all of them: the embedding too); `targets`: adapters on these linear layers alone, () for every one;
-    `recomputed`: blocks run again in the backward (recompute.py)."""
+    `recomputed`: blocks run again in the backward (recompute.py); `fused`: on our CPU kernels (fused_trunk.py)."""
     depth = _hf_config(config, None).num_hidden_layers
     whole = trained >= depth
     depths = [depth] if depth <= TRACED_DEPTHS[1] else list(TRACED_DEPTHS)
     shape = _trunk_only(config, max(depths))
     run = [
-        _trace(shape, dtype, sequences, length, d, whole or targets is not None, targets, recomputed) for d in depths
+        _trace(shape, dtype, sequences, length, d, whole or targets is not None, targets, recomputed, fused)
+        for d in depths
     ]
     if len(run) == 1:
         return run[0]
@@ -148,10 +151,12 @@ def _trace(
     embedding: bool,
     targets: tuple[str, ...] | None,
     recomputed: bool,
+    fused: bool,
 ) -> Held:
     import torch
     from transformers import AutoModel
 
+    from ppomax.models.fused_trunk import fused_shapes
     from ppomax.models.recompute import recompute
     from ppomax.models.trunk import nested_blocks_of
 
@@ -167,7 +172,7 @@ def _trace(
         if recomputed:
             recompute(nested_blocks_of(trunk))
         ids = torch.zeros(sequences, length, dtype=torch.int64)
-        with live_bytes("meta") as live:
+        with fused_shapes(trunk) if fused else nullcontext(), live_bytes("meta") as live:
             with torch.no_grad():
                 trunk(input_ids=ids, use_cache=False)
             forward = live.peak
@@ -176,6 +181,18 @@ def _trace(
             saved = live.now
             hidden.backward(torch.empty_like(hidden))
     return Held(forward, saved, live.peak)
+
+
+@lru_cache(maxsize=64)
+def packs(config: str, kind: str, dtype: str) -> bool:
+    """Whether a CPU's scoring and update take the model's sequences without padding."""
+    import torch
+
+    from ppomax.models.varlen import why_not_varlen
+
+    with torch.device("meta"):
+        model = _build(_hf_config(config, None), kind, getattr(torch, dtype))
+    return not why_not_varlen(model, torch.device("cpu"))
 
 
 def register_attention() -> None:

@@ -1,5 +1,5 @@
-"""A rollout's blocks on a CPU without what is around their kernels: modules, cache and attention interface, which take
-8 % of the shipped model's decoding at 64 rows and 12 % at 16 (bench/LOG.md). For blocks of the form
+"""A rollout's blocks on a CPU by one call each, without what is around their kernels: modules, cache, attention
+interface and the Python between them (bench/LOG.md). For blocks of the form
 
     x + o(attention(rotary(qkv(norm(x)))));  x + down(silu(gate(norm(x))) * up(norm(x)))
 
@@ -9,16 +9,19 @@ queries, keys and values, too, since in the sum of a block an angle or a norm ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from ppomax_kernels.internal.decode_block import DecodeBlock, Parts
+from ppomax_kernels.internal.packed_linear import Packed
+from ppomax_kernels.internal.rms_norm import NormTerms, rms_norm
 from ppomax_kernels.internal.rotate import rotate
 from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor, nn
 
-from ppomax.models.fused_trunk import TOLERANCE, Join, Run, norm_of, query_key_value, swiglu_layers
+from ppomax.models.fused_trunk import TOLERANCE, Run, norm_terms, query_key_value, swiglu_layers
 from ppomax.models.recompute import Recomputed
 from ppomax.rollout.attention import Attention
 
@@ -26,28 +29,51 @@ _same: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a block gave what ours gave, which is asked once."""
 
 
-def lean_blocks(blocks: Sequence[nn.Module], join: Join, attention: Attention) -> dict[nn.Module, Run]:
+def lean_blocks(
+    blocks: Sequence[nn.Module], join: Callable[[list[nn.Linear]], Packed], attention: Attention
+) -> dict[nn.Module, Run]:
     """The blocks whose parts are all known, each with what runs in its place."""
-    made = [_lean(block, index, join, attention) for index, block in enumerate(blocks)]
-    return {block: lean for block, lean in zip(blocks, made, strict=True) if lean is not None}
+    found = [layers_of(block, index) for index, block in enumerate(blocks)]
+    return {
+        block: LeanBlock(block, index, attention, layers, join)
+        for index, (block, layers) in enumerate(zip(blocks, found, strict=True))
+        if layers is not None
+    }
 
 
-def _lean(block: nn.Module, index: int, join: Join, attention: Attention) -> LeanBlock | None:
+class Layers(NamedTuple):
+    """Of one block."""
+
+    norms: tuple[NormTerms, NormTerms]
+    of_heads: tuple[NormTerms, NormTerms] | None
+    three: tuple[nn.Linear, nn.Linear, nn.Linear]
+    out: nn.Linear
+    gated: tuple[nn.Linear, nn.Linear, nn.Linear]
+
+
+def layers_of(block: nn.Module, index: int) -> Layers | None:
+    """The parts of a block of the form above; None for every other one."""
     inner, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-    names = ("input_layernorm", "post_attention_layernorm")
-    norms = [None if (m := getattr(block, n, None)) is None else norm_of(m) for n in names]
-    if not isinstance(inner, nn.Module) or not isinstance(mlp, nn.Module) or None in norms:
+    if not isinstance(inner, nn.Module) or not isinstance(mlp, nn.Module) or getattr(inner, "layer_idx", None) != index:
         return None
-    if getattr(inner, "layer_idx", None) != index:
-        return None
+    before, after = _norm(block, "input_layernorm"), _norm(block, "post_attention_layernorm")
+    of_query, of_key = _norm(inner, "q_norm"), _norm(inner, "k_norm")
     three, gated, out = query_key_value(inner), swiglu_layers(mlp), getattr(inner, "o_proj", None)
-    if three is None or gated is None or type(out) is not nn.Linear or three[0].weight.dtype != torch.float32:
+    if before is None or after is None or three is None or gated is None or type(out) is not nn.Linear:
+        return None
+    if three[0].weight.dtype != torch.float32 or (of_query is None) != (of_key is None):
         return None
     if not isinstance(block.__dict__.get("forward"), (Recomputed, type(None))):
         return None  # something was put around it
     if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules() if m is not block):
         return None  # somebody looks inside
-    return LeanBlock(block, index, attention, norms, three, out, gated, join)  # type: ignore[arg-type]
+    heads = None if of_query is None or of_key is None else (of_query, of_key)
+    return Layers((before, after), heads, three, out, gated)
+
+
+def _norm(owner: nn.Module, name: str) -> NormTerms | None:
+    module = getattr(owner, name, None)
+    return None if module is None else norm_terms(module)
 
 
 class LeanBlock:
@@ -58,29 +84,24 @@ class LeanBlock:
         block: nn.Module,
         index: int,
         attention: Attention,
-        norms: list[Run],
-        three: tuple[nn.Linear, nn.Linear, nn.Linear],
-        out: nn.Linear,
-        gated: tuple[nn.Linear, nn.Linear, nn.Linear],
-        join: Join,
+        layers: Layers,
+        join: Callable[[list[nn.Linear]], Packed],
     ):
         self.block, self.index, self.attention = block, index, attention
-        self.before_attention, self.before_mlp = norms
-        gate, up, down = gated
-        self.qkv, self.out, self.gate_up, self.down = join([*three]), join([out]), join([gate, up]), join([down])
-        self.of_heads = [
-            None if (m := getattr(block.self_attn, f"{n}_norm", None)) is None else norm_of(m) for n in "qk"
-        ]
+        gate, up, down = layers.gated
+        qkv, out, gate_up = join([*layers.three]), join([layers.out]), join([gate, up])
+        self.parts = Parts(*layers.norms, layers.of_heads, qkv, out, gate_up, join([down]))
         shape = attention.arena.shape
         self.groups, self.dim = shape.kv_heads, shape.head_dim
-        self.heads = three[0].out_features // self.dim
+        self.heads = layers.three[0].out_features // self.dim
+        self.native = DecodeBlock(self.parts, self.heads, self.groups, self.dim)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         """What the block gives."""
         checked, known = self.index in self.attention.terms, _same.get(self.block)
         angles = named.get("position_embeddings")
         if checked and known:
-            return self.run(hidden_states, *angles)  # type: ignore[misc]
+            return self.at_once(hidden_states, *angles)  # type: ignore[misc]
         ask = checked and known is None
         ours = self.seen(self.run, hidden_states, *angles) if ask and self.fits(angles) else []  # type: ignore[misc]
         # Theirs after ours: the keys and values that stay in the arena are the block's.
@@ -103,18 +124,28 @@ class LeanBlock:
             self.attention.witness = None
         return witness
 
+    def at_once(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """`run` by one kernel, to the same bits."""
+        attention, step = self.attention, self.attention.step
+        assert step is not None
+        where = (step.tables, step.slots, step.positions)
+        pages, terms = attention.arena.stores[self.index], attention.terms[self.index]
+        return self.native(hidden[0], (cosine[0].contiguous(), sine[0].contiguous()), pages, where, terms)[None]
+
     def run(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """hidden (1, N, D) of the step's tokens, cosine and sine (1, N, head width) -> the same shape."""
-        x, heads, groups = hidden[0], self.heads, self.groups
-        every = self.qkv(self.before_attention(x)).view(len(x), heads + 2 * groups, self.dim)
+        x, heads, groups, parts = hidden[0], self.heads, self.groups, self.parts
+        every = parts.qkv(rms_norm(x, **parts.before_attention._asdict())).view(len(x), heads + 2 * groups, self.dim)
         turned, value = every[:, : heads + groups], every[:, heads + groups :]
-        of_query, of_key = self.of_heads
-        if of_query is not None and of_key is not None:
-            turned = torch.cat([of_query(turned[:, :heads]), of_key(turned[:, heads:])], 1)
+        if parts.of_heads is not None:
+            of_query, of_key = parts.of_heads
+            turned = torch.cat(
+                [rms_norm(turned[:, :heads], **of_query._asdict()), rms_norm(turned[:, heads:], **of_key._asdict())], 1
+            )
         turned = rotate(turned.transpose(0, 1)[None], cosine, sine)[0].transpose(0, 1)
         attended = self.attention.attend_as_before(turned[:, :heads], turned[:, heads:], value, self.index)
-        x = x + self.out(attended.view(len(x), -1))
-        return (x + self.down(silu_mul(self.gate_up(self.before_mlp(x)))))[None]
+        x = x + parts.out(attended.view(len(x), -1))
+        return (x + parts.down(silu_mul(parts.gate_up(rms_norm(x, **parts.before_mlp._asdict())))))[None]
 
 
 def _alike(ours: list[Any], theirs: list[Any]) -> bool:

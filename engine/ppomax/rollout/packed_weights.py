@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-from ppomax_kernels.internal.packed_linear import DTYPES, pack, packed_linear
+from ppomax_kernels.internal.packed_linear import DTYPES, Packed, pack
 from ppomax_kernels.internal.packed_linear import packed_bytes as bytes_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -46,9 +45,9 @@ def packed_trunk(model: PreTrainedModel, attention: Attention) -> Iterator[Tenso
     """Inside, the trunk runs on our kernels; gives the head's panels, or None if nothing is packed."""
     runs: dict[nn.Module, Run] = {}
     if packed_layers(model, attention.name):
-        packed: dict[tuple[nn.Linear, ...], Run] = {}
+        packed: dict[tuple[nn.Linear, ...], Packed] = {}
 
-        def join(layers: list[nn.Linear]) -> Run:
+        def join(layers: list[nn.Linear]) -> Packed:
             key = tuple(layers)
             if key not in packed:
                 packed[key] = _packed(layers)
@@ -61,11 +60,11 @@ def packed_trunk(model: PreTrainedModel, attention: Attention) -> Iterator[Tenso
         yield pack(head_of(model).weight) if runs else None
 
 
-def _packed(layers: list[nn.Linear]) -> Run:
+def _packed(layers: list[nn.Linear]) -> Packed:
     """One product on the layers' weights side by side, packed here."""
     first = layers[0]
     if len(layers) == 1:
-        return partial(packed_linear, panels=pack(first.weight), bias=first.bias, outputs=first.out_features)
+        return Packed(pack(first.weight), first.bias, first.out_features)
     weight = torch.cat([m.weight.detach() for m in layers])
     bias = None if first.bias is None else torch.cat([m.bias.detach() for m in layers])
-    return partial(packed_linear, panels=pack(weight), bias=bias, outputs=len(weight))
+    return Packed(pack(weight), bias, len(weight))

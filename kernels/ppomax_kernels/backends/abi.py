@@ -46,6 +46,7 @@ CPU = {
     "rotate": [P, L, L, L, L, L, L, L, P, P, L, I, P],
     "packed_attention": [*[P, L, L] * 3, *[L] * 5, P, L, D, L, P],
     "packed_attention_backward": [*[P, L, L] * 3, P, *[L] * 5, P, L, D, L, P, P, P],
+    "decode_block": [P, P, L, P, P, P, P, L, P, L, L, P, P, D, L, D, P, P],
     "paged_attention": [*[P, L, L] * 3, I, *[L] * 5, P, P, L, P, L, L, P, P, D, L, D, P],
 }
 SIGNATURES = {f"ppomax_{name}_cpu": [*types, I] for name, types in CPU.items()} | {
@@ -82,6 +83,7 @@ def library() -> ctypes.CDLL:
     """The compiled library, loaded at the first call of an op."""
     lib = ctypes.CDLL(str(library_path()))
     lib.ppomax_status_string.restype = lib.ppomax_isa_name.restype = ctypes.c_char_p
+    lib.ppomax_decode_block_scratch.argtypes, lib.ppomax_decode_block_scratch.restype = [P, L], L
     lib.ppomax_cuda_note.restype = ctypes.c_char_p
     built = lib.ppomax_cuda_built()
     if built:  # else the library has none of CUDA's functions

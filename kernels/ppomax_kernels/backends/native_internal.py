@@ -1,5 +1,9 @@
 """The ops of the engine's rollout on CPUs, by the compiled library."""
 
+from collections.abc import Sequence
+from ctypes import Structure, byref
+from typing import Any
+
 from torch import Tensor, empty, empty_like, get_num_threads
 
 from .abi import BAD_PAGE, DTYPES, library, refuse
@@ -37,37 +41,58 @@ def paged_attention_cpu(
         tables.data_ptr(), *tables.shape, sequences.data_ptr(), positions.data_ptr(), scale, window, softcap,
         out.data_ptr(), get_num_threads(),
     )  # fmt: skip
-    if status:
-        if status == BAD_PAGE:
-            raise ValueError(
-                f"{op}: a token's sequence, position or page lies outside {tuple(tables.shape)} tables of "
-                f"{key_pages.shape[0]} pages; check tables, sequences and positions"
-            )
-        refuse(op, status)
+    _served(op, status, tables, key_pages)
     return out
 
 
-def packed_attention_cpu(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int) -> Tensor:
-    out = empty(*query.shape[:2], value.shape[2])
-    status = library().ppomax_packed_attention_cpu(
-        *_heads(query, key, value), *_sizes(query, value), ends.data_ptr(), len(ends) - 1, scale, window,
-        out.data_ptr(), get_num_threads(),
-    )  # fmt: skip
+def _served(op: str, status: int, tables: Tensor, key_pages: Tensor) -> None:
+    if status == BAD_PAGE:
+        raise ValueError(
+            f"{op}: a token's sequence, position or page lies outside {tuple(tables.shape)} tables of "
+            f"{key_pages.shape[0]} pages; check tables, sequences and positions"
+        )
     if status:
-        refuse("packed_attention", status)
+        refuse(op, status)
+
+
+def decode_block_cpu(
+    block: Structure,
+    x: Tensor,
+    angles: tuple[Tensor, Tensor],
+    pages: Sequence[Tensor],
+    where: tuple[Tensor, Tensor, Tensor],
+    terms: tuple[float, int, float],
+) -> Tensor:
+    tables, sequences, positions = where
+    rows, y = len(x), empty_like(x)
+    scratch = empty(library().ppomax_decode_block_scratch(byref(block), rows))
+    status = library().ppomax_decode_block_cpu(
+        byref(block), x.data_ptr(), rows, angles[0].data_ptr(), angles[1].data_ptr(), pages[0].data_ptr(),
+        pages[1].data_ptr(), len(pages[0]), tables.data_ptr(), *tables.shape, sequences.data_ptr(),
+        positions.data_ptr(), *terms, scratch.data_ptr(), y.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    _served("decode_block", status, tables, pages[0])
+    return y
+
+
+def packed_attention_cpu(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int) -> Tensor:
+    out = query.new_empty(*query.shape[:2], value.shape[2])
+    _run(
+        "packed_attention", query, *_heads(query, key, value), *_sizes(query, value), ends.data_ptr(), len(ends) - 1,
+        scale, window, out.data_ptr(),
+    )  # fmt: skip
     return out
 
 
 def packed_attention_backward_cpu(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (empty(x.shape) for x in (query, key, value))
-    status = library().ppomax_packed_attention_backward_cpu(
-        *_heads(query, key, value), dout.contiguous().data_ptr(), *_sizes(query, value), ends.data_ptr(),
-        len(ends) - 1, scale, window, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), get_num_threads(),
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    _run(
+        "packed_attention_backward", query, *_heads(query, key, value), dout.contiguous().data_ptr(),
+        *_sizes(query, value), ends.data_ptr(), len(ends) - 1, scale, window, dq.data_ptr(), dk.data_ptr(),
+        dv.data_ptr(),
     )  # fmt: skip
-    if status:
-        refuse("packed_attention", status)
     return dq, dk, dv
 
 
@@ -83,66 +108,50 @@ def _sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:
 
 def packed_linear_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> Tensor:
     """x (N, D) with strides, y (N, outputs)."""
-    status = library().ppomax_packed_linear_cpu(
-        x.data_ptr(), DTYPES[x.dtype], *x.shape, *x.stride(), panels.data_ptr(), at(bias), y.shape[1], add,
-        y.data_ptr(), get_num_threads(),
+    offset = None if x.is_meta else at(bias)
+    _run(
+        "packed_linear", x, x.data_ptr(), DTYPES[x.dtype], *x.shape, *x.stride(), panels.data_ptr(), offset,
+        y.shape[1], add, y.data_ptr(),
     )  # fmt: skip
-    if status:
-        refuse("packed_linear", status)
     return y
 
 
 def pack_linear_cpu(weight: Tensor, panels: Tensor) -> Tensor:
-    status = library().ppomax_pack_linear_cpu(
-        weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, *weight.stride(), panels.data_ptr(), get_num_threads()
-    )
-    if status:
-        refuse("pack_linear", status)
+    sizes = (*weight.shape, *weight.stride())
+    _run("pack_linear", weight, weight.data_ptr(), DTYPES[weight.dtype], *sizes, panels.data_ptr())
     return panels
 
 
 def rms_norm_cpu(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     width, y = weight.shape[0], empty_like(x)
-    status = library().ppomax_rms_norm_cpu(
-        x.data_ptr(), DTYPES[x.dtype], x.numel() // width, width, weight.data_ptr(), DTYPES[weight.dtype], offset, eps,
-        y.data_ptr(), get_num_threads(),
+    _run(
+        "rms_norm", x, x.data_ptr(), DTYPES[x.dtype], x.numel() // width, width, weight.data_ptr(),
+        DTYPES[weight.dtype], offset, eps, y.data_ptr(),
     )  # fmt: skip
-    if status:
-        refuse("rms_norm", status)
     return y
 
 
 def silu_mul_cpu(x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
-    y = empty(*x.shape[:-1], width, dtype=x.dtype)
-    status = library().ppomax_silu_mul_cpu(
-        x.data_ptr(), DTYPES[x.dtype], x.numel() // (2 * width), width, y.data_ptr(), get_num_threads()
-    )
-    if status:
-        refuse("silu_mul", status)
+    y = x.new_empty(*x.shape[:-1], width)
+    _run("silu_mul", x, x.data_ptr(), DTYPES[x.dtype], x.numel() // (2 * width), width, y.data_ptr())
     return y
 
 
 def rms_norm_backward_cpu(x: Tensor, weight: Tensor, offset: float, eps: float, dy: Tensor) -> tuple[Tensor, Tensor]:
     width, dx = weight.shape[0], empty_like(x)
     rows = x.numel() // width
-    sums = empty(-(-rows // GRADIENT_ROWS), width)
-    status = library().ppomax_rms_norm_backward_cpu(
-        x.data_ptr(), rows, width, weight.data_ptr(), offset, eps, dy.data_ptr(), dx.data_ptr(), sums.data_ptr(),
-        get_num_threads(),
+    sums = x.new_empty(-(-rows // GRADIENT_ROWS), width)
+    _run(
+        "rms_norm_backward", x, x.data_ptr(), rows, width, weight.data_ptr(), offset, eps, dy.data_ptr(), dx.data_ptr(),
+        sums.data_ptr(),
     )  # fmt: skip
-    if status:
-        refuse("rms_norm", status)
     return dx, sums.sum(0)
 
 
 def silu_mul_backward_cpu(x: Tensor, dy: Tensor) -> Tensor:
     width, dx = x.shape[-1] // 2, empty_like(x)
-    status = library().ppomax_silu_mul_backward_cpu(
-        x.data_ptr(), x.numel() // (2 * width), width, dy.data_ptr(), dx.data_ptr(), get_num_threads()
-    )
-    if status:
-        refuse("silu_mul", status)
+    _run("silu_mul_backward", x, x.data_ptr(), x.numel() // (2 * width), width, dy.data_ptr(), dx.data_ptr())
     return dx
 
 
@@ -150,11 +159,18 @@ def rotate_cpu(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     """x (B, H, T, D) -> the same shape, laid out as (B, T, H, D)."""
     batch, heads, tokens, dim = x.shape
     by_batch, by_head, by_token, _ = x.stride()
-    y = empty(batch, tokens, heads, dim)
-    status = library().ppomax_rotate_cpu(
-        x.data_ptr(), by_batch, by_token, by_head, batch, tokens, heads, dim, cosine.data_ptr(), sine.data_ptr(),
-        tokens * dim if cosine.shape[0] > 1 else 0, back, y.data_ptr(), get_num_threads(),
+    y = x.new_empty(batch, tokens, heads, dim)
+    _run(
+        "rotate", x, x.data_ptr(), by_batch, by_token, by_head, batch, tokens, heads, dim, cosine.data_ptr(),
+        sine.data_ptr(), tokens * dim if cosine.shape[0] > 1 else 0, back, y.data_ptr(),
     )  # fmt: skip
-    if status:
-        refuse("rotate", status)
     return y.transpose(1, 2)
+
+
+def _run(op: str, on: Tensor, *args: Any) -> None:
+    """The library's function of that name; nothing for tensors on the meta device, whose results have no contents."""
+    if on.is_meta:
+        return
+    status = getattr(library(), f"ppomax_{op}_cpu")(*args, get_num_threads())
+    if status:
+        refuse(op, status)

@@ -5,6 +5,8 @@ what it is given. In bfloat16 two inputs lie side by side in each column, as the
 want them. Internal to the engine and the linear ops: no gradient (linear.py has); panels go stale when the weight
 changes."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def pack(weight: Tensor) -> Tensor:
     """(out, in) on a CPU -> (ceil(out / PANEL), in, PANEL) in float32, (ceil(out / PANEL), in / 2, PANEL, 2) in
     bfloat16, zeros in columns that do not exist. ValueError for another weight."""
     half = weight.dtype == torch.bfloat16
-    if weight.ndim != 2 or not weight.numel() or weight.dtype not in DTYPES or not weight.is_cpu:
+    if weight.ndim != 2 or not weight.numel() or weight.dtype not in DTYPES or weight.is_cuda:
         raise ValueError(
             f"packed_linear: weight must be (out, in) in float32 or bfloat16 on the CPU and not empty, got "
             f"{tuple(weight.shape)} in {weight.dtype} on {weight.device}"
@@ -41,6 +43,18 @@ def pack(weight: Tensor) -> Tensor:
     count = panel_count(outputs)
     shape = (count, inputs // 2, PANEL, 2) if half else (count, inputs, PANEL)
     return _pack(_strided(weight.detach()), weight.new_empty(shape))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight that was packed once, as a function: `torch.nn.functional.linear(x, weight, bias)`."""
+
+    panels: Tensor
+    bias: Tensor | None
+    outputs: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.panels, self.bias, self.outputs)
 
 
 def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

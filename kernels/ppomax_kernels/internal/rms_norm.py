@@ -1,7 +1,7 @@
 """Root-mean-square norm in one pass over a row that stays in the first cache or in registers, and its gradient, on a
 CPU, in another; eager torch takes six kernels and keeps what four of them made. Internal to the engine."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,20 @@ _run = late("backends.native_internal", "rms_norm_cpu")
 _run_back = late("backends.native_internal", "rms_norm_backward_cpu")
 
 
+class NormTerms(NamedTuple):
+    """`rms_norm(x, **terms)`."""
+
+    weight: Tensor
+    offset: float
+    eps: float
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, offset: float = 0.0, eps: float, impl: str = "auto") -> Tensor:
     """`x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight + offset)` for x (..., D) and weight (D,) in
     float32 or bfloat16, on a GPU also float16, computed in float32 and rounded once to x's dtype; offset 1 is Gemma's
     form. Differentiable on a CPU in float32; the gradient of weight is summed in an order of its own, whatever the
     threads. x is copied if it is not contiguous. ValueError if they do not fit."""
-    name = pick("rms_norm", impl, x.device, FORWARD)
+    name = "cpu" if x.is_meta else pick("rms_norm", impl, x.device, FORWARD)
     if weight.ndim != 1 or not weight.shape[0] or x.shape[-1:] != weight.shape:
         raise ValueError(
             f"rms_norm: x must be (..., D) and weight (D,), got {tuple(x.shape)} and {tuple(weight.shape)}"

@@ -22,7 +22,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
             "rotate: x must be (B, H, T, D) with an even D, cosine and sine (B or 1, T, D), got "
             f"{tuple(x.shape)}, {tuple(cosine.shape)} and {tuple(sine.shape)}"
         )
-    if not (x.is_cpu and cosine.is_cpu and sine.is_cpu and x.dtype == cosine.dtype == sine.dtype == torch.float32):
+    here = all(t.is_cpu or t.is_meta for t in (x, cosine, sine))
+    if not (here and x.dtype == cosine.dtype == sine.dtype == torch.float32):
         raise ValueError(f"rotate: float32 on the CPU is wanted, got {x.dtype} and {cosine.dtype} on {x.device}")
     x = x if x.stride(3) == 1 else x.contiguous()
     if not (cosine.is_contiguous() and sine.is_contiguous()):

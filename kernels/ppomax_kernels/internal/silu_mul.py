@@ -17,7 +17,7 @@ def silu_mul(x: Tensor) -> Tensor:
     """`torch.nn.functional.silu(x[..., :D]) * x[..., D:]` for x (..., 2 D) in float32 or bfloat16 on a CPU, computed in
     float32 and rounded once to x's dtype; differentiable in float32. x is copied if it is not contiguous. ValueError
     for another x."""
-    if x.ndim < 1 or x.shape[-1] % 2 or not x.shape[-1] or x.dtype not in DTYPES or not x.is_cpu:
+    if x.ndim < 1 or x.shape[-1] % 2 or not x.shape[-1] or x.dtype not in DTYPES or not (x.is_cpu or x.is_meta):
         raise ValueError(
             "silu_mul: x must be (..., 2 D) in float32 or bfloat16 on the CPU, got "
             f"{tuple(x.shape)} in {x.dtype} on {x.device}"
