@@ -31,8 +31,10 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from ppomax.assets import FOLDER
 from ppomax.config import load_config
@@ -46,7 +48,7 @@ from ppomax.models import (
     make_critic,
     make_reward_model,
 )
-from ppomax_kernels.internal import packed_linear
+from ppomax_kernels.internal import decode_block, packed_attention, packed_linear
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,19 +72,42 @@ class Products(TorchDispatchMode):
 
     def __enter__(self) -> Products:
         """Ours are plain functions, which no dispatch sees."""
-        self.real = packed_linear._run
+        self.patch = pytest.MonkeyPatch()
 
-        def counted(x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> Tensor:
-            self.seen[*x.shape, y.shape[1]] += 1
-            return self.real(x, panels, bias, y, add)  # type: ignore[no-any-return]
+        def before(module: ModuleType, name: str, count: Callable[..., None]) -> None:
+            real = getattr(module, name)
 
-        packed_linear._run = counted
+            def counted(*given: Any) -> Any:
+                count(*given)
+                return real(*given)
+
+            self.patch.setattr(module, name, counted)
+
+        before(packed_linear, "_run", lambda x, panels, bias, y, add: self.seen.update([(*x.shape, y.shape[1])]))
+        before(decode_block, "_run", self._block)
+        before(packed_attention, "_forward", lambda q, k, v, ends, *rest: self._packed(q, ends, back=False))
+        before(packed_attention, "_backward", lambda q, k, v, ends, *rest: self._packed(q, ends, back=True))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        packed_linear._run = self.real
+        self.patch.undo()
         super().__exit__(*error)
+
+    def _block(self, block: Any, x: Tensor, *rest: Any) -> None:
+        """The four products of a decoder block."""
+        rows, inside = len(x), block.heads * block.dim
+        every = inside + 2 * block.kv_heads * block.dim
+        for inputs, outputs in (
+            (block.hidden, every), (inside, block.hidden), (block.hidden, 2 * block.inner), (block.inner, block.hidden)
+        ):  # fmt: skip
+            self.seen[rows, inputs, outputs] += 1
+
+    def _packed(self, query: Tensor, ends: Tensor, *, back: bool) -> None:
+        """Of packed sequences, as if all were of their mean length."""
+        count, (tokens, heads, dim) = len(ends) - 1, query.shape
+        mean = -(-tokens // count)
+        self._attend(count * heads, mean, dim, mean, back=back)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split(".")[0]
@@ -90,15 +115,16 @@ class Products(TorchDispatchMode):
             a, b = args if name == "aten::mm" else args[1:3]
             self.seen[a.shape[0], a.shape[1], b.shape[1]] += 1
         elif "flash_attention_for_cpu" in name:
-            self._attend(*args[1:3] if "backward" in name else args[:2], back="backward" in name)
+            back = "backward" in name
+            query, key = args[1:3] if back else args[:2]
+            self._attend(query.shape[0] * query.shape[1], *query.shape[2:], key.shape[2], back=back)
         return func(*args, **(kwargs or {}))
 
-    def _attend(self, query: Tensor, key: Tensor, *, back: bool) -> None:
-        """Scores and mixture; backward the scores again, and the gradients of both factors of each. Half of the scores
-        is masked, so each product is counted at half its rows."""
-        (b, h, t, d), s = query.shape, key.shape[2]
-        self.attention[b * h, -(-t // 2), d, s] += 3 if back else 1
-        self.attention[b * h, -(-t // 2), s, d] += 2 if back else 1
+    def _attend(self, rows: int, t: int, d: int, s: int, *, back: bool) -> None:
+        """Scores and mixture of so many heads of sequences; backward the scores again, and the gradients of both
+        factors of each. Half of the scores is masked, so each product is counted at half its rows."""
+        self.attention[rows, -(-t // 2), d, s] += 3 if back else 1
+        self.attention[rows, -(-t // 2), s, d] += 2 if back else 1
 
 
 def replay(shapes: Shapes, times: Callable[..., Tensor]) -> Callable[[], None]:
