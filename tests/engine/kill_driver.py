@@ -63,9 +63,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 }
 
 
-def child(work: Callable[[], None], delay: float | None = None) -> int:
-    """Fork, run `work`, wait; kill after `delay` seconds. Returns the exit status, minus the signal if one killed
-    it."""
+def fork(work: Callable[[], object]) -> int:
+    """A child that runs `work`, silent; its number."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -79,6 +78,13 @@ def child(work: Callable[[], None], delay: float | None = None) -> int:
             status = stopped.status
         finally:
             os._exit(status)
+    return pid
+
+
+def child(work: Callable[[], None], delay: float | None = None) -> int:
+    """Fork, run `work`, wait; kill after `delay` seconds. Returns the exit status, minus the signal if one killed
+    it."""
+    pid = fork(work)
     if delay is not None:
         time.sleep(delay)
         os.kill(pid, KILL)

@@ -1,4 +1,4 @@
-"""What fuzz.py and kill_clock.py find, which is to be nothing."""
+"""What fuzz.py, kill_clock.py and kill_ranks.py find, which is to be nothing."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.kill_clock import KILLS
+from tests.engine.kill_ranks import KILLS as RANK_KILLS
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,3 +46,15 @@ def test_a_run_killed_at_any_moment_is_resumed_to_the_bit(tmp_path: Path) -> Non
     bad = [kill for kill in found if not (kill["resumed"] == 0 and kill["same"] and kill["rows"])]
     assert not bad
     assert sum(kill["first"] == -9 for kill in found) > KILLS // 2
+
+
+@pytest.mark.slow
+@pytest.mark.kills
+def test_two_ranks_killed_while_they_save_resume_to_the_bit(tmp_path: Path) -> None:
+    process = module("tests.engine.kill_ranks", str(tmp_path))
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert len(found) == RANK_KILLS
+    assert not [kill for kill in found if not (kill["resumed"] == [0, 0] and kill["same"])]
+    assert sum(-9 in kill["first"] for kill in found) > RANK_KILLS // 2

@@ -53,9 +53,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type of the trained models; logprobs, values and losses are float32 in any case."""
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """How scoring and update attend. `varlen`: torch's kernel over packed sequences, without padding, on a CUDA device
-    in bfloat16; `flash_attention_2` does the same where flash-attn is installed; the rest pad. auto: varlen where it
-    serves, else as the model was loaded."""
+    """How scoring and update attend. `varlen`: over packed sequences, without padding, by torch's kernel on a CUDA
+    device in bfloat16, by ours on a CPU in float32; `flash_attention_2` does the same where flash-attn is installed;
+    the rest pad. auto: varlen where it serves, else as the model was loaded."""
     gradient_checkpointing: bool = False
     """Run each decoder block of policy and critic once more in the backward instead of keeping what its forward held:
     an update then holds one block's activations and every block's input, for a third more compute. Same gradients."""

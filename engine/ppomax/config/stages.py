@@ -29,8 +29,9 @@ class SupervisedConfig:
     autocast: bool = False
     """With dtype float32: run matrix products in bfloat16."""
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """How attention is computed; `varlen` and `flash_attention_2` read packed sequences without padding, on a GPU in
-    bfloat16. auto: varlen where it serves, else sdpa. For short rows in bfloat16 on a CPU `eager` is the fastest."""
+    """How attention is computed; `varlen` (on a GPU in bfloat16, on a CPU in float32) and `flash_attention_2` read
+    packed sequences without padding. auto: varlen where it serves, else sdpa. For short rows in bfloat16 on a CPU
+    `eager` is the fastest."""
     gradient_checkpointing: bool = False
     """Run each decoder block once more in the backward instead of keeping what its forward held."""
     impl: Literal["auto", "ref", "cpu", "triton", "cuda"] = "auto"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ppomax.rollout.slots import Prompt
 
 ATTENTION = "ppomax_plan"
+RANK = 8
+"""Of the adapters that are run: what their states hold beside those of the layers is little whatever it is."""
 TRACED_DEPTHS = (2, 3)
 """Depths that are run; more blocks cost what the third costs more than the second."""
 
@@ -165,8 +167,9 @@ def _trace(
         trunk = AutoModel.from_config(_hf_config(config, depth), dtype=getattr(torch, dtype)).requires_grad_(False)
         (trunk if embedding and targets is None else nested_blocks_of(trunk)).requires_grad_(targets is None)
         for name, module in nested_blocks_of(trunk).named_modules():
-            if targets is not None and linear_sizes(module) is not None:
-                module.weight.requires_grad_(not targets or name.rpartition(".")[2] in targets)
+            adapted = targets is not None and (not targets or name.rpartition(".")[2] in targets)
+            if adapted and (size := linear_sizes(module)) is not None:
+                _adapt(module, *size)
         for p in trunk.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         if recomputed:
@@ -181,6 +184,17 @@ def _trace(
             saved = live.now
             hidden.backward(torch.empty_like(hidden))
     return Held(forward, saved, live.peak)
+
+
+def _adapt(layer: Any, inputs: int, outputs: int) -> None:
+    """Add a low-rank adapter to a linear layer, as peft computes it."""
+    import torch
+    from torch.nn.functional import linear
+
+    plain = layer.forward
+    down, up = (torch.empty(shape, dtype=layer.weight.dtype) for shape in ((RANK, inputs), (outputs, RANK)))
+    down.requires_grad_(), up.requires_grad_()
+    layer.forward = lambda x: plain(x) + linear(linear(x, down), up) * 2.0
 
 
 @lru_cache(maxsize=64)
