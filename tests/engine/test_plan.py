@@ -93,7 +93,7 @@ def measured(
     config = load_config(knobs, overrides={k.replace("__", "."): v for k, v in others.items()})
     hf = LlamaConfig(max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[size])
     planned = planned_peaks(
-        job(size, dtype=dtype, cpu=True, prompt_tokens=max(lengths), prompt_lengths=known, padded=True,
+        job(size, dtype=dtype, cpu=True, prompt_tokens=max(lengths), prompt_lengths=known, padded=dtype != "float32",
             response_tokens=response, rollout_size=sequences, minibatch_size=minibatch, micro_tokens=micro,
             slots=config.rollout.slots, gradient_checkpointing=again,
             kept_row=_kept_row(config, shape(**SIZES[size])), whole_kl=config.kl.estimator == "vocabulary",
