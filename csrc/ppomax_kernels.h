@@ -196,14 +196,14 @@ PPOMAX_API int ppomax_paged_attention_cpu(const void *query, int64_t query_token
                                           const int32_t *sequence_of, const int32_t *positions, double scale,
                                           int64_t window, double softcap, void *out, int threads);
 
-/* A weight that ppomax_pack_linear_cpu packed, in fp32, and its bias or NULL. */
+/* A weight that ppomax_pack_linear_cpu packed, and its bias or NULL. */
 typedef struct {
-    const float *panels, *bias;
+    const void *panels, *bias;
 } ppomax_panels;
 
-/* Terms of ppomax_rms_norm_cpu, in fp32; weight NULL: no norm. */
+/* Terms of ppomax_rms_norm_cpu; weight NULL: no norm. */
 typedef struct {
-    const float *weight;
+    const void *weight;
     double offset, eps;
 } ppomax_norm;
 
@@ -216,16 +216,17 @@ typedef struct {
     ppomax_panels qkv, out, gate_up, down;
 } ppomax_block;
 
-/* Floats of scratch that `rows` tokens need. */
+/* Elements of scratch that `rows` tokens need. */
 PPOMAX_API int64_t ppomax_decode_block_scratch(const ppomax_block *block, int64_t rows);
 
-/* The block over x, y: rows x hidden. cosine, sine: rows x dim. What stands between key_pages and softcap is that of
- * ppomax_paged_attention_cpu, in fp32. To the bit what the functions beside give one by one. */
-PPOMAX_API int ppomax_decode_block_cpu(const ppomax_block *block, const float *x, int64_t rows, const float *cosine,
-                                       const float *sine, float *key_pages, float *value_pages, int64_t pages,
-                                       const int32_t *tables, int64_t sequences, int64_t blocks,
+/* The block over x, y: rows x hidden; cosine, sine: rows x dim. What stands between key_pages and softcap is that of
+ * ppomax_paged_attention_cpu. All arrays and weights of `dtype`, fp32 or bf16 (there `dim` is at most 1,024), and
+ * contiguous. To the bit what the functions beside give one by one, with rotary embedding in fp32 rounded once. */
+PPOMAX_API int ppomax_decode_block_cpu(const ppomax_block *block, const void *x, int dtype, int64_t rows,
+                                       const void *cosine, const void *sine, void *key_pages, void *value_pages,
+                                       int64_t pages, const int32_t *tables, int64_t sequences, int64_t blocks,
                                        const int32_t *sequence_of, const int32_t *positions, double scale,
-                                       int64_t window, double softcap, float *scratch, float *y, int threads);
+                                       int64_t window, double softcap, void *scratch, void *y, int threads);
 
 /* Causal attention within packed sequences, in fp32: token n of the sequence ends[s] .. ends[s + 1] - 1 attends to it
  * from its start, or the last `window` tokens (0: all), up to n: out[n, h] = sum_t softmax_t(scale * query[n, h] .

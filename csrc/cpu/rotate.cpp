@@ -15,8 +15,9 @@ extern "C" int ppomax_rotate_cpu(const float *x, int64_t batch_stride, int64_t t
         for (int64_t row = begin; row < end; ++row) {
             const int64_t b = row / tokens, t = row % tokens, angle = b * angle_stride + t * dim;
             for (int64_t h = 0; h < heads; ++h)
-                ops.rotate_head(x + b * batch_stride + t * token_stride + h * head_stride, cosine + angle, sine + angle,
-                                dim, back, y + (row * heads + h) * dim);
+                ops.rotate_head({x, PPOMAX_FP32}, b * batch_stride + t * token_stride + h * head_stride,
+                                {cosine, PPOMAX_FP32}, {sine, PPOMAX_FP32}, angle, dim, back, y,
+                                (row * heads + h) * dim);
         }
     };
     parallel_for(threads, batch * tokens, chunk_for(heads * dim / 4, DENSE), body);

@@ -1,6 +1,7 @@
 // Rotary position embedding of heads, in fp32.
 #pragma once
 
+#include "convert.h"
 #include "vec.h"
 
 namespace ppomax {
@@ -23,6 +24,31 @@ static void rotate_head(const float *x, const float *cosine, const float *sine, 
         const float x1 = x[i], x2 = x[half + i];
         y[i] = x1 * cosine[i] + turn * x2 * a[i];
         y[half + i] = x2 * c2[i] - turn * x1 * b[i];
+    }
+}
+
+// The same of a head of any dtype at x[at], with the angles at cosine[angle] and sine[angle], in fp32 and rounded once
+// into y[to]; 16-bit heads of at most BLOCK elements.
+static void rotate_typed(TypedArray x, int64_t at, TypedArray cosine, TypedArray sine, int64_t angle, int64_t dim,
+                         int back, void *y, int64_t to) {
+    if (x.dtype == PPOMAX_FP32)
+        return rotate_head((const float *)x.data + at, (const float *)cosine.data + angle,
+                           (const float *)sine.data + angle, dim, back, (float *)y + to);
+    float head[BLOCK], c[BLOCK], s[BLOCK], out[BLOCK];
+    const int n = (int)dim;
+    rotate_head(as_floats(x, at, n, head), as_floats(cosine, angle, n, c), as_floats(sine, angle, n, s), dim, back,
+                out);
+    put_floats(out, n, y, x.dtype, to);
+}
+
+// y[at + i] = a[at + i] + b[at + i] for n elements of one dtype, rounded once; y may be b.
+static void add_typed(TypedArray a, TypedArray b, int64_t at, int64_t n, void *y) {
+    float left[BLOCK], right[BLOCK], sum[BLOCK];
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        const int some = block_from(first, n);
+        const float *x = as_floats(a, at + first, some, left), *z = as_floats(b, at + first, some, right);
+        for (int i = 0; i < some; ++i) sum[i] = x[i] + z[i];
+        put_floats(sum, some, y, a.dtype, at + first);
     }
 }
 

@@ -39,7 +39,8 @@ const VectorOps PPOMAX_TABLE = {
     PPOMAX_NS::rms_norm_gradient,
     PPOMAX_NS::silu_mul,
     PPOMAX_NS::silu_mul_gradient,
-    PPOMAX_NS::rotate_head,
+    PPOMAX_NS::rotate_typed,
+    PPOMAX_NS::add_typed,
     PPOMAX_NS::element,
     PPOMAX_ISA_NAME,
 };

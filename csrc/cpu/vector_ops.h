@@ -124,7 +124,9 @@ struct VectorOps {
                               float offset, double eps, const float *dy, float *dx, float *dweight);
     void (*silu_mul)(TypedArray x, int64_t first, int64_t rows, int64_t width, void *y);
     void (*silu_mul_gradient)(const float *x, int64_t first, int64_t rows, int64_t width, const float *dy, float *dx);
-    void (*rotate_head)(const float *x, const float *cosine, const float *sine, int64_t dim, int back, float *y);
+    void (*rotate_head)(TypedArray x, int64_t at, TypedArray cosine, TypedArray sine, int64_t angle, int64_t dim,
+                        int back, void *y, int64_t to);
+    void (*add)(TypedArray a, TypedArray b, int64_t at, int64_t n, void *y);
     float (*one_float)(TypedArray, int64_t at);
     const char *name;
 };

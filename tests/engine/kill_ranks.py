@@ -103,8 +103,7 @@ def main(root: Path, kills: int = KILLS) -> list[dict[str, object]]:
         name, share, nth = f"killed-{i}", generator.random(), generator.choice((1, 2, 3))
         first = both(words(root, name), port + 2 * i + 1, strike(i % RANKS, nth, share, longest))
         kept = [p.name for p in checkpoints(root / name / "checkpoints")]
-        again = ["train", "--resume", "--out", str(root / name)] if kept else words(root, name)
-        resumed = both(again, port + 2 * i + 2)
+        resumed = both(["train", "--resume", "--out", str(root / name)], port + 2 * i + 2)
         same = digest(root / name) == want
         out.append(
             {

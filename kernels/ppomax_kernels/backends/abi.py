@@ -46,7 +46,7 @@ CPU = {
     "rotate": [P, L, L, L, L, L, L, L, P, P, L, I, P],
     "packed_attention": [*[P, L, L] * 3, *[L] * 5, P, L, D, L, P],
     "packed_attention_backward": [*[P, L, L] * 3, P, *[L] * 5, P, L, D, L, P, P, P],
-    "decode_block": [P, P, L, P, P, P, P, L, P, L, L, P, P, D, L, D, P, P],
+    "decode_block": [P, P, I, L, P, P, P, P, L, P, L, L, P, P, D, L, D, P, P],
     "paged_attention": [*[P, L, L] * 3, I, *[L] * 5, P, P, L, P, L, L, P, P, D, L, D, P],
 }
 SIGNATURES = {f"ppomax_{name}_cpu": [*types, I] for name, types in CPU.items()} | {

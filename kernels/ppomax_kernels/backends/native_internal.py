@@ -65,10 +65,10 @@ def decode_block_cpu(
 ) -> Tensor:
     tables, sequences, positions = where
     rows, y = len(x), empty_like(x)
-    scratch = empty(library().ppomax_decode_block_scratch(byref(block), rows))
+    scratch = x.new_empty(library().ppomax_decode_block_scratch(byref(block), rows))
     status = library().ppomax_decode_block_cpu(
-        byref(block), x.data_ptr(), rows, angles[0].data_ptr(), angles[1].data_ptr(), pages[0].data_ptr(),
-        pages[1].data_ptr(), len(pages[0]), tables.data_ptr(), *tables.shape, sequences.data_ptr(),
+        byref(block), x.data_ptr(), DTYPES[x.dtype], rows, angles[0].data_ptr(), angles[1].data_ptr(),
+        pages[0].data_ptr(), pages[1].data_ptr(), len(pages[0]), tables.data_ptr(), *tables.shape, sequences.data_ptr(),
         positions.data_ptr(), *terms, scratch.data_ptr(), y.data_ptr(), get_num_threads(),
     )  # fmt: skip
     _served("decode_block", status, tables, pages[0])

@@ -20,7 +20,7 @@ _run = late("backends.native_internal", "decode_block_cpu")
 
 
 class Parts(NamedTuple):
-    """What a block is made of, all in float32."""
+    """What a block is made of, all in float32 or all in bfloat16."""
 
     before_attention: NormTerms
     before_mlp: NormTerms
@@ -56,24 +56,25 @@ class DecodeBlock:
 
     def __init__(self, parts: Parts, heads: int, kv_heads: int, dim: int):
         """ValueError for parts that do not fit together."""
-        hidden, inner = parts.out.outputs, parts.gate_up.outputs // 2
+        hidden, inner, dtype = parts.out.outputs, parts.gate_up.outputs // 2, parts.before_attention.weight.dtype
         norms = (parts.before_attention, parts.before_mlp, *(parts.of_heads or ()))
         inputs = {"qkv": hidden, "out": heads * dim, "gate_up": hidden, "down": inner}
         outputs = {"qkv": (heads + 2 * kv_heads) * dim, "out": hidden, "gate_up": 2 * inner, "down": hidden}
         for name, given in inputs.items():
             packed: Packed = getattr(parts, name)
             panels, bias, found = packed.panels, packed.bias, packed.outputs
-            if found != outputs[name] or panels.shape[1:] != (given, PANEL) or panels.dtype != torch.float32:
+            inside = (given, PANEL) if dtype == torch.float32 else (given // 2, PANEL, 2)
+            if found != outputs[name] or panels.shape[1:] != inside or panels.dtype != dtype:
                 raise ValueError(
-                    f"decode_block: {name} must be a packed float32 weight ({outputs[name]}, {given}), got panels "
+                    f"decode_block: {name} must be a packed {dtype} weight ({outputs[name]}, {given}), got panels "
                     f"{tuple(panels.shape)} in {panels.dtype} of {found} outputs"
                 )
-            if bias is not None and (bias.shape != (found,) or bias.dtype != torch.float32):
-                raise ValueError(f"decode_block: {name}'s bias must be float32 ({found},), got {tuple(bias.shape)}")
+            if bias is not None and (bias.shape != (found,) or bias.dtype != dtype):
+                raise ValueError(f"decode_block: {name}'s bias must be {dtype} ({found},), got {tuple(bias.shape)}")
         for norm, width in zip(norms, (hidden, hidden, dim, dim)[: len(norms)], strict=True):
-            if norm.weight.shape != (width,) or norm.weight.dtype != torch.float32:
+            if norm.weight.shape != (width,) or norm.weight.dtype != dtype:
                 raise ValueError(
-                    f"decode_block: a norm's weight must be float32 ({width},), got {tuple(norm.weight.shape)} in "
+                    f"decode_block: a norm's weight must be {dtype} ({width},), got {tuple(norm.weight.shape)} in "
                     f"{norm.weight.dtype}"
                 )
         self.parts, self.hidden = parts, hidden  # kept: the structure holds addresses alone
@@ -94,7 +95,7 @@ class DecodeBlock:
         where: tuple[Tensor, Tensor, Tensor],
         terms: tuple[float, int, float],
     ) -> Tensor:
-        """x (N, hidden), angles: cosine and sine (N, dim), in float32 and contiguous -> (N, hidden). pages, where and
-        terms: key and value pages; tables, sequences and positions; scale, window and softcap, as paged_attention takes
-        them. ValueError for a page, sequence or position outside the arrays."""
+        """x (N, hidden), angles: cosine and sine (N, dim), in the weights' dtype and contiguous -> (N, hidden). pages,
+        where and terms: key and value pages; tables, sequences and positions; scale, window and softcap, as
+        paged_attention takes them. ValueError for a page, sequence or position outside the arrays."""
         return _run(self.block, x, angles, pages, where, terms)  # type: ignore[no-any-return]
