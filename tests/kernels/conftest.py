@@ -1,11 +1,13 @@
 """The fixture `impl`: each test runs on every back-end of its module's op; one that cannot run here is skipped by
-name, with its reason."""
+name, with its reason. And `isa`: on every instruction set of the machine."""
 
 import importlib.util
 import platform
+from collections.abc import Iterator
 
 import pytest
 import torch
+from ppomax_kernels.backends import abi
 from ppomax_kernels.registry import OPS, table_of
 
 from .backends import NAMES, Backend
@@ -27,3 +29,14 @@ def impl(request: pytest.FixtureRequest) -> Backend:
             pytest.fail("triton: not installed, though its wheel exists for this platform; pip install -e '.[test]'")
         pytest.skip(f"triton: no wheel for {platform.system()} {platform.machine()}")
     return Backend(name, "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
+def isa(request: pytest.FixtureRequest) -> Iterator[int]:
+    """This instruction set in use for the test; the best one again afterwards."""
+    lib = abi.library()
+    if lib.ppomax_force_isa(request.param):
+        pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
+    yield request.param
+    assert lib.ppomax_force_isa(-1) == 0
+    assert lib.ppomax_isa() == lib.ppomax_best_isa()

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import ppomax_kernels as K
@@ -22,17 +21,6 @@ from .cases import KL, LOGITS, PACKED, POLICY, SPREADS, VALUE, Logits
 
 CPU = Backend("cpu", "cpu")
 SMALL = [case for case in LOGITS if case.vocab <= 1025]
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
-def isa(request: pytest.FixtureRequest) -> Iterator[int]:
-    """This instruction set in use for the test; the best one again afterwards."""
-    lib = abi.library()
-    if lib.ppomax_force_isa(request.param):
-        pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
-    yield request.param
-    assert lib.ppomax_force_isa(-1) == 0
-    assert lib.ppomax_isa() == lib.ppomax_best_isa()
 
 
 def test_each_instruction_set(isa: int) -> None:

@@ -3,25 +3,15 @@ themselves alone, and against what decoding gives, to the bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
-from ppomax_kernels.backends import abi
 from ppomax_kernels.internal.packed_attention import packed_attention
 from ppomax_kernels.internal.paged_attention import PAGE, empty_pages, paged_attention
 from torch import Tensor
 
 LENGTHS = [(1,), (16, 17), (5, 1, 40, 33), (150, 2)]
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
-def isa(request: pytest.FixtureRequest) -> Iterator[int]:
-    if abi.library().ppomax_force_isa(request.param):
-        pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
-    yield request.param
-    abi.library().ppomax_force_isa(-1)
 
 
 def drawn(

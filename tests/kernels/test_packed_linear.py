@@ -3,23 +3,12 @@ fill no block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from ppomax_kernels.backends import abi
 from ppomax_kernels.internal.linear import linear
 from ppomax_kernels.internal.packed_linear import PANEL, pack, packed_linear, product
 
 TOLERANCE = 1e-6  # of the sum of absolute products
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
-def isa(request: pytest.FixtureRequest) -> Iterator[int]:
-    if abi.library().ppomax_force_isa(request.param):
-        pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
-    yield request.param
-    abi.library().ppomax_force_isa(-1)
 
 
 @pytest.mark.parametrize("outputs", [1, 31, 32, 33, 100])

@@ -3,12 +3,11 @@ caps, dtypes and widths; and wrong versions of it are caught."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from ppomax_kernels.backends import abi
 from ppomax_kernels.internal.paged_attention import PAGE, empty_pages, paged_attention
 from torch import Tensor
 
@@ -78,14 +77,6 @@ def truth(case: Case, made: Inputs, scale: float) -> Tensor:
         scores = case.softcap * torch.tanh(scores / case.softcap) if case.softcap else scores
         out.append(torch.einsum("hl,lhd->hd", torch.softmax(scores, -1), v))
     return torch.stack(out)
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["base", "v3", "v4"])
-def isa(request: pytest.FixtureRequest) -> Iterator[int]:
-    if abi.library().ppomax_force_isa(request.param):
-        pytest.skip(f"instruction set {request.param}: this machine or build does not have it")
-    yield request.param
-    abi.library().ppomax_force_isa(-1)
 
 
 def error(case: Case, run=paged_attention, impl: str = "cpu") -> float:  # type: ignore[no-untyped-def]
