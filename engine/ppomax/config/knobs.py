@@ -185,17 +185,15 @@ class RolloutConfig:
         )
         require(self.sampler_timeout > 0, "rollout.sampler_timeout", "above 0 seconds", self.sampler_timeout)
         require(0 < self.sampler_memory <= 1, "rollout.sampler_memory", "in (0, 1]", self.sampler_memory)
-        cut = self.top_k > 0 or self.top_p < 1 or self.min_new_tokens > 0
         require(
-            self.sampler == "builtin" or self.allow_biased_sampling or not cut,
+            self.sampler == "builtin" or not self.records_cut,
             "rollout.sampler",
             "builtin with top_k, top_p or min_new_tokens, whose sets only it records; or set "
             "rollout.allow_biased_sampling: true",
             self.sampler,
         )
-        apart = self.sampler != "builtin" or (cut and not self.allow_biased_sampling)
         sorts = "another sampler, or top_k, top_p or min_new_tokens without rollout.allow_biased_sampling: true"
-        require(not self.exact or not apart, "rollout.exact", f"false or null with {sorts}", self.exact)
+        require(not self.exact or not self.apart, "rollout.exact", f"false or null with {sorts}", self.exact)
         require(
             self.sampler == "builtin" or penalty == 1,
             "rollout.repetition_penalty",
@@ -210,6 +208,17 @@ class RolloutConfig:
             "at least 1, or null for what the slots need",
             self.cache_tokens,
         )
+
+    @property
+    def records_cut(self) -> bool:
+        """Whether what each token was drawn from is recorded, and scored over."""
+        cut = self.top_k > 0 or self.top_p < 1 or self.min_new_tokens > 0
+        return cut and not self.allow_biased_sampling
+
+    @property
+    def apart(self) -> bool:
+        """Whether tokens are drawn otherwise than from the policy's whole distribution by our decoder."""
+        return self.sampler != "builtin" or self.records_cut
 
 
 @dataclass(frozen=True)
@@ -735,8 +744,7 @@ class TrainConfig:
         """Why no rollout of this configuration is exact, whatever the model; empty if one may be."""
         serves = self.model.dtype == "float32" and self.model.train != "lora" and self.sharding.zero_stage != 3
         own = self.impl in ("auto", "cpu") and self.model.attention in ("auto", "varlen")
-        cut = self.rollout.top_k > 0 or self.rollout.top_p < 1 or self.rollout.min_new_tokens > 0
-        if self.rollout.sampler != "builtin" or (cut and not self.rollout.allow_biased_sampling):
+        if self.rollout.apart:
             return "needs sampler=builtin, and no top_k, top_p or min_new_tokens without allow_biased_sampling"
         if serves and own:
             return ""
