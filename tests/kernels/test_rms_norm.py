@@ -6,12 +6,10 @@ import pytest
 import torch
 from ppomax_kernels.internal.rms_norm import rms_norm
 
-from tests.kernels.test_packed_linear import isa  # noqa: F401
-
 
 @pytest.mark.parametrize("width", [1, 3, 16, 33, 192, 255, 4096])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_equals_the_formula(width: int, offset: float, isa: int) -> None:  # noqa: F811
+def test_equals_the_formula(width: int, offset: float, isa: int) -> None:
     generator = torch.Generator().manual_seed(width)
     weight = torch.randn(width, generator=generator)
     for rows, size in ((1, 1.0), (5, 1e-3), (64, 1e3)):
@@ -35,7 +33,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads() -> None:
 
 
 @pytest.mark.parametrize("width", [7, 1024, 1500])
-def test_bfloat16_is_the_float32_result_rounded_once(width: int, isa: int) -> None:  # noqa: F811
+def test_bfloat16_is_the_float32_result_rounded_once(width: int, isa: int) -> None:
     generator = torch.Generator().manual_seed(width)
     x, weight = torch.randn(9, width, generator=generator).bfloat16(), torch.randn(width, generator=generator)
     for w in (weight, weight.bfloat16()):
@@ -63,7 +61,7 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("width", [1, 3, 16, 33, 192, 1500])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_gradients_are_those_of_the_formula(width: int, offset: float, isa: int) -> None:  # noqa: F811
+def test_gradients_are_those_of_the_formula(width: int, offset: float, isa: int) -> None:
     generator = torch.Generator().manual_seed(width)
     weight = torch.randn(width, generator=generator)
     for rows, size in ((1, 1.0), (64, 1e-3), (65, 1e3), (200, 1.0)):

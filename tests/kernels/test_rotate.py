@@ -7,8 +7,6 @@ import torch
 from ppomax_kernels.internal.rotate import rotate
 from torch import Tensor
 
-from tests.kernels.test_packed_linear import isa  # noqa: F401
-
 
 def formula(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     half = x.shape[-1] // 2
@@ -19,7 +17,7 @@ def formula(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 @pytest.mark.parametrize("dim", [2, 6, 32, 34, 128])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_equals_the_formula_and_its_gradient(dim: int, batch: int, shared: bool, isa: int) -> None:  # noqa: F811
+def test_equals_the_formula_and_its_gradient(dim: int, batch: int, shared: bool, isa: int) -> None:
     """The two halves of the angles are not the same here, as they are in a model."""
     generator = torch.Generator().manual_seed(dim)
     x = torch.randn(batch, 5, 7, dim, generator=generator).transpose(1, 2)  # as a model's heads lie

@@ -7,8 +7,6 @@ import torch
 from ppomax_kernels.internal.silu_mul import silu_mul
 from torch import Tensor
 
-from tests.kernels.test_packed_linear import isa  # noqa: F401
-
 
 def formula(x: Tensor) -> Tensor:
     gate, up = x.double().chunk(2, -1)
@@ -17,7 +15,7 @@ def formula(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("width", [1, 3, 16, 33, 448, 1500])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1000.0])
-def test_equals_the_formula(width: int, size: float, isa: int) -> None:  # noqa: F811
+def test_equals_the_formula(width: int, size: float, isa: int) -> None:
     x = size * torch.randn(5, 2 * width, generator=torch.Generator().manual_seed(width))
     # e^-g is off by the rounding of its exponent, 5e-6 at the most, where silu is next to nothing
     torch.testing.assert_close(silu_mul(x).double(), formula(x), rtol=8e-6, atol=1e-30)
@@ -27,7 +25,7 @@ def test_equals_the_formula(width: int, size: float, isa: int) -> None:  # noqa:
     assert silu_mul(torch.zeros(2, 0, 2 * width)).shape == (2, 0, width)
 
 
-def test_ends_of_the_line(isa: int) -> None:  # noqa: F811
+def test_ends_of_the_line(isa: int) -> None:
     inf, nan = torch.inf, torch.nan
     got = silu_mul(torch.tensor([inf, -200.0, nan, 0.0, 1.0, 1.0, 1.0, 1.0]))
     assert got[0] == inf
@@ -55,7 +53,7 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("width", [1, 3, 16, 33, 448])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
-def test_gradients_are_those_of_the_formula(width: int, size: float, isa: int) -> None:  # noqa: F811
+def test_gradients_are_those_of_the_formula(width: int, size: float, isa: int) -> None:
     generator = torch.Generator().manual_seed(width)
     x, up = size * torch.randn(5, 2 * width, generator=generator), torch.randn(5, width, generator=generator)
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
