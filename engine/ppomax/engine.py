@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.config import PtxConfig, TrainConfig, to_dict
 from ppomax.data.encode import prompt_ids
-from ppomax.models import (
-    load_policy,
-    load_tokenizer,
-    pick_device,
-    set_attention,
-)
+from ppomax.models import load_policy, load_tokenizer, pick_device, set_attention
 from ppomax.models.adapter_critic import AnyCritic
 from ppomax.models.checks import check_prompts, check_vocabularies, eos_ids_of
 from ppomax.models.critic_choice import critic_of
 from ppomax.models.fingerprints import fingerprints
+from ppomax.models.frozen_bits import place
 from ppomax.models.modes import module_of, refresh, set_up, trunk_layers
 from ppomax.models.recompute import recompute_blocks
 from ppomax.recipe.batch import Experience, Rollout
@@ -55,10 +52,9 @@ from ppomax.recipe.units import RAW, Units, moved, units_of
 from ppomax.recipe.update import Health, NextTexts, update
 from ppomax.rollout import RolloutSizes, Sampling
 from ppomax.rollout.sampler import Sampler
-from ppomax.rollout.vllm_sampler import VllmSampler
 from ppomax.saving.background import BackgroundWriter, PendingSave
 from ppomax.saving.engine_state import Parts, contents, read_state, restore_state, save_state, saved_parts
-from ppomax.sharding import Trained, freeze_model, is_sharded, sharded_reads, train_model
+from ppomax.sharding import Idle, Trained, freeze_model, is_sharded, sharded_reads, train_model
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +116,10 @@ class Engine:
                 f"Engine: ptx.coef is {self.config.ptx.coef} but there are no texts for it; pass texts=, or set "
                 "ptx.coef: 0"
             )
-        self.outside = None if sampler is None else Outside(sampler)
         models = self._read(policy, reference, critic, reward, tokenizer)
         self._set_up(models)
         self._shard(models)
-        if self.outside is None and self.config.rollout.sampler == "vllm":
-            self.outside = Outside(VllmSampler(models.policy, self.config.rollout))
-        if self.outside is None and self.config.rollout.ahead:
-            raise ValueError("Engine: rollout.ahead needs a sampler of its own; pass sampler=, or set rollout.sampler")
+        self.outside = Outside.of(sampler, models.policy, self.config.rollout)
         self.moments, self.controller, self.health = RunningMoments(), KLController(self.config.kl), Health()
         self.units = RAW if self.critic.module.raw else None
         """Of the critic's values; None: a new head's, which are the first ones that rewards have."""
@@ -145,7 +137,7 @@ class Engine:
     ) -> _Models:
         """All models, whole or in this rank's parts, each on the device; and the tokenizer."""
         zero = sharded_reads(self.config, self.dtype, from_files=self.sources["policy"] is not None)
-        lm = self._language_model(policy, zero.policy).eval().requires_grad_(True)
+        lm = self._language_model(policy, zero.policy, trained=True).eval().requires_grad_(True)
         self.tokenizer = tokenizer
         if tokenizer is None and self.sources["tokenizer"]:
             trust = self.config.model.trust_remote_code
@@ -161,7 +153,7 @@ class Engine:
         self.exact = exact_rollout(lm, self.config)
         if reference is None and self.config.model.train == "full" and is_sharded(lm):
             reference = self.sources["policy"]  # parts are read again, not copied
-        given = None if reference is None else self._language_model(reference, zero.frozen)
+        given = None if reference is None else self._language_model(reference, zero.frozen, trained=False)
         return _Models(lm, given, value_model)
 
     def _set_up(self, models: _Models) -> None:
@@ -184,6 +176,8 @@ class Engine:
             self.reference = freeze_model(self.reference, config.sharding)
         if self._read_by is not None and self.reward_model is not None:
             self._read_by.model = freeze_model(self.reward_model, config.sharding)
+        between = {"reference": self.reference, "reward": self.reward_model, "critic": self.critic}
+        self.idle = Idle(between, self.policy, self.device, config.sharding)
 
     def rollout(
         self, prompts: Sequence[Prompt], columns: Columns = None, *, following: Sequence[Prompt] | None = None
@@ -204,6 +198,7 @@ class Engine:
     def experience(self, roll: Rollout) -> Experience:
         """Raw scores -> running moments -> shaped scores, values in their units -> token rewards -> advantages and
         returns. Changes nothing of the engine: `update` takes up the moments that these scores lead to."""
+        self.idle.work_with("reward")
         parts = self.reward.each(roll) if isinstance(self.reward, SumReward) else {}
         found = self.reward.total(parts, roll) if isinstance(self.reward, SumReward) else self.reward(roll)
         scores = found.total
@@ -232,6 +227,7 @@ class Engine:
 
     def take_up(self, experience: Experience) -> None:
         """The running moments that its scores led to; the critic's values mean from here on what its own do."""
+        self.idle.work_with("critic")
         self.moments = experience.moments
         self.critic.module.scale.move(*(self.units or experience.units), *experience.units)
         self.units = experience.units
@@ -291,6 +287,7 @@ class Engine:
         known = check_columns(columns or {}, len(prompts))
         ids = self._ids(prompts)
         roll = replace(self._generate(ids, range(-1, -1 - len(ids), -1), None), columns=known)
+        self.idle.work_with("reward")
         return roll, self.reward(roll).total
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
@@ -365,7 +362,8 @@ class Engine:
     ) -> Rollout:
         seed, impl = self.config.run.seed, self.config.impl
         sampling = Sampling.of(self.config.rollout, seed=seed, exact=self.exact, impl=impl)
-        drawn, began = None, time.perf_counter()
+        self.idle.work_with()
+        drawn, fetch, began = None, partial(self.idle.work_with, "reference", "critic"), time.perf_counter()
         if self.outside is not None:
             now, ends = (ids, list(uids)), list(self.eos_ids)
             both = [x and Wanted(x[0], x[1], sampling, ends) for x in (now, following)]
@@ -373,7 +371,7 @@ class Engine:
         cost = {} if drawn is None else {"time/drawing": time.perf_counter() - began}
         with self.policy.gathered() as policy:
             roll = rollout(
-                Scorers(policy, self.reference, self.critic, self.trunk_layers, drawn),
+                Scorers(policy, self.reference, self.critic, self.trunk_layers, drawn, fetch),
                 ids,
                 uids,
                 sampling,
@@ -393,7 +391,7 @@ class Engine:
             self._announced = kind
             log.info(sizes.sentence())
 
-    def _language_model(self, source: ModelSource, zero: dict[str, Any] | None) -> PreTrainedModel:
+    def _language_model(self, source: ModelSource, zero: dict[str, Any] | None, trained: bool) -> PreTrainedModel:
         model = load_policy(source, self.dtype, trust_remote_code=self.config.model.trust_remote_code, zero=zero)
-        set_attention(model.to(self.device), self.config.attention)  # type: ignore[arg-type]
+        set_attention(place(model, self.device, self.config.model, trained=trained), self.config.attention)
         return model

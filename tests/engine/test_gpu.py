@@ -211,3 +211,29 @@ def test_a_step_of_the_engine(mode: str, dtype: str, caplog: pytest.LogCaptureFi
         metrics = engine.step(prompts()).metrics
         assert metrics["val/first_ratio_gap"] == 0.0
         assert all(value == value for value in metrics.values())
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "hydra"])
+def test_idle_models_leave_the_device_and_change_nothing(mode: str) -> None:
+    knobs = {"run__device": "cuda", "impl": "auto", "model__train": mode, "model__trained_layers": 1}
+    scores = []
+    for idle in ("device", "host"):
+        engine = tiny_engine(small_config(**knobs, sharding__idle=idle))
+        scores.append([engine.step(prompts()).scores.tolist() for _ in range(3)])
+    assert scores[0] == scores[1]
+    assert engine.critic.params[0].is_cuda
+    engine.idle.work_with()
+    assert not engine.critic.params[0].is_cuda
+    assert not next(engine.reward_model.parameters()).is_cuda
+    assert next(engine.policy.module.parameters()).is_cuda
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_frozen_weights_in_few_bits_keep_the_first_ratio_1(bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    knobs = {"run__device": "cuda", "model__train": "lora", "model__critic_train": "lora", "model__dtype": "bfloat16"}
+    engine = tiny_engine(small_config(**knobs, impl="auto", model__frozen_bits=bits))
+    for _ in range(2):
+        metrics = engine.step(prompts()).metrics
+        assert metrics["val/first_ratio_gap"] == 0.0
+        assert all(value == value for value in metrics.values())

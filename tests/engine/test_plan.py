@@ -19,7 +19,7 @@ from ppomax.models.adapters import add_adapters
 from ppomax.models.recompute import recompute, recompute_blocks
 from ppomax.planning.advice import most_parameters
 from ppomax.planning.job import GiB, Job, roles
-from ppomax.planning.memory import device_bytes, host_bytes, optimiser, rollout, weights
+from ppomax.planning.memory import device_bytes, host_bytes, rollout
 from ppomax.planning.plan import (
     _kept_row,
     job_of,
@@ -31,6 +31,7 @@ from ppomax.planning.plan import (
     stage_job_of,
 )
 from ppomax.planning.seconds import DEVICES, seconds
+from ppomax.planning.steady import optimiser, weights
 from ppomax.planning.trace import doubled, held, live_bytes, sizes_of
 from ppomax.rollout import Sampling, decode
 from ppomax.stages.sft import batch_nll
@@ -95,7 +96,7 @@ def measured(
     planned = planned_peaks(
         job(size, dtype=dtype, cpu=True, prompt_tokens=max(lengths), prompt_lengths=known, padded=dtype != "float32",
             response_tokens=response, rollout_size=sequences, minibatch_size=minibatch, micro_tokens=micro,
-            slots=config.rollout.slots, gradient_checkpointing=again,
+            slots=config.rollout.slots, gradient_checkpointing=again, frozen_bits=config.model.frozen_bits,
             kept_row=_kept_row(config, shape(**SIZES[size])), whole_kl=config.kl.estimator == "vocabulary",
             **(dict(train="lora", lora_rank=16, borrowing_critic=True) if adapters else {}))
     )  # fmt: skip
@@ -125,6 +126,14 @@ def test_planned_peaks_are_those_of_real_steps(size, prompt, response, sequences
 def test_adapters_on_borrowed_weights_are_planned_as_they_run(again):
     got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32", again, adapters=True)
     for phase in ("load", "rollout", "update"):
+        assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_frozen_weights_in_few_bits_are_planned_as_they_lie(bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    got, planned = measured("4M", 48, 16, 16, 16, 4096, "float32", adapters=True, model__frozen_bits=bits)
+    for phase in ("rollout", "update"):
         assert planned[phase] == pytest.approx(got[phase], rel=WITHIN), phase
 
 
@@ -430,6 +439,28 @@ def test_adapters_save_what_they_should():
         plan = make_plan(job_of(load_config(name, overrides=knobs), **where)[0], advise=False)
         assert plan.fits
         assert plan.peak <= most * GiB
+
+
+def test_idle_models_are_counted_where_they_lie() -> None:
+    """Policy 13 GiB, reward model and critic as large, one GPU."""
+    whole = {"sharding.zero_stage": None, "sharding.frozen": "whole", "model.critic": "reward_model"}
+    where = {"ranks": 1, "memory": 80 * GiB, "host_memory": 1024 * GiB}
+    on, off = (
+        make_plan(job_of(load_config("llama-7b-lora", overrides=whole | {"sharding.idle": at}), **where)[0])
+        for at in ("device", "host")
+    )
+    scorer = on.phases["load"]["reward weights"]
+    assert off.phases["rollout"]["reward weights"] == 0
+    assert off.phases["rollout"]["critic weights"] == 0
+    assert off.phases["rollout"]["optimiser"] < on.phases["rollout"]["optimiser"]
+    assert off.phases["update"]["reward weights"] == scorer, "the critic stands on it"
+    assert off.phases["update"]["optimiser"] == on.phases["update"]["optimiser"]
+    assert off.host["idle models"] > scorer
+    alone = whole | {"model.critic_train": "full", "sharding.idle": "host"}
+    phases = make_plan(job_of(load_config("llama-7b-lora", overrides=alone), **where)[0]).phases
+    assert phases["update"]["reward weights"] == 0
+    assert phases["update"]["critic weights"] == pytest.approx(scorer, rel=0.01)
+    assert any(a.knob == "--sharding.idle host" for a in on.advice)
 
 
 @pytest.mark.parametrize("name", ONE_GPU)

@@ -48,6 +48,11 @@ class ModelConfig:
     """lora: an adapter's output is scaled by alpha / rank."""
     lora_targets: tuple[str, ...] | None = None
     """lora: names of the linear layers of the blocks that get an adapter (q_proj, v_proj ...). None: all of them."""
+    frozen_bits: Literal[4, 8] | None = None
+    """Bits of the weights of frozen linear layers in the blocks: the policy's under adapters or in the trunk, a whole
+    reference's, the reward model's, an adapted critic's. 8: int8 with a scale a row; 4: NF4. None: as `dtype` says.
+    Decoding then makes each weight whole in each step, which costs more than reading it. A whole reference (train:
+    full) is no longer the policy's start to the bit. Needs bitsandbytes, and models whole on each rank."""
     tokenizer: str | None = None
     """Tokenizer directory. None: the policy's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -644,6 +649,11 @@ class ShardingConfig:
     frozen: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
     """Reference and reward model: `whole` on every rank, cut over the ranks as by ZeRO-3, or so on the host. `auto`:
     sharded under zero_stage 3, else whole."""
+    idle: Literal["device", "host"] = "device"
+    """Where reference, reward model and critic (with its optimiser) lie while a phase does without them: sampling needs
+    none of the three, scoring not the reward model, an update the critic alone. `host`: pinned memory, from which they
+    are copied whole. Of whole models, as in one process or under zero_stage 0; parts have `frozen: offloaded` and
+    `offload_param`."""
     hpz: int = 1
     """ZeRO++ hpZ: ranks (of one node) that hold a second copy of the weights among them. 1: off. Needs zero_stage 3,
     and a number that divides that of the ranks."""
@@ -726,6 +736,12 @@ class TrainConfig:
                 "config: rollout.ahead=1 trains on responses of the policy before the last update: set "
                 "loss.sampler_is_cap (2, say), and leave run.grace null"
             )
+        if self.model.frozen_bits is not None:
+            whole = self.sharding.zero_stage != 3 and self.sharding.frozen in ("auto", "whole")
+            cut = "null where sharding.zero_stage=3 or sharding.frozen cuts models over the ranks"
+            require(whole, "model.frozen_bits", cut, self.model.frozen_bits)
+            copied = self.kl.refresh_every is not None and self.model.train == "full"
+            require(not copied, "model.frozen_bits", "null with kl.refresh_every", self.model.frozen_bits)
         if self.rollout.exact and self.why_not_exact:
             raise ConfigError(f"config: rollout.exact {self.why_not_exact}; change these, or leave it off")
         if self.kl.refresh_every is not None and self.model.train == "lora":

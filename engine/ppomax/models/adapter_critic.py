@@ -20,6 +20,7 @@ from ppomax.config import ModelConfig
 from ppomax.models.adapters import AdapterKnobs, adapters_off, chosen_layers, has_adapters
 from ppomax.models.branch import TrunkCritic
 from ppomax.models.critic import Critic, RewardModel, make_critic
+from ppomax.models.frozen_bits import place
 from ppomax.models.head import head_of
 from ppomax.models.packed import packed_hidden
 from ppomax.models.score_head import Scale, draw_score_head
@@ -137,5 +138,5 @@ def adapter_critic(
             raise ValueError(NO_REWARD_MODEL)
         return AdapterCritic(reward_model.model, config, start=reward_model, seed=seed)
     found = make_critic(start, dtype, seed=seed)
-    freeze(found.to(policy.device))
+    place(freeze(found), policy.device, config)
     return AdapterCritic(found.model, config, start=found if found.raw else None, seed=seed)

@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ppomax.models.frozen_bits import FrozenLinear
 from ppomax.models.partitioned import gathered
 
 CHUNK = 1 << 12
@@ -33,6 +34,11 @@ def fingerprint(model: nn.Module) -> str:
         if not p.requires_grad:
             with gathered(p):
                 digest.update(chunk_sums(p.detach()).cpu().numpy().tobytes())
+    for name, layer in model.named_modules():
+        if isinstance(layer, FrozenLinear):
+            digest.update(f"{name} {layer.bits} bits of {layer.dtype};".encode())
+            for x in (layer.codes, layer.scales):
+                digest.update(chunk_sums(x).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

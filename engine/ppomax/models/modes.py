@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ppomax.config import ModelConfig
 from ppomax.models.adapters import adapters_off, add_adapters, has_adapters
 from ppomax.models.branch import Branch, check_branch, train_top, with_top_of
+from ppomax.models.frozen_bits import place
 from ppomax.models.trunk import blocks_of, freeze
 from ppomax.sharding import Trained
 from ppomax.sharding.weights import LazyTensors, lazy_weights, overwrite
@@ -54,7 +55,8 @@ def set_up(policy: PreTrainedModel, reference: PreTrainedModel | None, config: M
     layers = trunk_layers(policy, config)
     if layers is None:
         policy.requires_grad_(True)
-        return freeze(copy.deepcopy(policy) if reference is None else reference)  # type: ignore[return-value]
+        given = copy.deepcopy(policy) if reference is None else reference
+        return place(freeze(given), policy.device, config)  # type: ignore[return-value]
     check_branch(policy, layers)
     train_top(policy, layers)
     return freeze(Branch(policy, layers).copied())  # type: ignore[return-value]

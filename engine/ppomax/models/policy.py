@@ -1,6 +1,7 @@
 """Policies and references: causal language models from Hugging Face checkpoints, dropout off, head checked.
 
-Left out on purpose: encoder-decoders, quantised loading. Adapters: adapters.py; top blocks alone: branch.py."""
+Left out on purpose: encoder-decoders, files of quantised weights (frozen_bits.py makes them). Adapters: adapters.py;
+top blocks alone: branch.py."""
 
 from __future__ import annotations
 

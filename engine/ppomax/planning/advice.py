@@ -60,10 +60,24 @@ def _borrowing(job: Job) -> Job:
     return replace(job, borrowing_critic=True, lora_rank=job.lora_rank or 16)
 
 
+def _in_bits(job: Job) -> Job:
+    """Frozen weights in 8 bits, where models are whole."""
+    whole = job.zero_stage != 3 and job.frozen in ("auto", "whole") and not job.refreshed and not job.alone
+    return replace(job, frozen_bits=8) if whole and job.frozen_bits is None else job
+
+
+def _idle(job: Job) -> Job:
+    """Models on the host between their phases, where nothing is cut."""
+    whole = not job.zero_stage and job.frozen in ("auto", "whole") and not job.alone and not job.cpu
+    return replace(job, idle_on_host=True) if whole else job
+
+
 KNOBS: dict[str, Callable[[Job], Job]] = {
     "--model.dtype bfloat16": lambda job: replace(job, dtype="bfloat16"),
     "--model.train lora": lambda job: replace(job, train="lora", lora_rank=job.lora_rank or 16),
     "--model.critic_train lora": _borrowing,
+    "--model.frozen_bits 8": _in_bits,
+    "--sharding.idle host": _idle,
     "--model.train hydra": lambda job: replace(job, train="hydra", critic=None),
     "--model.gradient_checkpointing true": lambda job: replace(job, gradient_checkpointing=True),
     "--sharding.zero_stage 2": lambda job: replace(job, zero_stage=2),

@@ -31,6 +31,10 @@ class Job:
     """The critic is trained by adapters too, on frozen weights of its own."""
     borrowing_critic: bool = False
     """The critic is adapters and a head on `critic`'s weights, which another model holds."""
+    frozen_bits: int | None = None
+    """Of the weights of frozen linear layers in the blocks."""
+    idle_on_host: bool = False
+    """Reference, reward model and critic lie on the host while a phase does without them."""
     gradient_checkpointing: bool = False
     """Blocks are run again in the backward."""
     zero_stage: int | None = None
@@ -164,6 +168,18 @@ def partitioned(job: Job, role: Role) -> bool:
 def offloaded(job: Job, role: Role) -> bool:
     """Whether that part lies on the host."""
     return partitioned(job, role) and (job.offload_param or (job.frozen == "offloaded" and not role.trained))
+
+
+def in_bits(job: Job, role: Role) -> int:
+    """Weights of the role's frozen linear layers, where `frozen_bits` stores them; 0 where it does not."""
+    if job.frozen_bits is None:
+        return 0
+    layers = role.sizes.layers
+    if role.name == "policy":
+        layers = {"full": 0, "lora": layers, "hydra": layers - job.trained_layers}[job.train]
+    if (role.name == "reference" and job.train != "full") or (role.name == "critic" and not job.adapted_critic):
+        layers = 0
+    return layers * sum(i * o for _, i, o in role.sizes.linears)
 
 
 def optimiser_ranks(job: Job) -> int:

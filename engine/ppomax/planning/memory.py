@@ -13,19 +13,33 @@ Lengths are taken at their limits, so a run whose texts are shorter needs less."
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ppomax.planning.job import (
     GiB,
     Job,
     Role,
+    in_bits,
     micro_batch,
     micro_batches,
     offloaded,
     optimiser_ranks,
     partitioned,
     roles,
+)
+from ppomax.planning.steady import (
+    added,
+    checkpoint_copies,
+    fullest,
+    kept,
+    larger,
+    masters,
+    movable,
+    overhead,
+    sampler_process,
+    second_copies,
+    steady,
+    weights,
 )
 from ppomax.planning.trace import Held, cache_bytes, decoded, held, packed_weight_bytes, prefill_tokens, sizes_of
 
@@ -34,31 +48,25 @@ if TYPE_CHECKING:
 
 DATA_PARALLEL_BUCKET = 1 << 25
 """Elements that ZeRO 0 sums in one float32 message (sharding/plain.py)."""
-GPU_OVERHEAD = int(1.5 * GiB)
-"""CUDA context, NCCL and workspaces of a rank: an assumption."""
 FRAGMENTATION = 0.05
 """Share of a GPU's allocations lost between blocks: an assumption."""
 COPIES_AS_BITS, COPIES_AS_IDS, COPIES_FOR_KL = 6, 2, 5
 """Tensors of a chunk's size that live at once where its logits are worked on in plain torch (recipe/cut.py): with what
 a token was drawn from recorded as bits or as ids, and for the KL over all tokens."""
-CPU_OVERHEAD = int(0.55 * GiB)
-"""Resident memory of Python with torch, transformers and the kernels loaded."""
 SCRATCH = 4
 """Bytes that a C++ operator takes of its own for a 16-bit logit on a CPU, where torch does not see them."""
-SAMPLER_PROCESS = int(1.7 * GiB)
-"""Resident memory of vLLM's process on a CPU, its cache of 1 GiB included, without a model."""
 HOST_OVERHEAD = 3 * GiB
 """The same on the host beside a GPU, with CUDA libraries: an assumption."""
 
 
 def device_bytes(job: Job) -> dict[str, dict[str, int]]:
     """Phase -> kind -> bytes that one rank's device holds at that phase's peak."""
-    phases = {"load": _sum(weights(job), _masters(job), _kept(job), overhead(job))}
-    steady = _sum(weights(job), optimiser(job), _kept(job), overhead(job))
+    phases = {"load": added(weights(job), masters(job), kept(job), overhead(job))}
     before = {"evaluation": evaluation} if job.alone else {"rollout": rollout, "scoring": scoring}
     for phase, extra in (before | {"update": update, "step": step}).items():
-        phases[phase] = _sum(steady, extra(job))
-    phases["save"] = steady if not (job.cpu and job.background_saves) else _sum(steady, _copies(job))
+        phases[phase] = added(steady(job, phase), extra(job), made_whole(job))
+    copies = checkpoint_copies(job) if job.cpu and job.background_saves else {}
+    phases["save"] = added(steady(job, "save"), copies)
     if not job.cpu:
         for kinds in phases.values():
             kinds["overhead"] += int(FRAGMENTATION * (sum(kinds.values()) - kinds["overhead"]))
@@ -73,82 +81,19 @@ def host_bytes(job: Job) -> dict[str, int]:
     held_there = {"processes": local * HOST_OVERHEAD}
     largest = max(r.elements for r in everyone) * job.width
     loading = {"loading": local * (largest // job.ranks if job.zero_stage == 3 else largest)}
-    copies = {"checkpoint copies": local * _copies(job)["checkpoint copies"] if job.background_saves else 0}
-    held_there |= _larger(loading, copies)  # the one at the start, the other later
+    copies = {"checkpoint copies": local * checkpoint_copies(job)["checkpoint copies"] if job.background_saves else 0}
+    held_there |= larger(loading, copies)  # the one at the start, the other later
     if job.sampler_memory is not None:
-        held_there["sampler"] = local * (_sampler_process(job) + HOST_OVERHEAD)
+        held_there["sampler"] = local * (sampler_process(job) + HOST_OVERHEAD)
     there = [r for r in everyone if offloaded(job, r)]
     held_there["weights"] = local * (sum(r.elements for r in there) * job.width // job.ranks)
-    held_there["weights"] += local * _second_copies(job, there)
+    held_there["weights"] += local * second_copies(job, there)
+    if job.idle_on_host:
+        held_there["idle models"] = local * sum(movable(job).values())
     if job.offload_optimizer:
         # fp32 copy, two moments and the fp32 gradient that the host's AdamW reads
         held_there["optimiser"] = local * 16 * sum(r.trained for r in everyone) // optimiser_ranks(job)
     return held_there
-
-
-# ---- what is always there -------------------------------------------------------------------------------------------
-
-
-def weights(job: Job) -> dict[str, int]:
-    """Bytes of each model's weights on one rank."""
-    out = {}
-    for r in roles(job):
-        on_device = 0 if offloaded(job, r) and not job.cpu else r.elements * job.width
-        out[f"{r.name} weights"] = on_device // (job.ranks if partitioned(job, r) else 1)
-    return out
-
-
-def optimiser(job: Job) -> dict[str, int]:
-    """Two moments, and an fp32 copy of what is trained unless it is fp32 itself in plain torch."""
-    if job.offload_optimizer and not job.cpu:
-        return {"optimiser": 0}
-    return {"optimiser": _masters(job)["optimiser"] + 8 * sum(r.trained for r in roles(job)) // optimiser_ranks(job)}
-
-
-def _masters(job: Job) -> dict[str, int]:
-    """The fp32 copies alone, which are there before the first step."""
-    needed = job.width == 2 or job.zero_stage
-    on_host = job.offload_optimizer and not job.cpu
-    trained = sum(r.trained for r in roles(job))
-    return {"optimiser": 4 * trained // optimiser_ranks(job) if needed and not on_host else 0}
-
-
-def overhead(job: Job) -> dict[str, int]:
-    found = {"overhead": CPU_OVERHEAD if job.cpu else GPU_OVERHEAD}
-    return found | ({"sampler": _sampler_process(job)} if job.cpu and job.sampler_memory is not None else {})
-
-
-def _sampler_process(job: Job) -> int:
-    """vLLM's on a CPU, or what it leaves on the host while it sleeps: its code, its cache, a copy of the policy."""
-    copy = sizes_of(job.policy, "causal_lm").params * job.width
-    return copy + (SAMPLER_PROCESS if job.cpu else 0)
-
-
-def _kept(job: Job) -> dict[str, int]:
-    """What each engine keeps from its start on under ZeRO-3: a flat buffer that gradients are reduced through, its
-    partition of them, and hpZ's second copy of the weights."""
-    if job.zero_stage != 3:
-        return {}
-    trained = [r for r in roles(job) if r.trained]
-    on_host = job.offload_optimizer and not job.cpu
-    gradients = 0 if on_host else sum(r.trained for r in trained) * job.width // job.ranks
-    kept = {"buckets": len(trained) * job.bucket * job.width, "gradients": gradients}
-    if job.hpz > 1:
-        kept["second copies"] = _second_copies(job, [r for r in roles(job) if job.cpu or not offloaded(job, r)])
-    return kept
-
-
-def _second_copies(job: Job, among: list[Role]) -> int:
-    """hpZ's, which lie where a model's parts do."""
-    return sum(r.elements for r in among if partitioned(job, r)) * job.width // job.hpz if job.hpz > 1 else 0
-
-
-def _copies(job: Job) -> dict[str, int]:
-    """A rank's share of what a checkpoint holds of the trained models: weights, two moments, fp32 copies of 16 bit."""
-    each = job.width + 8 + (4 if job.width == 2 else 0)
-    trained = sum(r.trained for r in roles(job))
-    reference = sum(r.elements for r in roles(job) if r.name == "reference") * job.width if job.refreshed else 0
-    return {"checkpoint copies": (each * trained + reference) // job.ranks}
 
 
 # ---- what a phase adds ----------------------------------------------------------------------------------------------
@@ -158,6 +103,7 @@ def rollout(job: Job) -> dict[str, int]:
     """KV cache, the prefill's activations, one row of logits a slot, the whole policy under ZeRO-3; or what vLLM takes,
     which on a GPU sleeps after it."""
     policy = sizes_of(job.policy, "causal_lm")
+    in_few_bits = in_bits(job, roles(job)[0])  # which are not held a second time
     if job.sampler_memory is not None:
         return {"sampler": 0 if job.cpu else int(job.sampler_memory * job.memory)}
     slots = min(job.slots, job.sequences)
@@ -168,8 +114,8 @@ def rollout(job: Job) -> dict[str, int]:
     prefill = _held(job, decoded(job.policy), 1, at_once)
     return {
         "KV cache": cache,
-        "packed weights": packed_weight_bytes(job.policy, job.dtype, job.cpu),
-        **_larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
+        "packed weights": max(0, packed_weight_bytes(job.policy, job.dtype, job.cpu) - in_few_bits * job.width),
+        **larger({"activations": prefill.forward}, {"logits": slots * policy.vocab * job.width}),
         "gathered": _gathered_policy(job),
         "trunk states": _trunk_states(job),
         "sets of the cut": _kept_sets(job, job.sequences + slots),
@@ -187,7 +133,7 @@ def longest_prompts(job: Job) -> list[Prompt]:
 
 def scoring(job: Job) -> dict[str, int]:
     """A forward of each model in turn over one micro-batch; the gathered policy stays for its own."""
-    return _fullest(_scoring(job, *micro) for micro in micro_batches(job))
+    return fullest(_scoring(job, *micro) for micro in micro_batches(job))
 
 
 def _scoring(job: Job, rows: int, length: int) -> dict[str, int]:
@@ -197,7 +143,7 @@ def _scoring(job: Job, rows: int, length: int) -> dict[str, int]:
     whole = torch_chunk(policy.vocab, job, rows, COPIES_FOR_KL) if job.whole_kl else 0
     logits = max(chunk_bytes(policy.vocab, job, rows), whole) + 2 * _picked(job, rows)
     return {
-        **_larger({"activations": max(forwards)}, {"logits": logits}),
+        **larger({"activations": max(forwards)}, {"logits": logits}),
         "states for the KL": _states_for_kl(job),
         "sets of the cut": _kept_sets(job, job.rollout_size),
         "gathered": _gathered_policy(job) + max(_live_layers(job, r) for r in roles(job) if r.name != "policy"),
@@ -210,19 +156,19 @@ def evaluation(job: Job) -> dict[str, int]:
     rows, length = micro_batch(job)
     logits = chunk_bytes(sizes_of(job.policy, "causal_lm").vocab, job, rows) + 2 * _picked(job, rows)
     forward = _held(job, job.policy, rows, length).forward
-    return {**_larger({"activations": forward}, {"logits": logits}), "gathered": _gathered_policy(job)}
+    return {**larger({"activations": forward}, {"logits": logits}), "gathered": _gathered_policy(job)}
 
 
 def update(job: Job) -> dict[str, int]:
     """The larger of the policy's and the critic's turn on one micro-batch, gradients of both held; alone, its own."""
-    return _fullest(_update(job, *micro) for micro in micro_batches(job))
+    return fullest(_update(job, *micro) for micro in micro_batches(job))
 
 
 def _update(job: Job, rows: int, length: int) -> dict[str, int]:
     several = job.sequences * min(job.minibatch_size, job.rollout_size) // job.rollout_size > rows
     if job.alone:
         (policy,) = roles(job)
-        return _sum(_policy_turn(job, policy, None, rows, length, several), {"buckets": _passing_buckets(job)})
+        return added(_policy_turn(job, policy, None, rows, length, several), {"buckets": _passing_buckets(job)})
     policy, critic = (next(r for r in roles(job) if r.name == name) for name in ("policy", "critic"))
     turns = [_policy_turn(job, policy, critic, rows, length, several)]
     if job.ptx_batch:
@@ -234,7 +180,7 @@ def _update(job: Job, rows: int, length: int) -> dict[str, int]:
     turns.append(_turn(before, _gradient(job, policy) + _gradient(job, critic), act, {}))
     turns[-1]["gathered"] = _live_layers(job, critic)
     held_on = {"trunk states": _trunk_states(job), "sets of the cut": _kept_sets(job, job.rollout_size)}
-    return _sum(_larger(*turns), held_on, {"buckets": _passing_buckets(job)})
+    return added(larger(*turns), held_on, {"buckets": _passing_buckets(job)})
 
 
 def _passing_buckets(job: Job) -> int:
@@ -262,7 +208,7 @@ def _turn(before: int, after: int, act: Held, loss: dict[str, int]) -> dict[str,
     begun = {"gradients": before, "activations": act.peak}
     # Without gradients from before, they grow as the activations shrink: never both whole.
     grown = {"gradients": after, "activations": act.peak if before == after else act.peak - act.saved}
-    return _larger(at_loss, begun, grown)
+    return larger(at_loss, begun, grown)
 
 
 def step(job: Job) -> dict[str, int]:
@@ -355,19 +301,8 @@ def _held(job: Job, config: str, rows: int, length: int, layers: int | None = No
     return held(config, job.dtype, rows, length, everything, targets, job.gradient_checkpointing, fused)
 
 
-def _fullest(moments: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Of micro-batches, the one that holds most."""
-    return max(moments, key=lambda kinds: sum(kinds.values()))
-
-
-def _larger(*moments: dict[str, int]) -> dict[str, int]:
-    """Of moments that follow each other, the one that holds most."""
-    return max(moments, key=lambda kinds: sum(kinds.values()))
-
-
-def _sum(*parts: dict[str, int]) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for part in parts:
-        for kind, size in part.items():
-            out[kind] = out.get(kind, 0) + size
-    return out
+def made_whole(job: Job) -> dict[str, int]:
+    """The layer that is multiplied by, where it is stored in few bits; on a CPU int8 is made by way of float32."""
+    each = [i * o for r in roles(job) if in_bits(job, r) for _, i, o in r.sizes.linears]
+    width = job.width + (4 if job.frozen_bits == 8 and job.cpu else 0)
+    return {"a layer made whole": max(each, default=0) * width}

@@ -142,6 +142,8 @@ def job_of(
             adapted_critic=model.critic_train == "lora" and model.critic not in ("reward_model", "policy"),
             lora_rank=model.lora_rank if "lora" in (model.train, model.critic_train) else 0,
             lora_targets=tuple(model.lora_targets or ()),
+            frozen_bits=model.frozen_bits,
+            idle_on_host=config.sharding.idle == "host",
             gradient_checkpointing=model.gradient_checkpointing,
             **_sharded(config.sharding, ranks),
             ranks=ranks,

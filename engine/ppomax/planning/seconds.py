@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ppomax.planning.job import GiB, Job, Role, micro_batch, roles
+from ppomax.planning.job import GiB, Job, Role, in_bits, micro_batch, roles
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def _rollout(job: Job, policy: Role, device: Device, assumed: Assumptions) -> fl
     prefill = job.sequences * job.mean_prompt * flops / (device.flops * assumed.forward_efficiency)
     c = policy.sizes
     read = (c.params - (0 if c.tied else c.embedding)) * job.width
+    if job.frozen_bits is not None:  # codes are read and weights written, which are read then
+        read += int(in_bits(job, policy) * (job.frozen_bits / 8 + job.width))
     cache = slots * (job.mean_prompt + job.response_tokens / 2) * c.kv_token * job.width
     memory = (read + cache) / (device.bandwidth * assumed.bandwidth_efficiency)
     math = slots * flops / (device.flops * assumed.forward_efficiency)

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from ppomax.config import RolloutConfig
 from ppomax.models import embedding_weight
 from ppomax.rollout import Responses, Sampling
 from ppomax.rollout.sampler import Sampler, checked
+from ppomax.rollout.vllm_sampler import VllmSampler
 from ppomax.saving.export_policy import weights_to_hand_over
 from ppomax.sharding import Trained, ranks
 from ppomax.sharding.weights import shape_of
@@ -39,6 +41,15 @@ class Outside:
         """Optimiser steps of the weights that it has; -1: none, or of another run."""
         self._under_way: tuple[list[int], Future[Responses]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ppomax-sampler")
+
+    @classmethod
+    def of(cls, sampler: Sampler | None, policy: PreTrainedModel, config: RolloutConfig) -> Outside | None:
+        """Of `sampler`, or of what `config` names; None: our decoder draws. ValueError: it cannot do what is asked."""
+        if sampler is None and config.sampler == "vllm":
+            sampler = VllmSampler(policy, config)
+        if sampler is None and config.ahead:
+            raise ValueError("Engine: rollout.ahead needs a sampler of its own; pass sampler=, or set rollout.sampler")
+        return None if sampler is None else cls(sampler)
 
     def draw(self, policy: Trained[PreTrainedModel], wanted: Wanted, following: Wanted | None) -> Responses:
         """This rank's responses to `wanted`: those under way, if they are to these uids, or new ones. Starts on

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.config import ConfigError, RewardConfig, TrainConfig
 from ppomax.models import RewardModel, freeze, load_reward_model, load_tokenizer, set_attention
+from ppomax.models.frozen_bits import place
 from ppomax.recipe.batch import Rollout, last_tokens
 from ppomax.recipe.reward_pool import Pooled
 from ppomax.recipe.rewards import FunctionReward, ModelReward, RewardSource, Scores, load_function
@@ -72,7 +73,7 @@ def reward_source(
     if isinstance(reward, (str, Path, PreTrainedModel, RewardModel)):
         trust = config.model.trust_remote_code
         model = load_reward_model(reward, dtype, trust_remote_code=trust, zero=zero)
-        set_attention(freeze(model.to(device)), config.model.attention)
+        set_attention(place(freeze(model), device, config.model), config.model.attention)
         source = ModelReward(model, config.impl)
         if config.reward.tokenizer is not None:
             if tokenizer is None:

@@ -57,6 +57,8 @@ class Scorers(NamedTuple):
     """b: of the policy all but the blocks from b on is frozen, and no scorer runs the blocks below."""
     drawn: Responses | None = None
     """This rank's responses, by another sampler. None: our decoder draws them."""
+    fetch: Callable[[], None] | None = None
+    """Called when all are drawn: reference and critic are needed from then on."""
 
 
 @torch.no_grad()
@@ -86,6 +88,8 @@ def rollout(
     padded = any_pads(models.policy, models.reference, models.critic)
     micro_batches = split_minibatches(lengths, size, budget, generator, ranks.position(), padded=padded)
     began = time.perf_counter()
+    if models.fetch is not None:
+        models.fetch()
     how: dict[str, Any] = {"temperature": sampling.temperature, "impl": sampling.impl}
     how |= {"last_values": last_values, "whole_kl": whole_kl}
     roll = score(models, prompts, responses, micro_batches, **how)

@@ -23,6 +23,7 @@ from ppomax.saving.engine_state import refuse_not_finite
 from ppomax.saving.model_folder import save_model
 from ppomax.saving.tensor_files import shards, size_of, write_gathered, write_tensors
 from ppomax.sharding import Lazy, Trained, ranks
+from ppomax.sharding.plain import made_weights
 
 SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
@@ -74,7 +75,7 @@ def export_model(
     if has_adapters(model):
         weights, adapters = merged_weights(model, weights)
         adapters = adapters if beside_adapters else {}
-    elif not trained.sharded:
+    elif not trained.sharded and not made_weights(model):
         with ranks.fail_together():
             if ranks.rank() == 0:
                 save_model(model, tokenizer, path)

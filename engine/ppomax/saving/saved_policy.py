@@ -13,6 +13,7 @@ from ppomax.assets import named_model
 from ppomax.config import TrainConfig, build
 from ppomax.models import load_policy, load_tokenizer
 from ppomax.models.fingerprints import fingerprint
+from ppomax.models.frozen_bits import place
 from ppomax.models.modes import set_up
 from ppomax.saving.dealt import DealtTensors
 from ppomax.saving.engine_state import STATE, read_state
@@ -80,6 +81,7 @@ def saved_policy(path: Path, base: str | None = None, *, trust_remote_code: bool
             raise CheckpointError(
                 f"{checkpoint} was trained from {start}, which has moved (--base): {error}"
             ) from error
+        place(policy, policy.device, config.model, trained=True)
         set_up(policy, None, config.model, seed=config.run.seed)
     if fingerprint(policy) != state["fingerprints"]["policy"]:
         raise CheckpointError(f"{checkpoint} was trained from another model than {start}; name that one (--base)")

@@ -18,10 +18,12 @@ from ppomax.sharding.choose import (
     stage_of,
     train_model,
 )
+from ppomax.sharding.idle import Idle
 from ppomax.sharding.plain import DataParallel, Lazy, Trained, copy_into, lr_at
 
 __all__ = [
     "DataParallel",
+    "Idle",
     "Lazy",
     "Trained",
     "call",

@@ -11,7 +11,7 @@ from torch import nn
 
 from ppomax.config import ConfigError, OptimConfig, ShardingConfig, TrainConfig
 from ppomax.sharding import ranks, zero_config
-from ppomax.sharding.plain import DataParallel, Trained
+from ppomax.sharding.plain import DataParallel, Trained, made_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,6 +50,11 @@ def sharded_reads(config: TrainConfig, dtype: torch.dtype, *, from_files: bool) 
             f"config: loss.joint_grad_clip holds the gradients of both models together, but ZeRO stage "
             f"{stage_of(sharding)} clips each model by itself; leave it off, or set sharding.zero_stage: 0"
         )
+    if sharding.idle == "host" and (stage_of(sharding) or shards_frozen(sharding)):
+        raise ConfigError(
+            "config: sharding.idle=host moves whole models, and these are cut over the ranks; set sharding.zero_stage: "
+            "0 and sharding.frozen: whole, or leave it and use frozen: offloaded, offload_param, offload_optimizer"
+        )
     on_reward_model = config.model.critic == "reward_model" and shards_frozen(sharding)
     if config.model.critic_train == "lora" and (stage_of(sharding) == 3 or on_reward_model):
         raise ConfigError(
@@ -74,8 +79,15 @@ def is_sharded(module: nn.Module) -> bool:
 
 def model_to_copy(model: M, path: str | None, zero: dict[str, Any] | None = None) -> M | str:
     """What a second model that starts as `model` is made from: `model`; or its files `path`, where one of the two lies
-    in parts, which are read anew and not copied. zero: the second one's settings."""
-    return path if path is not None and (zero is not None or is_sharded(model)) else model
+    in parts, or in few bits, which are read anew and not copied. zero: the second one's settings. ValueError: there are
+    no such files."""
+    in_bits = bool(made_weights(model))
+    if in_bits and path is None:
+        raise ValueError(
+            "Engine: with model.frozen_bits a critic that is trained whole starts from files; give the path of the "
+            "model that it starts as, or set model.critic_train: lora"
+        )
+    return path if path is not None and (zero is not None or in_bits or is_sharded(model)) else model
 
 
 def train_model(module: M, optim: OptimConfig, total_steps: int, config: ShardingConfig) -> Trained[M]:

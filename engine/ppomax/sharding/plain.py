@@ -158,7 +158,7 @@ class Trained(Generic[M]):
 
     def all_weights(self) -> dict[str, Lazy]:
         """Every weight by name, frozen ones too (tied ones once)."""
-        return {name: Lazy.of(x) for name, x in all_tensors(self.module).items()}
+        return {name: Lazy.of(x) for name, x in all_tensors(self.module).items()} | made_weights(self.module)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:
@@ -212,6 +212,11 @@ def all_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters (tied ones once) and persistent buffers by name."""
     persistent = module.state_dict().keys()
     return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
+
+
+def made_weights(module: nn.Module) -> dict[str, Lazy]:
+    """Weights that are no parameters: their layers store them in another form, and know their `lazy_weight`."""
+    return {f"{n}.weight": m.lazy_weight() for n, m in module.named_modules() if hasattr(m, "lazy_weight")}
 
 
 def shape_in(tensors: Mapping[str, Tensor], name: str) -> torch.Size:

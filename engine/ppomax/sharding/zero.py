@@ -22,6 +22,7 @@ from ppomax.sharding.plain import (
     check_names,
     check_shape,
     in_use,
+    made_weights,
     named_tensors,
     shape_in,
     stretch_in,
@@ -131,7 +132,7 @@ class ZeroTrained(Trained[M]):
         return weights, state
 
     def all_weights(self) -> dict[str, Lazy]:
-        return {name: lazy_weight(x) for name, x in all_tensors(self.module).items()}
+        return {name: lazy_weight(x) for name, x in all_tensors(self.module).items()} | made_weights(self.module)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:

@@ -320,6 +320,7 @@ class PpoLoop:
         prompts = [known[i % len(known)] for i in range(ptx.pool)]
         uids = range(-1_000_000, -1_000_000 - ptx.pool, -1)
         mine = ranks.part_of(ptx.pool)
+        self.engine.idle.work_with("reference")
         with start_policy(self.engine.policy, self.engine.reference) as start:
             log.info("sampling %d texts for the ptx term from the start policy", ptx.pool)
             sampling = Sampling.of(config.rollout, seed=config.run.seed, impl=config.impl)
