@@ -299,10 +299,11 @@ class Engine:
         `PendingSave.finish`. One at a time."""
         return self._writer.start(Path(path), *contents(self._parts, self._whole_state(), extra or {}))
 
-    def restore(self, path: str | Path) -> dict[str, Any]:
+    def restore(self, path: str | Path, *, verified: bool = False) -> dict[str, Any]:
         """Put the state saved in `path` into this engine, to the bit; returns `extra`. Refuses a checkpoint of other
-        models, unless config.run.accept_changes."""
-        state, extra = restore_state(Path(path), self._parts, self.fingerprints, self.config.run.accept_changes)
+        models, unless config.run.accept_changes. verified: all ranks have just hashed it."""
+        state = read_state(Path(path), verified=verified)
+        extra = restore_state(Path(path), state, self._parts, self.fingerprints, self.config.run.accept_changes)
         self.set_state(state)
         if self.outside is not None:
             self.outside.restore(state.get("ahead"))
@@ -315,7 +316,7 @@ class Engine:
         state = read_state(Path(path))
         engine = cls(**saved_parts(Path(path), state, parts))
         engine.sources = state["sources"]
-        engine.restore(path)
+        engine.restore(path, verified=True)
         return engine
 
     def state(self) -> dict[str, Any]:

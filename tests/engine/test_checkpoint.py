@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -239,6 +240,25 @@ def test_a_resume_with_other_prompts_is_refused(tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         train_ppo(load_config(overrides={**again, "run.accept_changes": True}))
     assert "saved with other prompts; going on" in caplog.text
+
+
+def test_a_resumed_run_says_what_it_took_to_be_back(tmp_path, caplog, monkeypatch) -> None:
+    """And hashes its checkpoint once."""
+    knobs = {**tiny_assets(tmp_path), **SMALL, "run.steps": 1, "run.out": str(tmp_path / "run")}
+    train_ppo(load_config(overrides=knobs))
+    hashed = []
+    real = folder.sha256
+    monkeypatch.setattr(folder, "sha256", lambda path: hashed.append(path.name) or real(path))
+    with caplog.at_level(logging.INFO, logger="ppomax"):
+        train_ppo(load_config(overrides={**knobs, "run.steps": 3, "run.resume": True}))
+    assert len(re.findall(r"first step after resuming", caplog.text)) == 1
+    assert re.search(
+        r"done, [\d.]+ s after the run's last heartbeat: models and rows [\d.]+ s, "
+        r"checkpoint [\de.-]+ GB in [\de.-]+ s \([\de.-]+ GB/s\), step [\d.]+ s",
+        caplog.text,
+    )
+    tensors = [name for name in hashed if name.endswith(("_optim.safetensors", "policy.safetensors"))]
+    assert sorted(tensors) == ["critic_optim.safetensors", "policy.safetensors", "policy_optim.safetensors"]
 
 
 def test_what_a_kill_in_the_last_prune_left_is_cleaned(tmp_path) -> None:

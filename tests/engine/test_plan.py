@@ -30,7 +30,7 @@ from ppomax.planning.plan import (
     shape_of,
     stage_job_of,
 )
-from ppomax.planning.seconds import DEVICES, seconds
+from ppomax.planning.seconds import DEVICES, Assumptions, seconds
 from ppomax.planning.steady import optimiser, weights
 from ppomax.planning.trace import doubled, held, live_bytes, sizes_of
 from ppomax.rollout import Sampling, decode
@@ -248,6 +248,24 @@ def test_the_largest_policy_that_decodes_whole_fills_the_memory():
     assert doubled(json.dumps({"num_hidden_layers": 2, "layer_types": ["a", "b"]})) == json.dumps(
         {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"]}
     )
+
+
+def test_seconds_of_checkpoints_follow_the_rates() -> None:
+    job = job_of(load_config("llama-7b"), ranks=8, memory=80 * GiB, host_memory=1024 * GiB)[0]
+    plan = make_plan(job, DEVICES["h100"], advise=False)
+    saves, share = plan.saves, plan.host["checkpoint copies"] / 8
+    assert saves.state == plan.host["checkpoint copies"]
+    assert saves.written == pytest.approx(saves.state / 2e9)  # disk-bound
+    assert saves.still == pytest.approx(share / (64e9 * 0.7))  # the copy to the host
+    assert saves.to_next_step == pytest.approx(20 + saves.models + saves.read)
+    fast = make_plan(job, DEVICES["h100"], Assumptions(disk=1e12), advise=False).saves
+    assert fast.written == pytest.approx(share / 0.55e9)  # hash-bound
+    assert fast.models < saves.models / 400
+    beside = make_plan(replace(job, background_saves=False), DEVICES["h100"], advise=False).saves
+    assert beside.still == beside.written
+    adapters = job_of(load_config("llama-7b-lora"), ranks=8, memory=80 * GiB, host_memory=1024 * GiB)[0]
+    assert make_plan(adapters, DEVICES["h100"], advise=False).saves.state < saves.state / 50
+    assert make_plan(job, advise=False).saves is None
 
 
 def test_partitions_are_the_published_arithmetic():

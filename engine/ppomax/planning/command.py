@@ -40,6 +40,9 @@ CUSTOM = {
     "forward_efficiency": "Share of peak FLOPs that prefill and scoring reach.",
     "bandwidth_efficiency": "Share of peak bandwidth that decode steps reach.",
     "link_efficiency": "Share of link bandwidth that collectives reach.",
+    "disk": "Rate of the file system, all ranks together, GB/s.",
+    "hash_rate": "SHA-256 on one core, GB/s.",
+    "start_seconds": "From a launcher's start to a process's first file, seconds.",
     "launch_seconds": "Host time of one block of a decode step, seconds; near 0 with CUDA graphs.",
 }
 
@@ -130,7 +133,8 @@ def run_plan(flags: PlanFlags, config: AnyConfig, title: str, console: Any) -> b
     device = DEVICES[flags.device]
     if own:
         device = dataclasses.replace(device, name=f"{device.name} with own figures", **own)  # type: ignore[arg-type]
-    assumed = Assumptions(**{k: v for k, v in flags.figures.items() if k not in units})
+    scale = {"disk": 1e9, "hash_rate": 1e9}
+    assumed = Assumptions(**{k: v * scale.get(k, 1) for k, v in flags.figures.items() if k not in units})
     memory = device.memory if flags.memory is None else int(flags.memory * GiB)
     job, notes = any_job_of(config, **_place(flags, memory))
     plan = make_plan(job, None if job.cpu else device, assumed, notes=notes)

@@ -20,6 +20,7 @@ from ppomax.config.stages import RewardModelConfig, SftConfig
 from ppomax.planning.advice import Advice, advice_for, most_parameters
 from ppomax.planning.job import Job
 from ppomax.planning.memory import device_bytes, host_bytes
+from ppomax.planning.saves import Saves, saves_of
 from ppomax.planning.seconds import Assumptions, Device, seconds, tokens_per_second
 from ppomax.planning.trace import packs, sizes_of
 
@@ -42,6 +43,8 @@ class Plan:
     """Phase -> seconds of one iteration; empty without a device."""
     device: Device | None = None
     assumptions: Assumptions = field(default_factory=Assumptions)
+    saves: Saves | None = None
+    """What checkpoints take; None without a device."""
     advice: tuple[Advice, ...] = ()
     most_parameters: float | None = None
     """Of a policy that each GPU can hold whole while it decodes; none on a CPU and for a stage that draws nothing."""
@@ -81,7 +84,8 @@ def make_plan(
     assumed = assumed or Assumptions()
     phases, host = device_bytes(job), host_bytes(job)
     times = seconds(job, device, assumed) if device else {}
-    plan = Plan(job, phases, host, times, device, assumed, notes=notes)
+    saves = saves_of(job, device, assumed) if device else None
+    plan = Plan(job, phases, host, times, device, assumed, saves, notes=notes)
     if not advise:
         return plan
     whole = None if job.alone or job.cpu else most_parameters(job)

@@ -65,6 +65,13 @@ class Assumptions:
     """Bytes a second between nodes, one direction and GPU."""
     host_bandwidth: float = 200e9
     """Bytes a second of a node's memory, which an offloaded optimiser is bound by."""
+    disk: float = 2e9
+    """Bytes a second that the file system of runs and models reads or writes, for all ranks together; `ppomax doctor`
+    measures it."""
+    hash_rate: float = 0.55e9
+    """Bytes a second of SHA-256 on one core, as measured on a Xeon under Python 3.11."""
+    start_seconds: float = 20.0
+    """From a launcher's start to a process's first file: Python, libraries, the ranks' meeting."""
 
 
 def seconds(job: Job, device: Device, assumed: Assumptions | None = None) -> dict[str, float]:

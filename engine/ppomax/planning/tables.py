@@ -79,6 +79,12 @@ def fit_lines(plan: Plan) -> list[str]:
         parts = ", ".join(f"{kind} {gib(size)}" for kind, size in plan.host.items() if size)
         ok = "fits" if plan.host_fits else "does NOT fit"
         lines.append(f"host {ok}: {gib(sum(plan.host.values()))} of {gib(job.host_memory)} a node ({parts})")
+    if (saves := plan.saves) is not None:
+        lines.append(
+            f"checkpoint: {gib(saves.state)}, written in {saves.written:.0f} s, of which training stands still for "
+            f"{saves.still:.2g} s; from a kill to the next step {saves.to_next_step:.0f} s (start {saves.start:.0f}, "
+            f"models {saves.models:.0f}, checkpoint {saves.read:.0f})"
+        )
     if plan.most_parameters is not None:
         lines.append(
             f"decoding keeps the policy whole on each GPU: with the rest as here, up to some "
@@ -97,7 +103,8 @@ def fit_lines(plan: Plan) -> list[str]:
         lines.append(
             f"assumed: {plan.device.source}; {a.train_efficiency:.0%} of peak FLOPs in updates, "
             f"{a.forward_efficiency:.0%} in forwards, {a.bandwidth_efficiency:.0%} of bandwidth in decode steps, "
-            f"{1000 * a.launch_seconds:g} ms of launches a block; every text at its length limit"
+            f"{1000 * a.launch_seconds:g} ms of launches a block, {a.disk / 1e9:g} GB/s of disk, "
+            f"{a.hash_rate / 1e9:g} of hashing a rank; every text at its length limit"
         )
     return lines
 
@@ -112,6 +119,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "bytes": plan.phases,
         "host_bytes": plan.host,
         "seconds": plan.times,
+        "checkpoint": asdict(plan.saves) | {"to_next_step": plan.saves.to_next_step} if plan.saves else None,
         "tokens_per_second": plan.tokens_per_second,
         "advice": [asdict(a) for a in plan.advice],
         "most_parameters": plan.most_parameters,

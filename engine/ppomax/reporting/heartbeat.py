@@ -25,3 +25,9 @@ def beat(out: Path, step: int, steps: int, seconds: float) -> None:
     }
     with beside(out / HEARTBEAT) as part:
         part.write_text(json.dumps(words) + "\n", encoding="utf-8")
+
+
+def last_beat(out: Path) -> float | None:
+    """When the newest one was written (Unix time); None: there is none."""
+    file = out / HEARTBEAT
+    return float(json.loads(file.read_text(encoding="utf-8"))["time"]) if file.is_file() else None

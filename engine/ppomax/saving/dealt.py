@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ppomax.config.launcher import ranks_on_node
 from ppomax.saving.beside import sync
 from ppomax.saving.tensor_files import bytes_of, header_of, size_of
 from ppomax.sharding import Lazy, ranks
 
+T = TypeVar("T")
+R = TypeVar("R")
 SUFFIX = ".safetensors"
 STRETCHES = "stretches"
 """In a file's metadata: {name: [where it begins in the flat tensor, the whole tensor's shape]}."""
@@ -59,7 +64,15 @@ def share_of(files: dict[str, dict[str, Lazy]]) -> Share:
 
 def write_share(folder: Path, share: Share) -> dict[str, Entry]:
     """Write it into `folder`, which is there; returns the entries of its files, which are on the disk."""
-    return {name: write_file(folder / name, tensors) for name, tensors in share.items()}
+    written = in_threads(lambda each: write_file(folder / each[0], each[1]), list(share.items()))
+    return dict(zip(share, written, strict=True))
+
+
+def in_threads(function: Callable[[T], R], each: Sequence[T]) -> list[R]:
+    """`[function(x) for x in each]`, several at once where this rank has the cores: SHA-256 is slower than a disk."""
+    cores = (os.cpu_count() or 1) // ranks_on_node()
+    with ThreadPoolExecutor(max(1, min(len(each), cores))) as pool:
+        return list(pool.map(function, each))
 
 
 def copied(share: Share, buffers: dict[tuple[str, str], Tensor]) -> Share:

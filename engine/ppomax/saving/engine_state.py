@@ -109,19 +109,23 @@ def refuse_not_finite(trained: dict[str, Trained[Any]]) -> None:
             )
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """engine.json of a checkpoint that the ranks have verified."""
-    verify(path)
+def read_state(path: Path, *, verified: bool = False) -> dict[str, Any]:
+    """engine.json of a checkpoint that the ranks verify, unless they just have. CheckpointError: it is damaged."""
+    if not verified:
+        verify(path)
     return json.loads((path / STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def restore_state(
-    path: Path, parts: Parts, fingerprints: dict[str, str | None], accept_changes: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put weights, optimisers and random states of the checkpoint `path` in place; returns the `state` and `extra` that
-    `save_state` was given. CheckpointError if it is damaged, or of models with other `fingerprints`, unless
+    path: Path,
+    state: dict[str, Any],
+    parts: Parts,
+    fingerprints: dict[str, str | None],
+    accept_changes: bool = False,
+) -> dict[str, Any]:
+    """Put weights, optimisers and random states of the checkpoint `path` in place, whose `state` was read; returns the
+    `extra` that `save_state` was given. CheckpointError if it is of models with other `fingerprints`, unless
     accept_changes."""
-    state = read_state(path)
     compare_fingerprints(state["fingerprints"], fingerprints, path, accept_changes)
     for role, part in parts.trained.items():
         part.load(
@@ -134,7 +138,7 @@ def restore_state(
     own = min(ranks.rank(), len(state["random"]) - 1)  # a rank that the saved run did not have takes the last one's
     generators = load_file(path / RNG)
     restore_random_state({n: generators[_of_rank(own, n)] for n in random_state()}, state["random"][own])
-    return state, state["extra"]
+    return state["extra"]  # type: ignore[no-any-return]
 
 
 def saved_parts(path: Path, state: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

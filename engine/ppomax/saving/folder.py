@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ppomax.saving.beside import OLD, PART, begin, beside, part_of, remove, sync, take_place
-from ppomax.saving.dealt import Entry, share_of, write_share
+from ppomax.saving.dealt import Entry, in_threads, share_of, write_share
 from ppomax.saving.tensor_files import size_of
 from ppomax.sharding import Lazy, ranks
 
@@ -128,9 +128,8 @@ def verify(path: Path) -> None:
     try:
         listing = read_manifest(path)
         owners = ranks.deal([size for _, size, _ in listing], ranks.world_size())
-        for (name, size, digest), owner in zip(listing, owners, strict=True):
-            if owner == ranks.rank():
-                _check_file(path / name, size, digest)
+        own = [entry for entry, owner in zip(listing, owners, strict=True) if owner == ranks.rank()]
+        in_threads(lambda entry: _check_file(path / entry[0], *entry[1:]), own)
     except CheckpointError as error:
         words = str(error)
     found = [w for w in ranks.gather_objects(words) if w is not None]

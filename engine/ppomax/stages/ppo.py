@@ -27,6 +27,7 @@ from ppomax.models.modes import start_policy
 from ppomax.recipe.reward_sources import named_rewards
 from ppomax.recipe.streams import Purpose
 from ppomax.reporting.about import note_start
+from ppomax.reporting.heartbeat import last_beat
 from ppomax.reporting.monitor import RunMonitor
 from ppomax.reporting.monitors import Halt, Monitor, NoMonitor
 from ppomax.rollout import Sampling, decode
@@ -34,7 +35,7 @@ from ppomax.rollout.joined import joined
 from ppomax.saving.background import Checkpoints
 from ppomax.saving.engine_state import compare_fingerprints
 from ppomax.saving.export_policy import export_policy
-from ppomax.saving.folder import CheckpointError, clean, newest
+from ppomax.saving.folder import CheckpointError, clean, newest, read_manifest
 from ppomax.saving.lock import claimed
 from ppomax.saving.random_state import python_random_state, random_state, restore_random_state, seed_all
 from ppomax.sharding import ranks
@@ -79,7 +80,9 @@ def train_ppo(config: TrainConfig, monitor: Monitor | None = None) -> Path:
             out = run_folder(config, held) if ranks.rank() == 0 else None
         out = ranks.broadcast(out)
         assert out is not None
+        began = time.perf_counter()
         loop = PpoLoop(config, out)
+        loop.loading = time.perf_counter() - began
         ranks.wait_at_most(config.sharding.timeout)
         found = newest(out / "checkpoints") if config.run.resume else None
         if found:
@@ -117,6 +120,10 @@ class PpoLoop:
         self.saved_at: tuple[int, int] | None = None
         self.update_seconds = math.inf
         """What the last update took."""
+        self.loading = 0.0
+        """Seconds that models and rows took to be read."""
+        self.back: str | None = None
+        """What a resumed run says once its first step is done: what came before that, and how long it took."""
         sources = run_sources(config)
         trust = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.tokenizer or sources.policy, trust_remote_code=trust)
@@ -200,6 +207,7 @@ class PpoLoop:
                 log.warning("step %d was given up: its update would not end within run.grace", progress.step + 1)
                 break
             progress.step += 1
+            self._say_back(metrics["time/step"])
             metrics |= self._evaluated()
             halt = ranks.broadcast(monitor.log(progress.step, metrics))
             monitor.scores(progress.step, scores.tolist())
@@ -213,6 +221,15 @@ class PpoLoop:
         if self.saved_at != (progress.pretrained, progress.step):
             self.save()
         self.checkpoints.finish()
+
+    def _say_back(self, seconds: float) -> None:
+        """Log how long it took from the last sign of life of the run before until the first step of this one is done;
+        `seconds`: of that step."""
+        if self.back is not None and ranks.rank() == 0:
+            beat = last_beat(self.out)
+            since = f"{time.time() - beat:.3g} s after the run's last heartbeat: " if beat is not None else ""
+            log.info("first step after resuming is done, %s%s, step %.3g s", since, self.back, seconds)
+        self.back = None
 
     def _step(self, stop: StopRequest) -> StepResult:
         """One step of the engine. GivenUp: there is no time for its update, and nothing is left of it."""
@@ -266,7 +283,13 @@ class PpoLoop:
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint `path`; knobs that differ from those it was saved with are named in the log."""
-        extra = self.engine.restore(path)
+        began = time.perf_counter()
+        extra = self.engine.restore(path, verified=True)
+        seconds, size = time.perf_counter() - began, sum(n for _, n, _ in read_manifest(path))
+        self.back = (
+            f"models and rows {self.loading:.3g} s, checkpoint {size / 1e9:.3g} GB in {seconds:.2g} s "
+            f"({size / 1e9 / seconds:.2g} GB/s)"
+        )
         compare_fingerprints(extra["data"], self.data, path, self.config.run.accept_changes)
         self.progress = Progress(**extra["progress"])
         self.held_out.start = self.progress.eval_start

@@ -304,14 +304,15 @@ class Saved:
         path = newest(self.out / CHECKPOINTS)
         if path is None:
             return self.fresh()
-        before = read_state(path)["identity"]
+        state = read_state(path, verified=True)
+        before = state["identity"]
         if before != self.identity:
             names = [name for name in self.identity if before.get(name) != self.identity[name]]
             raise CheckpointError(
                 f"{path} is of another run: {', '.join(names) or 'its configuration'} differs; resume with the same "
                 "configuration, or start anew in another folder"
             )
-        state, _ = restore_state(path, Parts({"model": trained}, {}), self.prints, self.accept_changes)
+        restore_state(path, state, Parts({"model": trained}, {}), self.prints, self.accept_changes)
         if ranks.rank() == 0:
             keep_rows(self.out / METRICS, lambda row: row["step"] <= trained.steps)
         log.info("resumed %s", path)

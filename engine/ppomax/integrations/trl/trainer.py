@@ -121,7 +121,7 @@ class PPOTrainer:
         )
         found = newest(states) if resume_from_checkpoint else None
         if found is not None:
-            extra = self.engine.restore(found)
+            extra = self.engine.restore(found, verified=True)
             state.global_step, self.drawn, state.log_history = extra["step"], extra["drawn"], extra["log_history"]
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
         every = max(1, run.steps // args.num_sample_generations) if args.num_sample_generations else 0
