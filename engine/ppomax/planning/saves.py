@@ -1,8 +1,9 @@
 """Seconds of a checkpoint, and from a kill to the next step, from the rates of disk, hash and host link.
 
-written     max(bytes / disk, bytes / ranks / hash)
-still       a rank's bytes over its host link where it is written from a copy, else until it is written
-next step   start + models' files / disk + the checkpoint read, hashed and moved to where it trains"""
+    written     max(bytes / disk, a rank's largest file / hash): its files are hashed at once, on a core each
+    still       a rank's bytes over its host link where it is written from a copy, else until it is written
+    next step   start + models' files / disk + the checkpoint read, hashed and moved to where it trains
+A kill is taken to be noticed at once."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Saves:
 def saves_of(job: Job, device: Device, assumed: Assumptions) -> Saves:
     """The checkpoints of `job`; its file system serves all nodes at one rate."""
     share = checkpoint_copies(job)["checkpoint copies"]
-    state, hashed = share * job.ranks, share / assumed.hash_rate
+    largest = max(r.trained for r in roles(job)) * (12 if job.width == 2 else 8) // job.ranks
+    state, hashed = share * job.ranks, largest / assumed.hash_rate
     written = max(state / assumed.disk, hashed)
     moved = share / (device.host_link * assumed.link_efficiency)
     nodes = -(-job.ranks // job.ranks_per_node)
