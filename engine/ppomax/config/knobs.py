@@ -147,8 +147,9 @@ class RolloutConfig:
     slots: int = 128
     """Sequences decoded together; one that ends gives its slot to the next. The tokens do not depend on it."""
     cache_tokens: int | None = None
-    """Most tokens that the KV cache holds; sequences wait for room. None: what `slots` sequences of the longest kind
-    need. The tokens do not depend on it."""
+    """Most tokens that the KV cache holds. None: what `slots` sequences of the longest kind need. Below that, sequences
+    take room as they grow and wait for it; where the mean response is half the limit, half the tokens serve as well.
+    What is drawn does not depend on it."""
     exact: bool | None = None
     """Record while decoding the logprobs and entropies that scoring would give, to the bit, and do not score the policy
     again. On a CPU in float32, for models of linear layers, RMS norms, SwiGLU and rotary embeddings (Llama, Qwen,

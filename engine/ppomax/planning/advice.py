@@ -60,6 +60,12 @@ def _borrowing(job: Job) -> Job:
     return replace(job, borrowing_critic=True, lora_rank=job.lora_rank or 16)
 
 
+def _smaller_cache(job: Job) -> Job:
+    """Half the cache, of which sequences take their share as they grow."""
+    now = job.cache_tokens or min(job.slots, job.sequences) * job.length
+    return job if job.alone else replace(job, cache_tokens=max(2 * job.length, now // 2))
+
+
 def _in_bits(job: Job) -> Job:
     """Frozen weights in 8 bits, where models are whole."""
     whole = job.zero_stage != 3 and job.frozen in ("auto", "whole") and not job.refreshed and not job.alone
@@ -88,6 +94,7 @@ KNOBS: dict[str, Callable[[Job], Job]] = {
         job, micro_tokens=max(job.length, job.micro_tokens // 2)
     ),
     "--rollout.slots {slots}": lambda job: replace(job, slots=max(1, min(job.slots, job.sequences) // 2)),
+    "--rollout.cache_tokens {cache_tokens}": _smaller_cache,
     "--rollout.max_new_tokens {response_tokens}": lambda job: replace(
         job, response_tokens=max(1, job.response_tokens // 2)
     ),

@@ -120,6 +120,11 @@ def decode(
     )
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether the host reads a step's tokens after it has queued the next one."""
+    return device.type != "cpu"
+
+
 class _Loop:
     """One rollout under way."""
 
@@ -134,12 +139,21 @@ class _Loop:
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.finished = [False] * count
         self.scored = [torch.empty(0)] * count
+        self.told = [0] * count
+        """Tokens of each that `on_token` knows."""
         self.stats = RolloutStats()
 
     def step(self) -> None:
         """Admit, draw, read, release."""
         began = time.perf_counter()
-        before = [s for s in self.slots.living if s.drawn < self.sampling.max_new_tokens]
+        before = self._going_on()
+        if self.slots.grows:
+            if self.slots.lacks(before):  # some may have ended
+                while self.coming:
+                    self._read()
+                before = self._going_on()
+            self._start_anew(self.slots.grow(before))
+            before = self._going_on()
         came = self.slots.admit()
         unread = len(self.coming)
         if self.forward.graphs is not None and came.sequences and before:
@@ -147,12 +161,22 @@ class _Loop:
             self._draw(before, NOBODY)
         elif came.sequences or before:
             self._draw(before, came)
-        late = self.forward.device.type != "cpu" and len(self.coming) > unread
+        late = len(self.coming) > unread and reads_late(self.forward.device)
         for _ in range(unread if late else len(self.coming)):
             self._read()
         prefill = sum(len(p.tokens) for p, _ in came.starting)
         living = len(before) + len(came.sequences)
         self.stats.note(living, len(before), prefill, time.perf_counter() - began)
+
+    def _going_on(self) -> list[slotting.Sequence]:
+        return [s for s in self.slots.living if s.drawn < self.sampling.max_new_tokens]
+
+    def _start_anew(self, put_back: list[slotting.Sequence]) -> None:
+        """Forget what was drawn of sequences that had to give up their pages."""
+        self.stats.put_back += len(put_back)
+        for sequence in put_back:
+            if self.texts:
+                self.texts[sequence.index] = TextStream(self.texts[sequence.index].tokenizer)
 
     def _draw(self, living: list[slotting.Sequence], came: Admission) -> None:
         drawn = self.forward.tokens(living, came)
@@ -196,7 +220,8 @@ class _Loop:
                 met = text.ends_with_stop(sampling.stop, text.push(token))
                 stopped = met and len(sequence.tokens) >= sampling.min_new_tokens
             sequence.ended = stopped or len(sequence.tokens) == sampling.max_new_tokens
-            if self.on_token is not None:
+            if self.on_token is not None and len(sequence.tokens) > self.told[sequence.index]:
+                self.told[sequence.index] += 1
                 self.on_token(sequence.index, token, sequence.ended)
             if sequence.ended:
                 i = sequence.index

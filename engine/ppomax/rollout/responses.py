@@ -22,6 +22,8 @@ class RolloutStats:
     pages: int = 0
     most_pages: int = 0
     planned_bytes: int = 0
+    put_back: int = 0
+    """Sequences that gave up their pages to older ones and were drawn anew."""
 
     def note(self, living: int, decoding: int, prefill: int, seconds: float) -> None:
         """One step more: of so many living sequences, `decoding` of them by a token of their own, and of so many tokens
@@ -40,6 +42,7 @@ class RolloutStats:
             "rollout/prefill_tokens": float(self.prefill_tokens),
             "rollout/slot_occupancy": self.occupied / max(1, self.steps * self.slots),
             "rollout/cache_use": self.most_pages / max(1, self.pages),
+            "rollout/put_back": float(self.put_back),
             "rollout/planned_mib": self.planned_bytes / 2**20,
         }
         if self.prefill_seconds:

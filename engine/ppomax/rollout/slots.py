@@ -1,6 +1,10 @@
 """Which sequence decodes where: a fixed number of slots, filled from a queue in the prompts' order.
 
-A sequence is let in once a slot and the pages of its longest possible course are free, so none is ever put out again.
+A sequence is let in once a slot and the pages of its longest possible course are free, so that none is ever put out
+again. Where the arena is too small for that of all slots (`rollout.cache_tokens`), sequences begin with few pages and
+take more as they grow; newcomers wait until there is room for what all are expected to become. One that finds no page
+takes those of the youngest, which starts anew later: its random stream gives it the same tokens again.
+
 Equal prompts are one `Prompt`: it is prefilled once, its full pages are shared by all its sequences, and what stands
 in its last, partly filled page is copied to each of them. It stays in the arena while one of them lives or waits."""
 
@@ -121,6 +125,11 @@ class Slots:
         self.free = list(range(slots - 1, -1, -1))
         self.living: list[Sequence] = []
         self.prefill = prefill_tokens(arena.stores[0][0].device.type)
+        self.grows = arena.pages < pages_wanted(prompts, slots, max_new_tokens, arena.page)
+        self.begin_with = min(max_new_tokens, arena.page) if self.grows else max_new_tokens
+        """Tokens that a newcomer has pages for."""
+        self.prompts = prompts
+        self.ended, self.ended_tokens = 0, 0
         self.changed = False
         """Whether `tables` was written to; who copies it says when it has."""
         blocks = max(pages_for(len(p.tokens) + max_new_tokens - 1, arena.page) for p in prompts)
@@ -133,18 +142,23 @@ class Slots:
     def admit(self) -> Admission:
         """Let in what fits, in the queue's order."""
         came = Admission([], [], ([], []))
-        prefill = 0
+        prefill, promised = 0, self._promised() if self.grows and self.queue and self.free else 0
         while self.queue and self.free:
             prompt, index = self.queue[-1]
-            need = need_of(prompt, self.limit, self.arena.page)
-            new = not prompt.started
-            if need.own + (need.prompt if new else 0) > len(self.arena.free):
+            need = need_of(prompt, self.begin_with, self.arena.page)
+            new, alone = not prompt.started, not (self.living or came.sequences)
+            first = need.own + (need.prompt if new else 0)
+            later = need_of(prompt, self._expected(), self.arena.page).own - need.own if self.grows else 0
+            if alone and self.grows and first > len(self.arena.free) and self._leave_prompts():
+                continue
+            if first + (0 if alone else max(0, later) + promised) > len(self.arena.free):
                 break
             if new and prefill and prefill + len(prompt.tokens) > self.prefill:
                 break
             self.queue.pop()
             if new:
                 prefill += len(prompt.tokens)
+            promised += max(0, later)
             self._give_slot(prompt, index, need, came)
         self.living.extend(came.sequences)
         return came
@@ -154,10 +168,72 @@ class Slots:
         prompt = sequence.prompt
         self.free.append(sequence.slot)
         self.arena.give_back(sequence.pages)
+        self.ended, self.ended_tokens = self.ended + 1, self.ended_tokens + len(sequence.tokens)
         prompt.left -= 1
         if not prompt.left:
             self.arena.give_back(prompt.pages)
             prompt.pages, prompt.hidden, prompt.trunk = [], None, None
+
+    def lacks(self, about: List[Sequence]) -> bool:
+        """Whether the next forward of these sequences needs more pages than are free."""
+        return sum(s.position >= self._room(s) for s in about) > len(self.arena.free)
+
+    def grow(self, about: List[Sequence]) -> list[Sequence]:
+        """A page for each of these that has none for its newest token, oldest first. Returns those that had to be put
+        back into the queue; they are no longer `living`."""
+        put_back: list[Sequence] = []
+        for sequence in about:
+            while not sequence.ended and sequence.position >= self._room(sequence):
+                if self.arena.free:
+                    at = self._room(sequence) // self.arena.page
+                    sequence.pages += self.arena.take(1)
+                    self.tables[sequence.slot, at] = sequence.pages[-1]
+                    self.changed = True
+                elif len(self.living) > 1:
+                    put_back.append(self._put_back(self.living.pop()))
+                elif not self._leave_prompts():
+                    raise RuntimeError("rollout: the arena has no page for the one sequence that it was made to hold")
+        return put_back
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that its pages hold."""
+        page, prompt = self.arena.page, sequence.prompt
+        return (len(prompt.tokens) // page if prompt.pages else 0) * page + len(sequence.pages) * page
+
+    def _expected(self) -> int:
+        """Tokens that a sequence has still to draw, if it ends at any of them alike: those drawn so far over the ends
+        seen so far."""
+        drawn = self.ended_tokens + sum(s.drawn for s in self.living)
+        return self.limit if not self.ended else max(1, min(self.limit, -(-drawn // self.ended)))
+
+    def _promised(self) -> int:
+        """Pages that the living are expected to take yet."""
+        page, more, found = self.arena.page, self._expected(), 0
+        for s in self.living:
+            known = len(s.prompt.tokens)
+            whole = pages_for(min(known + self.limit - 1, known + s.drawn + more), page)
+            found += max(0, whole - self._room(s) // page)
+        return found
+
+    def _put_back(self, sequence: Sequence) -> Sequence:
+        """Take back slot and pages of a living sequence, which waits and starts anew."""
+        sequence.ended = True
+        self.free.append(sequence.slot)
+        self.arena.give_back(sequence.pages)
+        if not sequence.prompt.pages:
+            sequence.prompt.started = False  # its prompt lay in its own pages
+        self.queue.append((sequence.prompt, sequence.index))
+        return sequence
+
+    def _leave_prompts(self) -> bool:
+        """Take back the pages of shared prompts that no living sequence continues, which are prefilled again later.
+        Whether there were any."""
+        inhabited, before = {id(s.prompt) for s in self.living}, len(self.arena.free)
+        for prompt in self.prompts:
+            if prompt.pages and id(prompt) not in inhabited:
+                self.arena.give_back(prompt.pages)
+                prompt.pages, prompt.started = [], False
+        return len(self.arena.free) > before
 
     def _give_slot(self, prompt: Prompt, index: int, need: Need, came: Admission) -> None:
         sequence = Sequence(index, prompt, self.free.pop(), self.arena.take(need.own))
