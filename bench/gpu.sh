@@ -57,7 +57,7 @@ for stage in "${@:-smoke tests ops linear rollout}"; do
         case $name in
             smoke) run smoke 90 bash -c '"$python" -m torch.utils.collect_env | head -30; bench --quick' ;;
             tests) run tests 240 bash -c 'suite "$@"' _ tests/engine/test_gpu.py "${on_gpu[@]}" ;;
-            ops) run ops 200 bash -c 'bench --ops gae losses elementwise sample token_logprobs --seconds 0.3' ;;
+            ops) run ops 200 bash -c 'bench --ops gae losses elementwise sample token_logprobs attention trunk --seconds 0.3' ;;
             linear) run linear 240 bash -c 'bench --ops linear_ppo_loss linear_token_logprobs linear_nll --seconds 0.5' ;;
             rollout) run rollout 200 "$python" -m bench.decode --rows 64 256 --new 64 ;;
             rivals) run rivals 240 "$python" -m bench.decode --rows 64 --new 64 --rivals ;;

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from . import cases, cases_call, cases_linear
+from . import cases, cases_call, cases_linear, cases_trunk
 from .problem import Problem
 
 Make = Callable[[torch.device, torch.dtype, str], Iterator[Problem]]
@@ -18,6 +18,8 @@ OPS: Mapping[str, Make] = {
     "losses": cases.losses,
     "elementwise": cases.elementwise,
     "sample": cases.sample,
+    "attention": cases_trunk.attention,
+    "trunk": cases_trunk.trunk,
     "calls": cases_call.calls,
 }
 
