@@ -185,8 +185,8 @@ def trunk(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Probl
 
     if gpu:
         yield problem(
-            "sum and norm", lambda a, b, w: add_rms_norm(a, b, w, eps=EPS, impl="triton"), lambda a, b, w: (a + b, _norm(a + b, w)),
-            [x, delta, weight], bytes=4 * x.numel() * item,
+            "sum and norm", lambda a, b, w: add_rms_norm(a, b, w, eps=EPS, impl="triton"),
+            lambda a, b, w: (a + b, _norm(a + b, w)), [x, delta, weight], bytes=4 * x.numel() * item,
         )  # fmt: skip
         yield problem(
             "gate",

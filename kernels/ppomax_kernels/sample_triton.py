@@ -4,11 +4,13 @@
 Nothing is sorted. Logits x keep the order of z = x/temperature, so both cuts are thresholds on x, found by halving the
 interval of values: each pass over the row sums the weight (1 for top k, e for top p) at or above the middle, and the
 new bound is the nearest logit itself, so the search ends, on a logit, after some 15 to 20 passes of a 32000-word row.
-Then a pass for the total, one for the block in which the cumulative weight passes u * total, and a scan of that block
-alone. Statistics of softmax(logits) come with the first pass.
+Then a pass in which each thread sums a stretch of the row, a scan over threads for the one in whose stretch the
+cumulative weight passes u * total, and a scan of that stretch alone. Statistics of softmax(logits) come with the first
+pass.
 HBM reads V once (2 B a logit in bf16); all further passes find the row in L2 (64 rows of 152k bf16 logits are 20 MB).
-Sums are fp32 a lane and fp64 across lanes. u is Philox4x32-10 with the seed as key and the position as counter, so a
-row's draw does not depend on its batch. Rows with NaN, +inf or nothing above -inf give token -1 and NaN.
+Sums are fp32 a lane and fp64 across lanes; no loop has a barrier. u is Philox4x32-10 with the seed as key and the
+position as counter, so a row's draw does not depend on its batch. Rows with NaN, +inf or nothing above -inf give token
+-1 and NaN.
 Left out on purpose: several programs a row, which would pay for few rows only."""
 
 from collections.abc import Iterator
@@ -87,30 +89,32 @@ def _threshold(row_ptr, end, wanted, low, top, scale, COUNT: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _draw(row_ptr, end, threshold, u, top, scale, BLOCK: tl.constexpr):
-    """(token, total weight): the first token whose cumulative weight passes u * total."""
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((), tl.float64)
-    for start in range(0, end, BLOCK):
-        x = tl.load(row_ptr + start + lanes, mask=start + lanes < end, other=float("-inf")).to(tl.float32)
-        total += tl.sum(tl.where(x >= threshold, _weight(x, top, scale), 0.0).to(tl.float64), 0)
+def _draw(row_ptr, V, end, threshold, u, top, scale, LANES: tl.constexpr, WIDE: tl.constexpr, SPAN: tl.constexpr):
+    """(token, total weight): the first token whose cumulative weight passes u * total. Each lane sums a stretch of the
+    row, so that the loop has no barrier; then the lane is found, and the token in its stretch."""
+    stretch = tl.cdiv(V, LANES * WIDE) * WIDE
+    lane = tl.arange(0, LANES)
+    wide = tl.arange(0, WIDE)
+    own = tl.zeros((LANES,), tl.float32)
+    for start in range(0, stretch, WIDE):
+        at = lane[:, None] * stretch + (start + wide)[None, :]
+        x = tl.load(row_ptr + at, mask=at < end, other=float("-inf")).to(tl.float32)
+        own += tl.sum(tl.where(x >= threshold, _weight(x, top, scale), 0.0), 1)
+    running = tl.cumsum(own.to(tl.float64), 0)
+    total = tl.max(running, 0)
     goal = u * total
-    so_far = tl.zeros((), tl.float64)
-    before = tl.zeros((), tl.float64)
-    block = tl.zeros((), tl.int32)
-    for start in range(0, end, BLOCK):
-        x = tl.load(row_ptr + start + lanes, mask=start + lanes < end, other=float("-inf")).to(tl.float32)
-        here = tl.sum(tl.where(x >= threshold, _weight(x, top, scale), 0.0).to(tl.float64), 0)
-        passes = (so_far <= goal) & (so_far + here > goal)  # once: sums are those of `total`, in its order
-        block = tl.where(passes, start, block)
-        before = tl.where(passes, so_far, before)
-        so_far += here
-    x = tl.load(row_ptr + block + lanes, mask=block + lanes < end, other=float("-inf")).to(tl.float32)
+    first = tl.min(tl.where((own > 0.0) & (running > goal), lane, LANES), 0)
+    last = tl.max(tl.where(own > 0.0, lane, 0), 0)
+    chosen = tl.minimum(first, last)
+    before = tl.max(tl.where(lane < chosen, running, 0.0), 0)
+    span = tl.arange(0, SPAN)
+    at = chosen * stretch + span
+    x = tl.load(row_ptr + at, mask=(span < stretch) & (at < end), other=float("-inf")).to(tl.float32)
     weight = tl.where(x >= threshold, _weight(x, top, scale), 0.0)
     hit = (weight > 0.0) & (before + tl.cumsum(weight.to(tl.float64), 0) > goal)
-    first = tl.min(tl.where(hit, lanes, BLOCK), 0)
-    last = tl.max(tl.where(weight > 0.0, lanes, 0), 0)  # the scan may round to just under the block's sum
-    return block + tl.minimum(first, last), total
+    first = tl.min(tl.where(hit, span, SPAN), 0)
+    last = tl.max(tl.where(weight > 0.0, span, 0), 0)  # the scan may round to just under the lane's sum
+    return chosen * stretch + tl.minimum(first, last), total
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def _first_of(row_ptr, end, value, BLOCK: tl.constexpr):
 def _sample_kernel(
     logits_ptr, seeds_ptr, positions_ptr, token_ptr, logprob_ptr, plain_ptr, entropy_ptr, V, stride, temperature, top_k,
     top_p, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    APART: tl.constexpr,
+    APART: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
@@ -152,7 +156,7 @@ def _sample_kernel(
             if TOP_P:
                 threshold = _threshold(row_ptr, end, top_p * everything, threshold, top, scale, False, BLOCK)
         u = _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
-        token, total = _draw(row_ptr, end, threshold, u, top, scale, BLOCK)
+        token, total = _draw(row_ptr, V, end, threshold, u, top, scale, LANES, WIDE, SPAN)
         total = tl.where(good, total, 1.0).to(tl.float32)
         picked = tl.load(row_ptr + token, mask=good, other=0.0).to(tl.float32)
         logprob = tl.minimum((picked - top) / temperature - tl.log(total), 0.0)
@@ -172,7 +176,10 @@ def constants(vocab: int, element_size: int, chips: str) -> dict[str, int]:
     to itself it spills a few bytes to stay under 40 or 64, for more programs a multiprocessor than there are rows."""
     block, warps = (1024, 8) if vocab <= 1024 else (8192 // element_size if vocab % 16 == 0 else 2048, 16)
     limit = {"maxnreg": 128} if chips == "cuda" else {}
-    return {"BLOCK": block, "num_warps": warps, **grouping(vocab, element_size, block, warps)} | limit
+    lanes, wide = 32 * warps, 16 // element_size if vocab % 16 == 0 else 1
+    span = triton.next_power_of_2(triton.cdiv(vocab, lanes * wide) * wide)
+    draw = {"LANES": lanes, "WIDE": wide, "SPAN": span}
+    return {"BLOCK": block, "num_warps": warps, **draw, **grouping(vocab, element_size, block, warps)} | limit
 
 
 def sample_triton(

@@ -121,3 +121,38 @@ def test_only_triton_files_import_triton() -> None:
     assert others
     for file in others:  # dispatch.py may ask, inside a function, whether Triton interprets
         assert not re.search(r"^(?:from|import) triton\b", file.read_text(), re.MULTILINE), file.name
+
+
+LOOPS = r"""
+import re, triton
+from triton.compiler import ASTSource
+from ppomax_kernels.backends import compile_triton as c
+
+for launch in c.launches("cuda"):
+    name = launch.kernel.fn.__name__
+    if name not in WANTED or "V=151936" not in launch.case or "temperature=0" in launch.case:
+        continue
+    names = launch.kernel.arg_names
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, constexprs=launch.constants, attrs=attributes)
+    lines = triton.compile(source, target=c.target("sm_90"), options=dict(launch.options)).asm["ptx"].splitlines()
+    labels, loops = {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\$L__BB\S+):", line):
+            labels[label[1]] = i
+        if (back := re.search(r"bra\S*\s+(\$L__BB\S+);", line)) and back[1] in labels:
+            loops.append(lines[labels[back[1]] : i])
+    loops = [body for body in loops if any("ld.global" in line for line in body)]
+    inner = [body for body in loops if not any(len(other) < len(body) and other[0] in body for other in loops)]
+    assert inner, launch.case
+    assert not any("bar.sync" in line for body in inner for line in body), launch.case
+    print(name, len(inner))
+"""
+
+
+def test_no_loop_over_logits_has_a_barrier() -> None:
+    """Of the passes over a row: threads meet after them, not in each turn."""
+    done = python("-c", f"WANTED = {{'_sample_kernel', '_token_logprobs_kernel'}}\n{LOOPS}")
+    assert done.returncode == 0, done.stderr
+    assert "_sample_kernel 2" in done.stdout
+    assert "_token_logprobs_kernel 1" in done.stdout
