@@ -7,6 +7,7 @@ Models and torch load once; the parent computes nothing, so that forking is safe
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -35,14 +36,14 @@ def die(number: int = KILL) -> None:
 
 def on_call(owner: object, name: str, nth: int, number: int = KILL, after: bool = False) -> None:
     """Send a signal to this process at the nth call of owner.name."""
-    plain, count = getattr(owner, name), [0]
+    plain, calls = getattr(owner, name), itertools.count(1)
 
     def wrapped(*args: object, **named: object) -> object:
-        count[0] += 1
-        if count[0] == nth and not after:
+        call = next(calls)  # several threads may call
+        if call == nth and not after:
             die(number)
         result = plain(*args, **named)
-        if count[0] == nth and after:
+        if call == nth and after:
             die(number)
         return result
 

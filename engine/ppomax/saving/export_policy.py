@@ -23,7 +23,7 @@ from ppomax.saving.engine_state import refuse_not_finite
 from ppomax.saving.model_folder import save_model
 from ppomax.saving.tensor_files import shards, size_of, write_gathered, write_tensors
 from ppomax.sharding import Lazy, Trained, ranks
-from ppomax.sharding.plain import made_weights
+from ppomax.sharding.weights import made_weights
 
 SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"

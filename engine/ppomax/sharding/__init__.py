@@ -19,7 +19,8 @@ from ppomax.sharding.choose import (
     train_model,
 )
 from ppomax.sharding.idle import Idle
-from ppomax.sharding.plain import DataParallel, Lazy, Trained, copy_into, lr_at
+from ppomax.sharding.plain import DataParallel, Trained, lr_at
+from ppomax.sharding.weights import Lazy, copy_into
 
 __all__ = [
     "DataParallel",

@@ -11,7 +11,8 @@ from torch import nn
 
 from ppomax.config import ConfigError, OptimConfig, ShardingConfig, TrainConfig
 from ppomax.sharding import ranks, zero_config
-from ppomax.sharding.plain import DataParallel, Trained, made_weights
+from ppomax.sharding.plain import DataParallel, Trained
+from ppomax.sharding.weights import made_weights
 
 M = TypeVar("M", bound=nn.Module)
 

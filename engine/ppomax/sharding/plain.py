@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,25 +16,9 @@ from torch import Tensor, nn
 
 from ppomax.config import OptimConfig
 from ppomax.sharding.ranks import sum_in_place
+from ppomax.sharding.weights import Lazy, copy_into, lazy_weights, named_tensors
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """A tensor that is whole only while it is looked at. One that is cut over the ranks has `own`, and `get` must then
-    be called by every rank, in one order."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    get: Callable[[], Tensor]
-    own: Callable[[], tuple[int, Tensor]] | None = None
-    """Of one that is cut over the ranks: where this rank's stretch begins in the flat tensor, and its numbers, (n,)."""
-
-    @classmethod
-    def of(cls, x: Tensor) -> Lazy:
-        """One that is there already."""
-        return cls(x.dtype, x.shape, lambda: x.detach())
 
 
 UNWARMED = 0.1
@@ -158,7 +141,7 @@ class Trained(Generic[M]):
 
     def all_weights(self) -> dict[str, Lazy]:
         """Every weight by name, frozen ones too (tied ones once)."""
-        return {name: Lazy.of(x) for name, x in all_tensors(self.module).items()} | made_weights(self.module)
+        return lazy_weights(self.module)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:
@@ -200,57 +183,3 @@ class DataParallel(Trained[M]):
                 bucket.clear()
         sum_in_place(bucket)
         return super().grad_norm()
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What training may change, by name: trained parameters (tied ones once) and persistent buffers. Frozen ones are
-    those of the model that the run started from."""
-    return {n: x for n, x in all_tensors(module).items() if x.requires_grad or not isinstance(x, nn.Parameter)}
-
-
-def all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers by name."""
-    persistent = module.state_dict().keys()
-    return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in persistent}}
-
-
-def made_weights(module: nn.Module) -> dict[str, Lazy]:
-    """Weights that are no parameters: their layers store them in another form, and know their `lazy_weight`."""
-    return {f"{n}.weight": m.lazy_weight() for n, m in module.named_modules() if hasattr(m, "lazy_weight")}
-
-
-def shape_in(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
-    """Of a whole tensor, without reading it where `tensors` knows it otherwise."""
-    known = getattr(tensors, "shape", None)
-    return known(name) if known is not None else tensors[name].shape  # type: ignore[no-any-return]
-
-
-def stretch_in(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
-    """`tensors[name].flatten()[start:stop]`, without reading the rest where `tensors` can."""
-    known = getattr(tensors, "stretch", None)
-    return known(name, start, stop) if known is not None else tensors[name].flatten()[start:stop]  # type: ignore[no-any-return]
-
-
-def check_names(targets: Mapping[str, torch.Size], names: Mapping[str, Any]) -> None:
-    """ValueError naming what is in one and not in the other."""
-    odd = sorted(targets.keys() ^ names.keys())
-    if odd:
-        raise ValueError(
-            f"weights do not fit the model: {odd[0]} is in one and not in the other ({len(odd)} such names)"
-        )
-
-
-def check_shape(name: str, got: torch.Size, want: torch.Size) -> None:
-    """ValueError unless a tensor has the shape that the model wants."""
-    if got != want:
-        raise ValueError(f"weights do not fit the model: {name} is {tuple(got)}, the model wants {tuple(want)}")
-
-
-@torch.no_grad()
-def copy_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy named weights into `module` in place; ValueError names what is missing, unknown or of another shape."""
-    targets = named_tensors(module)
-    check_names({name: x.shape for name, x in targets.items()}, weights)
-    for name, x in weights.items():
-        check_shape(name, x.shape, targets[name].shape)
-        targets[name].copy_(x)

@@ -15,19 +15,17 @@ from torch import Tensor, nn
 
 from ppomax.config import OptimConfig, ShardingConfig
 from ppomax.sharding import ranks, zero_config
-from ppomax.sharding.plain import (
+from ppomax.sharding.plain import Trained, in_use
+from ppomax.sharding.weights import (
     Lazy,
-    Trained,
-    all_tensors,
-    check_names,
-    check_shape,
-    in_use,
-    made_weights,
+    copy_into,
+    cut_off,
+    lazy_weight,
     named_tensors,
-    shape_in,
+    part_of,
+    shape_of,
     stretch_in,
 )
-from ppomax.sharding.weights import cut_off, lazy_weight, part_of, shape_of, write_weight
 from ppomax.sharding.zero_engine import LossModule, gathered, initialize, register_heads
 
 M = TypeVar("M", bound=nn.Module)
@@ -131,22 +129,15 @@ class ZeroTrained(Trained[M]):
                 state[f"copy/{name}"] = Lazy(torch.float32, shape, _reader(p, None), _own_reader(p, None))
         return weights, state
 
-    def all_weights(self) -> dict[str, Lazy]:
-        return {name: lazy_weight(x) for name, x in all_tensors(self.module).items()} | made_weights(self.module)
-
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], steps: int) -> None:
-        tensors = named_tensors(self.module)
-        check_names({name: shape_of(x) for name, x in tensors.items()}, weights)
         unknown = [key for key in state if key.partition("/")[2] not in self.names]
         if unknown:
             raise ValueError(
                 f"optimiser state for {unknown[0].partition('/')[2]}, which this model does not train; resume with the "
                 "model it was saved from"
             )
-        for name, target in tensors.items():
-            check_shape(name, shape_in(weights, name), shape_of(target))
-            write_weight(target, weights, name)
+        copy_into(self.module, weights)
         self._start_state(any(key.startswith("step/") for key in state))
         for name, p in zip(self.names, self.params, strict=True):
             self._write_state(p, state if f"copy/{name}" in state else None, f"copy/{name}", None)
