@@ -3,6 +3,7 @@
 // lie side by side in each column, and sums are fp32; processors that multiply such pairs do so.
 #pragma once
 
+#include "amx.h"
 #include "convert.h"
 #include "vec.h"
 
@@ -143,6 +144,9 @@ static void bf16_rows(int rows, const uint16_t *x, int64_t x_stride, int64_t inp
 
 static void linear_panel_bf16(const uint16_t *x, int64_t x_stride, int64_t rows, int64_t inputs, const uint16_t *panel,
                               const uint16_t *bias, uint16_t *y, int64_t y_stride, int64_t columns) {
+#if defined(PPOMAX_AMX)
+    if (has_tiles()) return linear_panel_tiles(x, x_stride, rows, inputs, panel, bias, y, y_stride, columns);
+#endif
     auto run = bf16_rows<WidenedPairs, MOST_ROWS>;
 #if defined(__AVX512F__)
     if (__builtin_cpu_supports("avx512bf16")) run = bf16_rows<MultipliedPairs, MOST_ROWS>;
