@@ -1,6 +1,7 @@
 // y = x W^T for few rows: one panel of PANEL output columns at a time, its weights packed [input][column], so that a
 // register holds WIDTH columns and the sums of a block of rows stay in registers over all inputs. In bf16 two inputs
-// lie side by side in each column, and sums are fp32; processors that multiply such pairs do so.
+// lie side by side in each column, and sums are fp32; processors that multiply such pairs do so, by tiles (amx.h) or
+// one register at a time.
 #pragma once
 
 #include "amx.h"
