@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +187,26 @@ def test_a_model_without_linear_layers_is_named() -> None:
 def test_what_it_does_not_go_with_is_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="frozen_bits"):
         load_config(overrides={"model.frozen_bits": 8} | knobs)
+
+
+@pytest.mark.parametrize("knobs", ["model__frozen_bits=8", "model__critic='policy'"])
+def test_no_compiled_code_is_fetched_with_bitsandbytes(knobs: str, tmp_path: Path) -> None:
+    """On CPUs that multiply bfloat16 it asks the package `kernels` for some as it is imported."""
+    (tmp_path / "kernels").mkdir()
+    asked = tmp_path / "asked"
+    (tmp_path / "kernels" / "__init__.py").write_text(
+        f"def get_kernel(*a, **k):\n    open({str(asked)!r}, 'w').write(str(a))\n    raise ImportError\n"
+    )
+    code = (
+        "from tests.engine.tiny import prompts, small_config, tiny_engine\n"
+        f"knobs = dict(model__train='lora', model__critic_train='lora', {knobs})\n"
+        "tiny_engine(small_config(**knobs)).step(prompts(8))\n"
+        "import sys; print('bitsandbytes' in sys.modules)"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("True")
+    assert not asked.exists()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ppomax.models.frozen_bits import nothing_fetched
 from ppomax.models.partitioned import gathered
 from ppomax.models.trunk import blocks_of
 from ppomax.sharding import Lazy
@@ -42,7 +43,8 @@ def add_adapters(model: PreTrainedModel, config: AdapterKnobs, *, seed: int = 0)
 
     ModuleNotFoundError if PEFT is missing, ValueError if a target names no linear layer of the blocks."""
     try:
-        from peft import LoraConfig
+        with nothing_fetched():  # PEFT imports bitsandbytes where it is installed
+            from peft import LoraConfig
     except ImportError as error:
         raise ModuleNotFoundError(
             "train: lora needs PEFT, which is not installed; pip install 'ppomax[lora]'"
@@ -60,7 +62,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterKnobs, *, seed: int = 0)
         task_type="CAUSAL_LM",
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), nothing_fetched():
         torch.manual_seed(seed)
         model.add_adapter(lora)
     model.eval()

@@ -9,6 +9,9 @@ experts that a family holds in one tensor, and GPT-2's transposed layers."""
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -144,9 +147,26 @@ def _nf4(device: torch.device) -> Tensor:
     return _bitsandbytes().get_4bit_type("nf4", device=device)  # type: ignore[no-any-return]
 
 
+@contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Inside, the package `kernels` looks as if it were not installed: through it bitsandbytes, as it is imported on
+    some CPUs, fetches compiled code from the hub and runs it."""
+    absent = object()
+    there: Any = sys.modules.get("kernels", absent)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if there is absent:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = there
+
+
 def _bitsandbytes() -> Any:
     try:
-        from bitsandbytes import functional
+        with nothing_fetched():
+            from bitsandbytes import functional
     except ImportError as error:
         raise ModuleNotFoundError(
             "model.frozen_bits needs bitsandbytes, which is not installed; pip install 'ppomax[bits]'"
