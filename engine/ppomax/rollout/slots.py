@@ -130,6 +130,8 @@ class Slots:
         """Tokens that a newcomer has pages for."""
         self.prompts = prompts
         self.ended, self.ended_tokens = 0, 0
+        self.full = False
+        """A newcomer found no room, and nothing was given back since."""
         self.changed = False
         """Whether `tables` was written to; who copies it says when it has."""
         blocks = max(pages_for(len(p.tokens) + max_new_tokens - 1, arena.page) for p in prompts)
@@ -142,6 +144,8 @@ class Slots:
     def admit(self) -> Admission:
         """Let in what fits, in the queue's order."""
         came = Admission([], [], ([], []))
+        if self.full:
+            return came
         prefill, promised = 0, self._promised() if self.grows and self.queue and self.free else 0
         while self.queue and self.free:
             prompt, index = self.queue[-1]
@@ -152,6 +156,7 @@ class Slots:
             if alone and self.grows and first > len(self.arena.free) and self._leave_prompts():
                 continue
             if first + (0 if alone else max(0, later) + promised) > len(self.arena.free):
+                self.full = True
                 break
             if new and prefill and prefill + len(prompt.tokens) > self.prefill:
                 break
@@ -168,6 +173,7 @@ class Slots:
         prompt = sequence.prompt
         self.free.append(sequence.slot)
         self.arena.give_back(sequence.pages)
+        self.full = False
         self.ended, self.ended_tokens = self.ended + 1, self.ended_tokens + len(sequence.tokens)
         prompt.left -= 1
         if not prompt.left:
@@ -217,7 +223,7 @@ class Slots:
 
     def _put_back(self, sequence: Sequence) -> Sequence:
         """Take back slot and pages of a living sequence, which waits and starts anew."""
-        sequence.ended = True
+        sequence.ended, self.full = True, False
         self.free.append(sequence.slot)
         self.arena.give_back(sequence.pages)
         if not sequence.prompt.pages:
