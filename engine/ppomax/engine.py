@@ -149,7 +149,8 @@ class Engine:
         parts = (lm, self.reward_model, self.sources, self.trunk_layers)
         value_model = critic_of(wanted, *parts, self.config, self.dtype, zero.critic).to(self.device).eval()
         attends = getattr(value_model, "base", value_model)
-        log.info("attention of scoring and update: %s", set_attention(attends, self.config.model.attention))
+        own, its = set_attention(lm, self.config.attention), set_attention(attends, self.config.model.attention)
+        log.info("attention of scoring and update: %s", own if own == its else f"{own}, the critic's {its}")
         self.exact = exact_rollout(lm, self.config)
         if reference is None and self.config.model.train == "full" and is_sharded(lm):
             reference = self.sources["policy"]  # parts are read again, not copied

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ppomax.engine import Engine
 from ppomax.models import set_attention, varlen
 
 from tests.engine.families import family
+from tests.engine.tiny import small_config, tiny_reward
 
 
 def test_a_cpu_packs_in_float32_and_capped_scores_are_not_left_out() -> None:
@@ -29,6 +32,12 @@ def test_varlen_by_name_says_why_not() -> None:
         set_attention(family("llama"), "flash")
     with pytest.raises(ValueError, match="Linear holds no transformers model"):
         set_attention(torch.nn.Linear(2, 2))
+
+
+def test_the_log_names_the_critic_s_attention_where_it_is_another(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ppomax"):
+        Engine(family("llama"), None, family("gemma2"), tiny_reward(), small_config())
+    assert "attention of scoring and update: varlen, the critic's eager" in caplog.text
 
 
 @pytest.mark.parametrize(

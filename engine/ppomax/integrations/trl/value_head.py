@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ppomax.integrations.trl.batch import plain
 from ppomax.models import head_of, load_policy
 from ppomax.models.files import model_folder, tensor_files
+from ppomax.models.frozen_bits import nothing_fetched
 from ppomax.saving.model_folder import save_model
 
 VALUE_HEAD = "value_head.safetensors"
@@ -48,7 +49,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         weights, where there is one. peft_config: trained are its adapters and the head alone."""
         lm: Any = load_policy(source, dtype)
         if peft_config is not None:
-            from peft import get_peft_model
+            with nothing_fetched():
+                from peft import get_peft_model
 
             lm = get_peft_model(lm, peft_config)
         model = cls(lm)
