@@ -163,6 +163,7 @@ def nothing_fetched() -> Iterator[None]:
             sys.modules["kernels"] = there
 
 
+@cache  # a product in 4 bits asks for it each time
 def _bitsandbytes() -> Any:
     try:
         with nothing_fetched():

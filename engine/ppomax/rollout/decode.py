@@ -152,8 +152,9 @@ class _Loop:
                 while self.coming:
                     self._read()
                 before = self._going_on()
-            self._start_anew(self.slots.grow(before))
-            before = self._going_on()
+            if put_back := self.slots.grow(before):
+                self._start_anew(put_back)
+                before = self._going_on()
         came = self.slots.admit()
         unread = len(self.coming)
         if self.forward.graphs is not None and came.sequences and before:

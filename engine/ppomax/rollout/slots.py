@@ -144,18 +144,20 @@ class Slots:
     def admit(self) -> Admission:
         """Let in what fits, in the queue's order."""
         came = Admission([], [], ([], []))
-        if self.full:
+        if self.full or not (self.queue and self.free):
             return came
-        prefill, promised = 0, self._promised() if self.grows and self.queue and self.free else 0
+        prefill, promised, expected = 0, 0, self.begin_with
+        if self.grows:
+            promised, expected = self._promised(), self._expected()
         while self.queue and self.free:
             prompt, index = self.queue[-1]
             need = need_of(prompt, self.begin_with, self.arena.page)
             new, alone = not prompt.started, not (self.living or came.sequences)
             first = need.own + (need.prompt if new else 0)
-            later = need_of(prompt, self._expected(), self.arena.page).own - need.own if self.grows else 0
+            later = max(0, need_of(prompt, expected, self.arena.page).own - need.own)
             if alone and self.grows and first > len(self.arena.free) and self._leave_prompts():
                 continue
-            if first + (0 if alone else max(0, later) + promised) > len(self.arena.free):
+            if first + (0 if alone else later + promised) > len(self.arena.free):
                 self.full = True
                 break
             if new and prefill and prefill + len(prompt.tokens) > self.prefill:
@@ -163,7 +165,7 @@ class Slots:
             self.queue.pop()
             if new:
                 prefill += len(prompt.tokens)
-            promised += max(0, later)
+            promised += later
             self._give_slot(prompt, index, need, came)
         self.living.extend(came.sequences)
         return came
